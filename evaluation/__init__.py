@@ -1,0 +1,1 @@
+"""Evaluation: scores of a checkpoint by question kind, beside its baselines."""

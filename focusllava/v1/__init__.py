@@ -1,0 +1,1 @@
+"""Code generated from protos/focusllava/v1 by `make protos`; protos/generate.py --check holds it current."""

@@ -1,0 +1,44 @@
+from focusllava.v1 import tensor_pb2 as _tensor_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class EncodeRequest(_message.Message):
+    __slots__ = ("image", "model_fingerprint", "vision_sampler")
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    VISION_SAMPLER_FIELD_NUMBER: _ClassVar[int]
+    image: bytes
+    model_fingerprint: str
+    vision_sampler: bool
+    def __init__(self, image: _Optional[bytes] = ..., model_fingerprint: _Optional[str] = ..., vision_sampler: _Optional[bool] = ...) -> None: ...
+
+class EncodeResponse(_message.Message):
+    __slots__ = ("visual_tokens",)
+    VISUAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    visual_tokens: CompressedVisualTokens
+    def __init__(self, visual_tokens: _Optional[_Union[CompressedVisualTokens, _Mapping]] = ...) -> None: ...
+
+class CompressedVisualTokens(_message.Message):
+    __slots__ = ("tokens", "branch_ids", "map_height", "map_width", "uncompressed_tokens", "content_hash", "model_fingerprint", "notes")
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BRANCH_IDS_FIELD_NUMBER: _ClassVar[int]
+    MAP_HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    MAP_WIDTH_FIELD_NUMBER: _ClassVar[int]
+    UNCOMPRESSED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_HASH_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    NOTES_FIELD_NUMBER: _ClassVar[int]
+    tokens: _tensor_pb2.Tensor
+    branch_ids: bytes
+    map_height: int
+    map_width: int
+    uncompressed_tokens: int
+    content_hash: str
+    model_fingerprint: str
+    notes: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, tokens: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., branch_ids: _Optional[bytes] = ..., map_height: _Optional[int] = ..., map_width: _Optional[int] = ..., uncompressed_tokens: _Optional[int] = ..., content_hash: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., notes: _Optional[_Iterable[str]] = ...) -> None: ...

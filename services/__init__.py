@@ -1,0 +1,1 @@
+"""FocusLLaVA's server side: one package a stage."""

@@ -1,0 +1,70 @@
+"""Errors that users meet: each names the field and the value, and carries the status it becomes at the edge."""
+
+from __future__ import annotations
+
+import enum
+
+
+class Code(enum.Enum):
+    """The statuses we use, by gRPC name; `services` map them at their edges."""
+
+    INVALID_ARGUMENT = "INVALID_ARGUMENT"
+    FAILED_PRECONDITION = "FAILED_PRECONDITION"
+    NOT_FOUND = "NOT_FOUND"
+    RESOURCE_EXHAUSTED = "RESOURCE_EXHAUSTED"
+    UNAUTHENTICATED = "UNAUTHENTICATED"
+    DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
+    UNAVAILABLE = "UNAVAILABLE"
+    INTERNAL = "INTERNAL"
+
+
+class FocusError(Exception):
+    """Base of every error that may reach a client."""
+
+    code = Code.INTERNAL
+
+    def __init__(self, message: str, *, field: str = ""):
+        super().__init__(f"{field}: {message}" if field else message)
+        self.field = field
+
+
+class InvalidInput(FocusError):
+    """The caller sent something that can never succeed."""
+
+    code = Code.INVALID_ARGUMENT
+
+
+class WrongFingerprint(FocusError):
+    """The two sides do not run the same checkpoint."""
+
+    code = Code.FAILED_PRECONDITION
+
+
+class TooLarge(FocusError):
+    """The request can never fit this server's memory or limits."""
+
+    code = Code.RESOURCE_EXHAUSTED
+
+
+class Overloaded(FocusError):
+    """No room now; a later try may succeed."""
+
+    code = Code.RESOURCE_EXHAUSTED
+
+
+class StageUnavailable(FocusError):
+    """A stage could not be reached."""
+
+    code = Code.UNAVAILABLE
+
+
+class DeadlineExceeded(FocusError):
+    """The caller's deadline, or the server's own limit, passed."""
+
+    code = Code.DEADLINE_EXCEEDED
+
+
+class InternalError(FocusError):
+    """Our fault: the request was fine."""
+
+    code = Code.INTERNAL

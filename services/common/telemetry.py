@@ -1,0 +1,131 @@
+"""Every metric's name, kind, unit and tags in one table, and `Metrics`, which records only what the table has.
+
+Ray prefixes each name with `ray_`, counters get `_total`, and Serve adds the tags deployment, replica and application.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+Stage = Literal["gateway", "encoder", "llm"]
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+_TILES = (1.0, 2.0, 3.0, 5.0, 8.0, 12.0, 16.0, 24.0, 32.0, 40.0, 64.0)
+_PERCENT = (5.0, 10.0, 15.0, 20.0, 25.0, 30.0, 35.0, 40.0, 45.0, 50.0, 60.0, 70.0, 80.0, 90.0, 100.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricSpec:
+    """One metric, as the stage that owns it records it."""
+
+    name: str
+    stage: Stage
+    kind: Literal["counter", "gauge", "histogram"]
+    unit: str
+    description: str
+    tags: tuple[str, ...] = ()
+    boundaries: tuple[float, ...] = ()
+    """Histogram buckets, in the unit."""
+
+    @property
+    def prometheus_names(self) -> tuple[str, ...]:
+        """The names under which Ray's endpoint shows it."""
+        if self.kind == "counter":
+            return (f"ray_{self.name}_total",)
+        if self.kind == "gauge":
+            return (f"ray_{self.name}",)
+        return tuple(f"ray_{self.name}_{part}" for part in ("bucket", "count", "sum"))
+
+
+def _counter(stage: Stage, name: str, unit: str, description: str, *tags: str) -> MetricSpec:
+    return MetricSpec(name=name, stage=stage, kind="counter", unit=unit, description=description, tags=tags)
+
+
+def _gauge(stage: Stage, name: str, unit: str, description: str) -> MetricSpec:
+    return MetricSpec(name=name, stage=stage, kind="gauge", unit=unit, description=description)
+
+
+def _histogram(stage: Stage, name: str, unit: str, description: str, boundaries: tuple[float, ...]) -> MetricSpec:
+    return MetricSpec(
+        name=name, stage=stage, kind="histogram", unit=unit, description=description, boundaries=boundaries
+    )
+
+
+METRICS: tuple[MetricSpec, ...] = (
+    _counter("gateway", "focusllava_requests", "requests",
+             "Chat requests ended. outcome: ok, cancelled, or the name of the gRPC status.", "outcome"),
+    _gauge("gateway", "focusllava_requests_in_flight", "requests", "Chat requests being answered."),
+    _histogram("gateway", "focusllava_request_seconds", "seconds", "Receipt to last event.", _SECONDS),
+    _histogram("gateway", "focusllava_time_to_first_token_seconds", "seconds", "Receipt to first token.", _SECONDS),
+    _counter("gateway", "focusllava_output_tokens", "tokens", "Tokens generated."),
+    _counter("gateway", "focusllava_visual_tokens_uncompressed", "tokens", "Visual tokens, both samplers off."),
+    _counter("gateway", "focusllava_visual_tokens_sampled", "tokens", "Visual tokens after the vision-guided sampler."),
+    _counter("gateway", "focusllava_visual_tokens_kept", "tokens", "Visual tokens after the text-guided sampler."),
+    _histogram("gateway", "focusllava_converted_share_percent", "percent",
+               "Converted remaining tokens of the uncompressed count, a request with images.", _PERCENT),
+    _counter("gateway", "focusllava_cache_lookups", "lookups",
+             "Visual-token cache look-ups. result: hit, miss, error (a failing Redis; served as a miss).", "result"),
+    _gauge("gateway", "focusllava_cache_bytes", "bytes", "Bytes held by the in-process cache; 0 with Redis."),
+    _counter("gateway", "focusllava_cache_written_bytes", "bytes", "Bytes of visual tokens stored in the cache."),
+    _counter("gateway", "focusllava_stage_retries", "retries", "Calls to a stage tried again.", "stage"),
+    _counter("encoder", "focusllava_encode_requests", "requests", "Encode calls ended.", "outcome"),
+    _histogram("encoder", "focusllava_encode_seconds", "seconds", "Receipt of an image to its tokens.", _SECONDS),
+    _histogram("encoder", "focusllava_tiles_per_batch", "tiles", "Tiles that went through the vision tower together.",
+               _TILES),
+    _gauge("encoder", "focusllava_encoder_waiting_images", "images", "Images decoded and waiting for a batch."),
+    _counter("llm", "focusllava_generate_requests", "requests", "Generate calls ended.", "outcome"),
+    _histogram("llm", "focusllava_llm_time_to_first_token_seconds", "seconds", "Receipt at the stage to first token.",
+               _SECONDS),
+    _gauge("llm", "focusllava_running_requests", "requests", "Requests that hold KV cache."),
+    _gauge("llm", "focusllava_waiting_requests", "requests", "Requests waiting for KV cache."),
+    _gauge("llm", "focusllava_kv_blocks_used", "blocks", "KV cache blocks in use, both groups."),
+    _gauge("llm", "focusllava_kv_blocks_total", "blocks", "KV cache blocks, both groups."),
+)  # fmt: skip
+
+
+class MetricBackend(Protocol):
+    """What `ray.util.metrics` and `ray.serve.metrics` offer."""
+
+    Counter: Any
+    Gauge: Any
+    Histogram: Any
+
+
+class Metrics:
+    """Records one stage's metrics. A name, kind or tag that the table lacks is a bug and fails an assert.
+
+    backend is a module such as `ray.serve.metrics`; None records nothing (one process, no endpoint).
+    """
+
+    def __init__(self, stage: Stage, backend: MetricBackend | None = None):
+        self._specs = {spec.name: spec for spec in METRICS if spec.stage == stage}
+        self._live = {name: _build(spec, backend) for name, spec in self._specs.items()} if backend else {}
+
+    def count(self, name: str, amount: float = 1, **tags: str) -> None:
+        self._check(name, "counter", tags)
+        if amount > 0 and self._live:
+            self._live[name].inc(amount, tags=tags)
+
+    def set(self, name: str, value: float, **tags: str) -> None:
+        self._check(name, "gauge", tags)
+        if self._live:
+            self._live[name].set(value, tags=tags)
+
+    def observe(self, name: str, value: float, **tags: str) -> None:
+        self._check(name, "histogram", tags)
+        if self._live:
+            self._live[name].observe(value, tags=tags)
+
+    def _check(self, name: str, kind: str, tags: dict[str, str]) -> None:
+        spec = self._specs[name]
+        assert spec.kind == kind and set(tags) == set(spec.tags), (name, kind, tags)
+
+
+def _build(spec: MetricSpec, backend: MetricBackend) -> Any:
+    text = f"{spec.description} Unit: {spec.unit}."
+    if spec.kind == "counter":
+        return backend.Counter(spec.name, description=text, tag_keys=spec.tags)
+    if spec.kind == "gauge":
+        return backend.Gauge(spec.name, description=text, tag_keys=spec.tags)
+    return backend.Histogram(spec.name, description=text, boundaries=list(spec.boundaries), tag_keys=spec.tags)

@@ -1,0 +1,167 @@
+"""Every dataclass that crosses a stage.
+
+Legend: T tiles, P patches a tile, D LLM width, H and W of the unpadded feature map, M regions, N visual tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTiles:
+    """An image cut for the vision tower; tile 0 is the base tile (the whole image in one tile)."""
+
+    pixels_T3HW: torch.Tensor
+    """float32 [1 + rows * cols, 3, tile, tile], normalised."""
+    image_size_hw: tuple[int, int]
+    """Size of the image before resizing, in pixels."""
+    grid_hw: tuple[int, int]
+    """Rows and columns of grid tiles."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectedFeatureMap:
+    """Projector output of one image: base-tile tokens, and the grid tiles put together and unpadded."""
+
+    base_PD: torch.Tensor
+    map_HWD: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressedVisualTokens:
+    """What the encoder stage hands to the LLM stage for one image."""
+
+    tokens_ND: torch.Tensor
+    """Base-tile tokens, then each row of regions closed by one newline embedding."""
+    branch_ids_M: torch.Tensor
+    """uint8 [M]: the branch that each region chose, regions in raster order; empty with the vision sampler off."""
+    map_hw: tuple[int, int]
+    """Height and width of the unpadded feature map, in tokens."""
+    uncompressed_tokens: int
+    """Visual tokens of this image with the vision sampler off (newlines and base tile included)."""
+    content_hash: str
+    """SHA-256 (hex) of the image bytes."""
+    model_fingerprint: str
+    notes: tuple[str, ...] = ()
+    """What the user should know of how the image was read, such as "animated image: first of 12 frames used"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneDecision:
+    """The text-guided sampler's choice for one prompt (Eq. 6-9)."""
+
+    kept: torch.Tensor
+    """int64 [K], ascending indices into the prompt's visual tokens."""
+    importance: torch.Tensor
+    """float32 [N]: S_j of Eq. 8."""
+    layer: int
+    threshold: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How the next token is drawn; the defaults are greedy decoding."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    """For benchmarks: generate exactly `max_tokens`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneParams:
+    """Per-request settings of the text-guided sampler."""
+
+    threshold: float | None = None
+    """gamma of Eq. 9 in (0, 1]; None takes the checkpoint's."""
+    enabled: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextPart:
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagePart:
+    """Index into the request's list of images."""
+
+    image: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatTurn:
+    """One message. role is "system", "user" or "assistant"; images only in user turns."""
+
+    role: str
+    parts: tuple[TextPart | ImagePart, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateRequest:
+    """What the LLM stage is asked."""
+
+    request_id: str
+    turns: tuple[ChatTurn, ...]
+    images: tuple[CompressedVisualTokens, ...] = ()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    prune: PruneParams = field(default_factory=PruneParams)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """Accounting of one request (method: Sec. 4.4, converted remaining tokens)."""
+
+    prompt_tokens: int = 0
+    """Text and visual tokens entering layer 0."""
+    completion_tokens: int = 0
+    visual_tokens_uncompressed: int = 0
+    visual_tokens_sampled: int = 0
+    """After the vision-guided sampler: what layers 0..k-1 see."""
+    visual_tokens_kept: int = 0
+    """After the text-guided sampler: what layers k..L-1 see."""
+    prune_layer: int = 0
+    """k, zero-based; 0 when nothing was pruned."""
+    num_layers: int = 0
+    kv_bytes: int = 0
+    """Bytes of KV cache that the request's tokens held at its end."""
+    kv_bytes_unpruned: int = 0
+    """What the same tokens would have held with no text-guided pruning."""
+    time_to_first_token_s: float = 0.0
+
+    @property
+    def converted_visual_tokens(self) -> float:
+        """Sec. 4.4: N - n * (L - i) / L, where n of N tokens leave at layer i of L."""
+        removed = self.visual_tokens_sampled - self.visual_tokens_kept
+        if not self.num_layers:
+            return float(self.visual_tokens_sampled)
+        return self.visual_tokens_sampled - removed * (self.num_layers - self.prune_layer) / self.num_layers
+
+    @property
+    def converted_share(self) -> float:
+        """Converted tokens as a share (0..1) of the uncompressed count; 1.0 without an image."""
+        if not self.visual_tokens_uncompressed:
+            return 1.0
+        return self.converted_visual_tokens / self.visual_tokens_uncompressed
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenEvent:
+    """New text of the answer. `text` may be empty while a character is incomplete."""
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedEvent:
+    """The last event of a stream. reason is "stop", "length" or "abort"."""
+
+    reason: str
+    usage: Usage

@@ -1,0 +1,1 @@
+"""Stage 1: an image in, compressed visual tokens out."""

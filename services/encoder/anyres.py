@@ -1,0 +1,78 @@
+"""Anyres tiling: an image to base tile and grid tiles, and the grid tiles' features back to one unpadded map.
+
+Equal, pixel for pixel and token for token, to LLaVA-NeXT in transformers (tests/contract/test_hf_equivalence.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+
+from services.common.types import ImageTiles
+
+
+def best_resolution(size_hw: tuple[int, int], pinpoints: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The (height, width) that keeps most of the image's pixels, and of those the one that wastes fewest."""
+
+    def fit(target_hw: tuple[int, int]) -> tuple[int, int]:
+        scale = min(target_hw[1] / size_hw[1], target_hw[0] / size_hw[0])
+        effective = min(int(size_hw[1] * scale) * int(size_hw[0] * scale), size_hw[0] * size_hw[1])
+        return effective, -(target_hw[0] * target_hw[1] - effective)
+
+    return max(pinpoints, key=fit)
+
+
+def resized_hw(size_hw: tuple[int, int], target_hw: tuple[int, int]) -> tuple[int, int]:
+    """Size of the image inside the target, its aspect kept."""
+    scale_h, scale_w = target_hw[0] / size_hw[0], target_hw[1] / size_hw[1]
+    if scale_w < scale_h:
+        return min(math.ceil(size_hw[0] * scale_w), target_hw[0]), target_hw[1]
+    return target_hw[0], min(math.ceil(size_hw[1] * scale_h), target_hw[1])
+
+
+def tile_image(image: Image.Image, *, tile_px: int, pinpoints: Sequence[tuple[int, int]], mean: Sequence[float],
+               std: Sequence[float]) -> ImageTiles:  # fmt: skip
+    """Cuts an RGB image into normalised tiles, base tile first."""
+    size_hw = (image.height, image.width)
+    target_h, target_w = best_resolution(size_hw, pinpoints)
+    inner_h, inner_w = resized_hw(size_hw, (target_h, target_w))
+    canvas = Image.new("RGB", (target_w, target_h))
+    inner = image.resize((inner_w, inner_h), Image.Resampling.BICUBIC)
+    canvas.paste(inner, ((target_w - inner_w) // 2, (target_h - inner_h) // 2))
+    base = image.resize((tile_px, tile_px), Image.Resampling.BICUBIC)
+    rows, cols = target_h // tile_px, target_w // tile_px
+    grid = np.asarray(canvas).reshape(rows, tile_px, cols, tile_px, 3).swapaxes(1, 2).reshape(-1, tile_px, tile_px, 3)
+    pixels = np.concatenate((np.asarray(base)[None], grid))
+    return ImageTiles(pixels_T3HW=normalise(pixels, mean, std), image_size_hw=size_hw, grid_hw=(rows, cols))
+
+
+def normalise(pixels_THW3: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """uint8 [T, H, W, 3] to float32 [T, 3, H, W], scaled to 0..1, less the mean, over the standard deviation."""
+    scale = np.float32(1) / (np.float32(255) * np.asarray(std, np.float32))
+    shift = np.asarray(mean, np.float32) / np.asarray(std, np.float32)
+    return torch.from_numpy((pixels_THW3 * scale - shift).astype(np.float32).transpose(0, 3, 1, 2).copy())
+
+
+def unpadded_hw(size_hw: tuple[int, int], map_hw: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Top, bottom, left, right of the map's part that is not padding."""
+    height, width = map_hw
+    if size_hw[1] / size_hw[0] > width / height:
+        inner = int(round(size_hw[0] * (width / size_hw[1]), 7))
+        padding = (height - inner) // 2
+        return padding, height - padding, 0, width
+    inner = int(round(size_hw[1] * (height / size_hw[0]), 7))
+    padding = (width - inner) // 2
+    return 0, height, padding, width - padding
+
+
+def join_tiles(features_TPD: torch.Tensor, grid_hw: tuple[int, int], size_hw: tuple[int, int]) -> torch.Tensor:
+    """Grid tiles' features (no base tile) to the unpadded feature map [H, W, D]."""
+    side, depth = math.isqrt(features_TPD.shape[1]), features_TPD.shape[2]
+    rows, cols = grid_hw
+    joined = features_TPD.view(rows, cols, side, side, depth).transpose(1, 2).reshape(rows * side, cols * side, depth)
+    top, bottom, left, right = unpadded_hw(size_hw, (rows * side, cols * side))
+    return joined[top:bottom, left:right]

@@ -1,0 +1,102 @@
+"""Stage 1 as a Ray Serve deployment: EncoderService over Serve's gRPC ingress, tiles batched across requests."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from dataclasses import dataclass, field
+from typing import Literal
+
+import ray.serve.metrics
+import torch
+from ray import serve
+from ray.serve.grpc_util import RayServegRPCContext
+
+from focusllava.v1 import encoder_pb2
+from services.common import wire
+from services.common.grpc_status import check_fingerprint, refuse
+from services.common.media import MediaLimits
+from services.common.settings import require
+from services.common.telemetry import Metrics
+from services.encoder.batcher import TileBatcher
+from services.encoder.pipeline import EncoderPipeline
+
+_REPORT_PERIOD_S = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSettings:
+    """`args` of the encoder application."""
+
+    checkpoint: str
+    device: str = "auto"
+    """"auto" takes a GPU when there is one."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Unset: bfloat16 on a GPU, float32 on a CPU."""
+    wire_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """What the visual tokens are sent as."""
+    max_tiles: int = 40
+    """Most tiles in one pass of the vision tower."""
+    max_wait_s: float = 0.002
+    """How long a first image waits for company."""
+    torch_threads: int | None = None
+    """Unset: torch's own choice, one a core."""
+    media: MediaLimits = field(default_factory=MediaLimits)
+
+    def __post_init__(self) -> None:
+        require(self.max_tiles >= 1, "max_tiles", self.max_tiles, "1 or more")
+        require(self.max_wait_s >= 0, "max_wait_s", self.max_wait_s, "0 or more seconds")
+        require(self.torch_threads is None or self.torch_threads >= 1, "torch_threads", self.torch_threads, "1 or more")
+
+
+@serve.deployment(name="Encoder")
+class Encoder:
+    """One replica of stage 1; takes no LLM weight into memory."""
+
+    def __init__(self, settings: EncoderSettings):
+        if settings.torch_threads:
+            torch.set_num_threads(settings.torch_threads)
+        device = "cuda" if settings.device == "auto" and torch.cuda.is_available() else settings.device
+        device = "cpu" if device == "auto" else device
+        dtype = getattr(torch, settings.dtype or ("float32" if device == "cpu" else "bfloat16"))
+        self._pipeline = EncoderPipeline.from_checkpoint(
+            settings.checkpoint, dtype=dtype, device=device, limits=settings.media
+        )
+        self._wire_dtype: torch.dtype = getattr(torch, settings.wire_dtype)
+        self._batcher = TileBatcher(self._pipeline, max_tiles=settings.max_tiles, max_wait_s=settings.max_wait_s)
+        self._metrics = Metrics("encoder", ray.serve.metrics)
+        self._report = asyncio.get_running_loop().create_task(self._report_forever())
+
+    async def Encode(
+        self, request: encoder_pb2.EncodeRequest, grpc_context: RayServegRPCContext
+    ) -> encoder_pb2.EncodeResponse:
+        """EncoderService.Encode."""
+        received, outcome = time.monotonic(), "cancelled"
+        try:
+            check_fingerprint(request.model_fingerprint, self._pipeline.fingerprint)
+            tokens = await self._batcher.encode(request.image, request.vision_sampler)
+            tokens = dataclasses.replace(tokens, tokens_ND=tokens.tokens_ND.to(self._wire_dtype))
+            message = wire.tokens_to_proto(tokens)
+            outcome = "ok"
+            return encoder_pb2.EncodeResponse(visual_tokens=message)
+        except Exception as error:
+            refused = refuse(grpc_context, error)
+            outcome = refused.code.value
+            raise refused from None
+        finally:
+            self._metrics.count("focusllava_encode_requests", outcome=outcome)
+            self._metrics.observe("focusllava_encode_seconds", time.monotonic() - received)
+
+    def check_health(self) -> None:
+        """Called by Serve; raising has the replica replaced."""
+        if self._report.done():
+            raise RuntimeError("the metrics task ended")
+
+    async def _report_forever(self) -> None:
+        while True:
+            batches, self._batcher.tiles_per_batch[:] = list(self._batcher.tiles_per_batch), []
+            for tiles in batches:
+                self._metrics.observe("focusllava_tiles_per_batch", tiles)
+            self._metrics.set("focusllava_encoder_waiting_images", self._batcher.waiting)
+            await asyncio.sleep(_REPORT_PERIOD_S)

@@ -1,0 +1,93 @@
+"""The encoder stage's weights and its forward pass, for serving and training alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from services.checkpoint.config import FocusLlavaConfig
+from services.common.types import ImageTiles, ProjectedFeatureMap
+from services.encoder.anyres import join_tiles
+from services.encoder.projector import Projector
+from services.encoder.vision_tower import build_vision_tower, patch_features
+from services.sampler.vision_guided import SampledMap, VisionGuidedSampler
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedImage:
+    """Visual tokens of one image and, when it was sampled, what the sampler chose."""
+
+    tokens_ND: torch.Tensor
+    map_hw: tuple[int, int]
+    uncompressed_tokens: int
+    sampled: SampledMap | None
+
+
+class EncoderModel(nn.Module):
+    """Vision tower, projector, newline embedding and vision-guided sampler."""
+
+    def __init__(self, config: FocusLlavaConfig):
+        super().__init__()
+        vision, width = config.vision_config, config.text_config.hidden_size
+        sampler = config.vision_sampler
+        self.config = config
+        self.vision_tower = build_vision_tower(vision, config.vision_stem)
+        self.multi_modal_projector = Projector(vision.hidden_size, width, bias=config.projector_bias)
+        self.image_newline = nn.Parameter(torch.randn(width) / width**0.5)
+        self.vision_guided_sampler = VisionGuidedSampler(
+            width,
+            config.patches_per_side**2,
+            window=sampler.window,
+            branches=sampler.branches,
+            similarity=sampler.similarity,
+            region_pool=sampler.region_pool,
+            selector_input=sampler.selector_input,
+            probability_gate=sampler.probability_gate,
+            selector_temperature=sampler.selector_temperature,
+        )
+
+    def patch_features(self, pixels_T3HW: torch.Tensor) -> torch.Tensor:
+        """Vision tower's features [T, P, C], before the projector."""
+        parameter = self.multi_modal_projector.linear_1.weight
+        pixels = pixels_T3HW.to(parameter.device, parameter.dtype)
+        return patch_features(self.vision_tower, pixels, self.config.vision_feature_layer)
+
+    def project(self, images: Sequence[ImageTiles]) -> list[ProjectedFeatureMap]:
+        """Runs the tiles of all images through tower and projector in one batch."""
+        features = self.patch_features(torch.cat([image.pixels_T3HW for image in images]))
+        tiles = [len(image.pixels_T3HW) for image in images]
+        maps = []
+        for image, projected in zip(images, self.multi_modal_projector(features).split(tiles), strict=True):
+            joined = join_tiles(projected[1:], image.grid_hw, image.image_size_hw)
+            maps.append(ProjectedFeatureMap(base_PD=projected[0], map_HWD=joined))
+        return maps
+
+    def tokens(self, feature_map: ProjectedFeatureMap, vision_sampler: bool) -> EncodedImage:
+        """Feature map to visual tokens: base tile, then rows of regions (or of the map) closed by newlines."""
+        base_PD, map_HWD = feature_map.base_PD, feature_map.map_HWD
+        height, width, depth = map_HWD.shape
+        sampled = None
+        if vision_sampler:
+            sampled = self.vision_guided_sampler(map_HWD, base_PD, self.image_newline)
+            rest_ND = sampled.tokens_ND
+            mode = self.config.vision_sampler.base_tile
+            if mode == "sample":
+                side = self.config.patches_per_side
+                base_PD = self.vision_guided_sampler(base_PD.view(side, side, depth), base_PD, self.image_newline).tokens_ND
+            elif mode == "drop":
+                base_PD = base_PD[:0]
+        else:
+            newline = self.image_newline.to(map_HWD.dtype).expand(height, 1, depth)
+            rest_ND = torch.cat((map_HWD, newline), dim=1).flatten(0, 1)
+        return EncodedImage(
+            tokens_ND=torch.cat((base_PD, rest_ND)),
+            map_hw=(height, width),
+            uncompressed_tokens=feature_map.base_PD.shape[0] + height * (width + 1),
+            sampled=sampled,
+        )
+
+    def forward(self, images: Sequence[ImageTiles], vision_sampler: Sequence[bool]) -> list[EncodedImage]:
+        return [self.tokens(m, on) for m, on in zip(self.project(images), vision_sampler, strict=True)]

@@ -1,0 +1,86 @@
+"""The encoder stage in reading order: bytes -> tiles -> features -> feature map -> compressed visual tokens."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from services.checkpoint.config import FocusLlavaConfig
+from services.checkpoint.store import fingerprint, load_stage
+from services.common.errors import InvalidInput
+from services.common.media import MediaLimits, content_hash, open_image
+from services.common.types import CompressedVisualTokens, ImageTiles
+from services.encoder.anyres import tile_image
+from services.encoder.model import EncoderModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedImage:
+    """An image decoded and tiled, ready for the vision tower."""
+
+    tiles: ImageTiles
+    content_hash: str
+    notes: tuple[str, ...]
+
+
+class EncoderPipeline:
+    """One checkpoint's encoder stage on one device. `prepare` may run on many threads, `encode` on one at a time."""
+
+    def __init__(self, model: EncoderModel, model_fingerprint: str, limits: MediaLimits | None = None):
+        self.model = model.eval()
+        self.config = model.config
+        self.fingerprint = model_fingerprint
+        self.limits = limits or MediaLimits()
+
+    @classmethod
+    def from_checkpoint(cls, folder: str | pathlib.Path, *, dtype: torch.dtype | None = None, device: str = "cpu",
+                        limits: MediaLimits | None = None) -> EncoderPipeline:  # fmt: skip
+        """Loads the encoder's shards only. dtype None keeps the checkpoint's."""
+        config = FocusLlavaConfig.load(folder)
+        dtype = dtype or getattr(torch, config.dtype)
+        with torch.device("meta"):
+            model = EncoderModel(config)
+        state = {name: tensor.to(device, dtype) for name, tensor in dict(load_stage(folder, "encoder")).items()}
+        missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+        if missing or unexpected:
+            raise InvalidInput(f"missing {list(missing)[:4]}, unexpected {list(unexpected)[:4]}", field="encoder tensors")
+        # Built on the meta device, the one non-persistent buffer has no value yet.
+        embeddings = model.vision_tower.embeddings
+        embeddings.position_ids = torch.arange(embeddings.num_positions, device=device).expand((1, -1))
+        return cls(model, fingerprint(folder), limits)
+
+    def prepare(self, image: bytes) -> PreparedImage:
+        """Decodes and tiles an image file. Raises InvalidInput or TooLarge naming what is wrong with it."""
+        opened = open_image(image, self.limits)
+        tiles = tile_image(
+            opened.image,
+            tile_px=self.config.tile_px,
+            pinpoints=self.config.image_grid_pinpoints,
+            mean=self.config.image_mean,
+            std=self.config.image_std,
+        )
+        return PreparedImage(tiles=tiles, content_hash=content_hash(image), notes=opened.notes)
+
+    @torch.inference_mode()
+    def encode(self, images: Sequence[PreparedImage], vision_sampler: Sequence[bool]) -> list[CompressedVisualTokens]:
+        """Encodes a batch; each image is sampled or not as its flag says."""
+        encoded = self.model([image.tiles for image in images], vision_sampler)
+        return [
+            CompressedVisualTokens(
+                tokens_ND=result.tokens_ND.cpu(),
+                branch_ids_M=(
+                    result.sampled.branch_ids_M.to("cpu", torch.uint8)
+                    if result.sampled
+                    else torch.empty(0, dtype=torch.uint8)
+                ),
+                map_hw=result.map_hw,
+                uncompressed_tokens=result.uncompressed_tokens,
+                content_hash=image.content_hash,
+                model_fingerprint=self.fingerprint,
+                notes=image.notes,
+            )
+            for image, result in zip(images, encoded, strict=True)
+        ]

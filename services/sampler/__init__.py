@@ -1,0 +1,1 @@
+"""The paper: the two samplers and their losses, in pure torch."""

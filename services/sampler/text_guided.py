@@ -1,0 +1,40 @@
+"""Text-guided sampler: which visual tokens does the instruction attend to? (Sec. 3.3, Eq. 6-9)
+
+Legend: T instruction tokens, N visual tokens, H query heads, G key heads (grouped-query attention), d head width.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def apply_rotary(x_THd: torch.Tensor, cos_Td: torch.Tensor, sin_Td: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding as the Llama, Mistral and Qwen2 decoders apply it: halves rotated, one angle a position."""
+    first, second = x_THd.chunk(2, dim=-1)
+    return x_THd * cos_Td.unsqueeze(-2) + torch.cat((-second, first), dim=-1) * sin_Td.unsqueeze(-2)
+
+
+def text_importance(query_THd: torch.Tensor, key_NGd: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Eq. 6-8: S_j = (1/T) sum_t max_h softmax_j(q_th . k_jh * scaling), the softmax over the visual tokens in float32.
+
+    Both inputs carry their rotary embedding already. Only this T x N block is ever computed. Returns float32 [N].
+    """
+    heads, groups = query_THd.shape[1], key_NGd.shape[1]
+    query_GRTd = query_THd.float().permute(1, 0, 2).unflatten(0, (groups, heads // groups))
+    key_G1dN = key_NGd.float().permute(1, 2, 0).unsqueeze(1)
+    scores_GRTN = torch.matmul(query_GRTd, key_G1dN) * scaling
+    return scores_GRTN.softmax(dim=-1).flatten(0, 1).amax(dim=0).mean(dim=0)
+
+
+def keep_by_share(importance_N: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Eq. 9: the fewest tokens, most important first, whose share of the summed importance reaches `threshold`.
+
+    Ties go to the earlier token. Returns ascending int64 indices [K], K >= 1; 1.0 keeps all.
+    """
+    count = importance_N.numel()
+    if threshold >= 1.0 or count == 0:
+        return torch.arange(count, device=importance_N.device)
+    sorted_N, order_N = importance_N.double().sort(descending=True, stable=True)
+    cumulative_N = sorted_N.cumsum(0)
+    kept = int((cumulative_N < threshold * cumulative_N[-1]).sum()) + 1
+    return order_N[: min(kept, count)].sort().values

@@ -1,0 +1,150 @@
+"""Vision-guided sampler: compresses each region of the feature map at the scale that it needs (Sec. 3.2, Eq. 1-2).
+
+Legend: H, W feature map, D width, w window, M regions in raster order, K branches, C cells of all branches of a region,
+N base-tile tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from services.common.errors import InvalidInput
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledMap:
+    """One image's feature map after the sampler."""
+
+    tokens_ND: torch.Tensor
+    """Region by region in raster order, row-major inside a region, one newline closing each row of regions."""
+    branch_ids_M: torch.Tensor
+    """int64 [M]: the branch that each region chose."""
+    probs_MK: torch.Tensor
+    """float32 [M, K]: the selector's distribution."""
+    region_grid: tuple[int, int]
+    """Rows and columns of regions."""
+
+
+def split_regions(map_HWD: torch.Tensor, window: int) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
+    """Cuts the map into regions [M, w, w, D]; returns them, which tokens are real (bool [M, w, w]) and the grid.
+
+    Edge regions are partial: what lies beyond the map is marked unreal and never enters a pool.
+    """
+    height, width, depth = map_HWD.shape
+    rows, cols = -(-height // window), -(-width // window)
+    padded = nn.functional.pad(map_HWD, (0, 0, 0, cols * window - width, 0, rows * window - height))
+    regions = padded.view(rows, window, cols, window, depth).transpose(1, 2).reshape(-1, window, window, depth)
+    real = torch.zeros(rows * window, cols * window, dtype=torch.bool, device=map_HWD.device)
+    real[:height, :width] = True
+    real = real.view(rows, window, cols, window).transpose(1, 2).reshape(-1, window, window)
+    return regions, real, (rows, cols)
+
+
+def pool(regions_MwwD: torch.Tensor, real_Mww: torch.Tensor, kernel: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Max-pools with kernel = stride over the real tokens only; returns [M, cells, D] and which cells are real.
+
+    Unreal cells hold zeros.
+    """
+    regions, window, _, depth = regions_MwwD.shape
+    height, width = kernel
+    cells = (regions, window // height, height, window // width, width)
+    real_cells = real_Mww.view(cells).amax((2, 4)).flatten(1)
+    if kernel == (1, 1):
+        return regions_MwwD.flatten(1, 2), real_cells
+    masked = regions_MwwD.masked_fill(~real_Mww.unsqueeze(-1), -torch.inf)
+    pooled = masked.view(*cells, depth).amax((2, 4)).flatten(1, 2)
+    return pooled.masked_fill(~real_cells.unsqueeze(-1), 0), real_cells
+
+
+class Selector(nn.Module):
+    """Chooses a branch for each region, from its similarity to the base tile or from the region itself."""
+
+    def __init__(self, width: int, base_tokens: int, branches: int, *, selector_input: str, similarity: str,
+                 region_pool: str, temperature: float):  # fmt: skip
+        super().__init__()
+        self.selector_input, self.similarity, self.region_pool = selector_input, similarity, region_pool
+        self.temperature = temperature
+        self.linear = nn.Linear(base_tokens if selector_input == "base_tile" else 3 * width, branches)
+
+    def forward(self, regions_MwwD: torch.Tensor, real_Mww: torch.Tensor, base_ND: torch.Tensor) -> torch.Tensor:
+        """Returns p, float32 [M, K]."""
+        real = real_Mww.flatten(1).unsqueeze(-1)
+        tokens = regions_MwwD.flatten(1, 2).float()
+        mean_MD = (tokens * real).sum(1) / real.sum(1)
+        max_MD = tokens.masked_fill(~real, -torch.inf).amax(1)
+        if self.selector_input == "region":
+            spread_MD = ((tokens - mean_MD.unsqueeze(1)).square() * real).sum(1).div(real.sum(1)).add(1e-6).sqrt()
+            features = nn.functional.layer_norm(torch.stack((mean_MD, max_MD, spread_MD), 1), mean_MD.shape[-1:]).flatten(1)
+        else:
+            region_MD, base_ND = mean_MD if self.region_pool == "mean" else max_MD, base_ND.float()
+            if base_ND.shape[0] != self.linear.in_features:
+                raise InvalidInput(f"has {base_ND.shape[0]} tokens, the selector expects {self.linear.in_features}", field="base tile")
+            if self.similarity == "normalized":
+                # Raw inner products saturate the softmax; what all tokens share says nothing of a region.
+                base_ND = nn.functional.layer_norm(base_ND, base_ND.shape[-1:])
+                centre_D = base_ND.mean(0)
+                region_MD = nn.functional.normalize(nn.functional.layer_norm(region_MD, centre_D.shape) - centre_D, dim=-1)
+                base_ND = nn.functional.normalize(base_ND - centre_D, dim=-1)
+            features = region_MD @ base_ND.T
+        weight, bias = self.linear.weight.float(), self.linear.bias.float()
+        return (nn.functional.linear(features, weight, bias) * self.temperature).softmax(dim=-1)
+
+
+class VisionGuidedSampler(nn.Module):
+    """Eq. 1 at inference; in training the chosen branch carries the selector's gradient through `probability_gate`."""
+
+    def __init__(self, width: int, base_tokens: int, *, window: int = 4,
+                 branches: tuple[tuple[int, int], ...] = ((1, 1), (2, 2), (4, 4)), similarity: str = "inner_product",
+                 region_pool: str = "mean", selector_input: str = "base_tile", probability_gate: str = "paper",
+                 selector_temperature: float = 1.0):  # fmt: skip
+        super().__init__()
+        self.window, self.branches, self.probability_gate = window, tuple(branches), probability_gate
+        self.selector = Selector(width, base_tokens, len(branches), selector_input=selector_input, similarity=similarity,
+                                 region_pool=region_pool, temperature=selector_temperature)  # fmt: skip
+
+    def forward(self, map_HWD: torch.Tensor, base_ND: torch.Tensor, newline_D: torch.Tensor) -> SampledMap:
+        """Compresses one image's unpadded feature map with its base-tile features as context."""
+        regions, real, grid = split_regions(map_HWD, self.window)
+        with torch.autocast(map_HWD.device.type, enabled=False):
+            probs_MK = self.selector(regions, real, base_ND)
+        branch_ids_M = probs_MK.argmax(dim=1)
+        gated = self.training and torch.is_grad_enabled()
+        cells, emitted = [], []
+        for branch, kernel in enumerate(self.branches):
+            chosen_M = branch_ids_M == branch
+            pooled, real_cells = pool(regions, real, kernel)
+            if gated:
+                pooled = self._gate(pooled, regions, real, probs_MK, branch)
+            cells.append(pooled)
+            emitted.append(real_cells & chosen_M.unsqueeze(1))
+        # The newline is one more cell, emitted by the last region of each row.
+        cells.append(newline_D.to(map_HWD.dtype).expand(regions.shape[0], 1, -1))
+        closes_row = torch.arange(1, regions.shape[0] + 1, device=map_HWD.device) % grid[1] == 0
+        emitted.append(closes_row.unsqueeze(1))
+        tokens_ND = torch.cat(cells, dim=1)[torch.cat(emitted, dim=1)]
+        return SampledMap(tokens_ND=tokens_ND, branch_ids_M=branch_ids_M, probs_MK=probs_MK, region_grid=grid)
+
+    def _gate(self, pooled_MCD: torch.Tensor, regions: torch.Tensor, real: torch.Tensor, probs_MK: torch.Tensor,
+              branch: int) -> torch.Tensor:  # fmt: skip
+        """Gives the cells of one branch the selector's gradient; see docs/method.md for the three gates."""
+        probs_MK = probs_MK.to(pooled_MCD.dtype)
+        prob_M11 = probs_MK[:, branch, None, None]
+        if self.probability_gate == "paper":
+            return pooled_MCD * prob_M11
+        if self.probability_gate == "straight_through":
+            # 1 + p - sg(p), since p / sg(p) is 0/0 once p underflows.
+            return pooled_MCD * (1 + prob_M11 - prob_M11.detach())
+        with torch.no_grad():
+            others = [self._resize(pool(regions, real, kernel)[0], real, kernel, self.branches[branch])
+                      for kernel in self.branches]  # fmt: skip
+        surplus_MK = probs_MK - probs_MK.detach()
+        return pooled_MCD + torch.einsum("mk,kmcd->mcd", surplus_MK, torch.stack(others))
+
+    def _resize(self, pooled_MCD: torch.Tensor, real: torch.Tensor, source: tuple[int, int], target: tuple[int, int]) -> torch.Tensor:
+        """Brings one branch's cells to another's grid: nearest repeat, then the target's max-pool."""
+        rows, cols = self.window // source[0], self.window // source[1]
+        full = pooled_MCD.unflatten(1, (rows, cols)).repeat_interleave(source[0], 1).repeat_interleave(source[1], 2)
+        return pool(full, real, target)[0]

@@ -1,0 +1,133 @@
+"""Labelled tiles: deterministic, and labels on exactly the patches that show their evidence."""
+
+import random
+
+import numpy as np
+
+from training.data.scenes import Background, Card, Scene, Shape
+from training.data.tiles import (
+    COLOUR_NAMES,
+    GRID,
+    IGNORE,
+    KIND_NAMES,
+    LABEL_CLASSES,
+    View,
+    label_patches,
+    labelled_tile,
+    tile_batch,
+)
+from training.data.vocabulary import WORDS
+
+WHITE = (255, 255, 255)
+PLAIN = Background(colour=WHITE, end_colour=WHITE, noise_amplitude=0, noise_seed=0)
+
+
+def _card(box, text, glyph_boxes, kind="number") -> Card:
+    x0s, y0s, x1s, y1s = zip(*glyph_boxes, strict=True)
+    return Card(
+        box_xyxy=box,
+        colour="red",
+        fill=(218, 38, 42),
+        text=text,
+        kind=kind,
+        ink=WHITE,
+        font_px=14,
+        origin_xy=(x0s[0], y1s[0]),
+        text_box_xyxy=(min(x0s), min(y0s), max(x1s), max(y1s)),
+        glyph_boxes=tuple(glyph_boxes),
+    )
+
+
+# The card covers patches (1..2, 1..4); its digits lie on patches (1, 2) and (1, 3) alone.
+NUMBER = _card((12, 12, 60, 36), "47", [(26, 13, 34, 23), (37, 13, 45, 23)])
+SQUARE = Shape(box_xyxy=(60, 60, 96, 96), colour="blue", fill=(36, 82, 212), shape="square")
+SCENE = Scene(size_wh=(96, 96), background=PLAIN, cards=(NUMBER,), shapes=(SQUARE,), render_scale=1.0)
+
+
+def _labels(scene: Scene, **view) -> dict[str, np.ndarray]:
+    labels = label_patches(scene, View(**{"scale_xy": (1.0, 1.0), **view}))
+    return {name: array.reshape(GRID, GRID) for name, array in labels.items()}
+
+
+def _where(condition: np.ndarray) -> set[tuple[int, ...]]:
+    return {tuple(int(index) for index in place) for place in np.argwhere(condition)}
+
+
+def test_labels_lie_on_the_patches_of_their_evidence():
+    labels = _labels(SCENE)
+    card = {(row, column) for row in (1, 2) for column in (1, 2, 3, 4)}
+    square = {(row, column) for row in (5, 6, 7) for column in (5, 6, 7)}
+    assert _where(labels["kind"] == KIND_NAMES.index("number card")) == card
+    assert _where(labels["kind"] == KIND_NAMES.index("square")) == square
+    assert _where(labels["colour"] == COLOUR_NAMES.index("red")) == card
+    assert _where(labels["colour"] == COLOUR_NAMES.index("blue")) == square
+    assert _where(labels["tens"] != IGNORE) == {(1, 2)} and labels["tens"][1, 2] == 4
+    assert _where(labels["ones"] != IGNORE) == {(1, 3)} and labels["ones"][1, 3] == 7
+    assert (labels["word"] == IGNORE).all()
+
+
+def test_a_glyph_cut_by_the_tile_is_labelled_while_sixty_percent_is_inside():
+    # The tens glyph spans x 26 to 34: cut at 29 it keeps 5 of 8 pixels, at 30 only 4.
+    kept, lost = _labels(SCENE, offset_xy=(29, 0)), _labels(SCENE, offset_xy=(30, 0))
+    assert _where(kept["tens"] == 4) == {(1, 0)} and (lost["tens"] == IGNORE).all()
+    assert (lost["ones"] == 7).any()
+
+
+def test_a_word_needs_every_letter():
+    letters = [(14, 14, 21, 24), (22, 14, 29, 24), (30, 14, 37, 24)]
+    fox = _card((12, 12, 60, 36), "fox", letters, kind="word")
+    scene = Scene(size_wh=(96, 96), background=PLAIN, cards=(fox,), shapes=(), render_scale=1.0)
+    assert _where(_labels(scene)["word"] == WORDS.index("fox")) == {(1, 1), (1, 2)}
+    assert (_labels(scene, offset_xy=(22, 0))["word"] == IGNORE).all()
+
+
+def test_a_card_without_visible_text_has_a_colour_but_no_kind():
+    labels = _labels(SCENE, offset_xy=(47, 0))
+    assert labels["colour"][1, 0] == COLOUR_NAMES.index("red")
+    assert labels["kind"][1, 0] == IGNORE
+
+
+def test_nothing_is_labelled_under_padding():
+    labels = _labels(SCENE, window=(0, 48, 96, 96))
+    assert (labels["kind"][:4] == 0).all() and (labels["colour"][:4] == 0).all()
+    assert (labels["tens"] == IGNORE).all()
+    assert labels["kind"][6, 6] == KIND_NAMES.index("square")
+
+
+def test_labels_follow_the_scale():
+    labels = _labels(SCENE, scale_xy=(2.0, 2.0), offset_xy=(24, 24))
+    # Twice as large and moved up and left by two patches, the card fills the tile's top four rows.
+    assert (labels["colour"][:4] == COLOUR_NAMES.index("red")).all()
+    assert (labels["colour"][4:] == 0).all()
+    assert _where(labels["tens"] == 4) == {(0, 2), (0, 3), (1, 2), (1, 3)}
+
+
+def test_a_batch_depends_on_seed_and_step_alone():
+    batch, again, next_step = tile_batch(1, 5, 6), tile_batch(1, 5, 6), tile_batch(1, 6, 6)
+    assert batch["pixels"].shape == (6, 96, 96, 3) and batch["pixels"].dtype == np.uint8
+    for name in ("pixels", *LABEL_CLASSES):
+        assert np.array_equal(batch[name], again[name])
+    assert not np.array_equal(batch["pixels"], next_step["pixels"])
+    assert set(batch) == {"pixels", *LABEL_CLASSES}
+
+
+def test_labels_are_in_range_local_and_frequent_enough_to_learn_from():
+    batch = tile_batch(0, 0, 64)
+    for name, classes in LABEL_CLASSES.items():
+        assert batch[name].shape == (64, 64) and batch[name].dtype == np.int64
+        labelled = batch[name][batch[name] != IGNORE]
+        assert labelled.min() >= 0 and labelled.max() < classes
+    for name in ("tens", "ones", "word"):
+        share = (batch[name] != IGNORE).mean()
+        assert 0.01 < share < 0.08
+    assert ((batch["tens"] != IGNORE).any(1)).mean() > 0.5
+
+
+def test_colour_labels_agree_with_the_pixels():
+    """Patches labelled blue hold more blue than red; patches labelled red the reverse."""
+    blue, red = COLOUR_NAMES.index("blue"), COLOUR_NAMES.index("red")
+    for seed in range(40):
+        image, labels = labelled_tile(random.Random(seed))
+        patches = np.asarray(image).astype(int).reshape(GRID, 12, GRID, 12, 3).mean((1, 3)).reshape(-1, 3)
+        assert (patches[labels["colour"] == blue, 2] > patches[labels["colour"] == blue, 0]).all()
+        assert (patches[labels["colour"] == red, 0] > patches[labels["colour"] == red, 2]).all()

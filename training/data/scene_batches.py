@@ -1,0 +1,73 @@
+"""Batches of procedural scenes for the joint model: images of like size together, so that little is padding."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from functools import lru_cache
+
+from services.checkpoint.config import FocusLlavaConfig
+from services.encoder.anyres import best_resolution, tile_image
+from training.data.branches import BranchBuilder, Exchange
+from training.data.questions import QuestionAnswer, questions
+from training.data.rendering import render
+from training.data.scenes import Scene
+from training.data.splits import Split, scene_at
+from training.layout import Sample
+
+STEPS_SORTED_TOGETHER = 8
+
+
+class SceneBatches:
+    """The same (step, rank) gives the same samples."""
+
+    def __init__(self, config: FocusLlavaConfig, builder: BranchBuilder, *, seed: int, images: int,
+                 questions_per_image: int, kind_weights: Mapping[str, float], split: Split = "train"):  # fmt: skip
+        self.config, self.builder, self.split = config, builder, split
+        self.seed, self.images, self.questions_per_image = seed, images, questions_per_image
+        self.kind_weights = dict(kind_weights)
+        self._plan = lru_cache(maxsize=2)(self._make_plan)
+
+    def batch(self, step: int, rank: int, world_size: int) -> list[Sample]:
+        block, within = divmod(step, STEPS_SORTED_TOGETHER)
+        indices = self._plan(block, world_size)[within * world_size + rank]
+        return [self.sample(index) for index in indices]
+
+    def sample(self, index: int) -> Sample:
+        scene = scene_at(self.split, self.seed, index)
+        rng = random.Random(f"{self.seed}/{index}/questions")
+        config = self.config
+        image = tile_image(
+            render(scene),
+            tile_px=config.tile_px,
+            pinpoints=config.image_grid_pinpoints,
+            mean=config.image_mean,
+            std=config.image_std,
+        )
+        branches = []
+        prefix: tuple[int, ...] = ()
+        for asked in self._choose(questions(scene, rng), rng):
+            exchange = Exchange(question=asked.question, answer=asked.answer, evidence_xyxy=asked.box_xyxy)
+            prefix, branch = self.builder.build([exchange])
+            branches.append(branch)
+        return Sample(image=image, prefix_ids=prefix, branches=tuple(branches))
+
+    def _choose(self, asked: list[QuestionAnswer], rng: random.Random) -> list[QuestionAnswer]:
+        """Weighted draw without replacement: the largest of u ** (1 / weight) win."""
+        keyed = [(rng.random() ** (1 / self.kind_weights.get(a.kind, 1.0)), n) for n, a in enumerate(asked)]
+        return [asked[n] for _, n in sorted(keyed, reverse=True)[: self.questions_per_image]]
+
+    def _make_plan(self, block: int, world_size: int) -> list[list[int]]:
+        """Which scenes each batch of a block holds: sorted by tiles, neighbours to the ranks of one step."""
+        count = STEPS_SORTED_TOGETHER * world_size * self.images
+        first = block * count
+        order = sorted(range(first, first + count), key=lambda i: self._size(scene_at(self.split, self.seed, i)))
+        batches = [order[n : n + self.images] for n in range(0, count, self.images)]
+        steps = [batches[n : n + world_size] for n in range(0, len(batches), world_size)]
+        random.Random(f"{self.seed}/{block}/order").shuffle(steps)
+        return [batch for of_step in steps for batch in of_step]
+
+    def _size(self, scene: Scene) -> tuple[int, int]:
+        size_hw = (round(scene.size_wh[1] * scene.render_scale), round(scene.size_wh[0] * scene.render_scale))
+        height, width = best_resolution(size_hw, self.config.image_grid_pinpoints)
+        return height * width, size_hw[0] * size_hw[1]

@@ -1,0 +1,92 @@
+"""Stands in for CLIP's pre-training: the vision tower learns what lies on each patch of procedural tiles.
+
+Not part of the paper, which starts from CLIP.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import CLIPVisionConfig
+
+from services.encoder.anyres import normalise
+from services.encoder.vision_tower import build_vision_tower, patch_features
+from training.config import RunConfig, build
+from training.data.tiles import IGNORE, LABEL_CLASSES, tile_batch
+
+MEAN = STD = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseStage:
+    """Settings of the vision stage."""
+
+    vision: dict[str, Any] = field(default_factory=dict)
+    """Arguments of CLIPVisionConfig."""
+    vision_stem: str = "conv"
+
+
+class DenseHeads(nn.Module):
+    """One linear classifier a label, on patch features [T, P, C]."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.heads = nn.ModuleDict({name: nn.Linear(width, classes) for name, classes in LABEL_CLASSES.items()})
+
+    def forward(self, features_TPC: torch.Tensor, labels: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+        """Mean cross-entropy over the labels, and each label's accuracy where it says something (not on background)."""
+        features = self.norm(features_TPC)
+        losses, metrics = [], {}
+        for name, head in self.heads.items():
+            target = labels[name].flatten()
+            asked = target != IGNORE
+            if not asked.any():
+                continue
+            logits, target = head(features).flatten(0, 1)[asked].float(), target[asked]
+            losses.append(nn.functional.cross_entropy(logits, target))
+            telling = target > 0 if name in ("kind", "colour") else torch.ones_like(target, dtype=torch.bool)
+            metrics[name] = float((logits.argmax(-1) == target)[telling].float().mean())
+        return torch.stack(losses).sum(), metrics
+
+
+def labelled_batch(seed: int, step: int, size: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Normalised pixels float32 [T, 3, 96, 96] and labels int64 [T, P]."""
+    batch = tile_batch(seed, step, size)
+    pixels = normalise(batch.pop("pixels"), MEAN, STD)
+    return pixels, {name: torch.from_numpy(values) for name, values in batch.items()}
+
+
+class DenseModel(nn.Module):
+    def __init__(self, vision: dict[str, Any], stem: str):
+        super().__init__()
+        config = CLIPVisionConfig(**vision)
+        self.vision_tower = build_vision_tower(config, stem)
+        self.vision_tower.post_layernorm.requires_grad_(False)
+        self.dense_heads = DenseHeads(config.hidden_size)
+
+    def forward(self, batch: tuple[torch.Tensor, dict[str, torch.Tensor]], step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        pixels, labels = batch
+        weight = self.dense_heads.norm.weight
+        return self.dense_heads(patch_features(self.vision_tower, pixels.to(weight.device, weight.dtype), -1), labels)
+
+
+class DenseTask:
+    """Task of `training/vision_pretrain.py`."""
+
+    def __init__(self, run: RunConfig):
+        self.run = run
+        stage: DenseStage = build(DenseStage, run.stage, "stage.")
+        self.module = DenseModel(stage.vision, stage.vision_stem)
+
+    def batch(self, step: int, rank: int, world_size: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return labelled_batch(self.run.seed, step * world_size + rank, self.run.samples_per_worker)
+
+    def export(self, folder: pathlib.Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.float().contiguous() for k, v in self.module.state_dict().items()}, folder / "vision.safetensors")

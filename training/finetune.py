@@ -1,0 +1,11 @@
+"""The paper's second stage (both samplers): ray job submit --working-dir . -- python training/finetune.py --config FILE"""
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from training.trainer import main
+
+if __name__ == "__main__":
+    main(("training.joint_stage", "JointTask"), "Fine-tunes the joint model end to end with both samplers.")

@@ -1,0 +1,118 @@
+"""The joint model: encoder and language model in one graph, with both samplers as training sees them (Sec. 3.4)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from services.checkpoint.config import FocusLlavaConfig
+from services.encoder.model import EncodedImage, EncoderModel
+from services.sampler.balance import balance_loss
+from training.grounding import evidence_tokens, grounding_loss
+from training.layout import Sample, TextBatch, attention_mask, pack_text, positions
+from training.stochastic_prune import PruneSchedule, decide, gather_index
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossWeights:
+    balance: float = 0.1
+    """alpha of Eq. 3."""
+    grounding: float = 0.0
+    """Weight of the grounding loss (from-scratch pre-training only; not in the paper)."""
+    grounding_layers: tuple[int, ...] = ()
+
+
+class JointModel(nn.Module):
+    """forward(samples) gives the loss and what to print. `schedule` None turns text-guided pruning off."""
+
+    def __init__(self, config: FocusLlavaConfig, *, weights: LossWeights, schedule: PruneSchedule | None,
+                 vision_sampler: bool, pad_id: int):  # fmt: skip
+        super().__init__()
+        self.config, self.weights, self.schedule = config, weights, schedule
+        self.vision_sampler, self.pad_id = vision_sampler, pad_id
+        self.encoder = EncoderModel(config)
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config, attn_implementation="sdpa")
+        # Parameters that no forward pass reaches would make the optimizer wait for their gradients.
+        self.encoder.vision_tower.post_layernorm.requires_grad_(False)
+        if not vision_sampler:
+            self.encoder.vision_guided_sampler.requires_grad_(False)
+
+    def forward(self, samples: Sequence[Sample], rng: random.Random) -> tuple[torch.Tensor, dict[str, float]]:
+        encoded = self.encoder([s.image for s in samples], [self.vision_sampler] * len(samples))
+        text = pack_text(samples, self.pad_id)
+        grounding = [evidence_tokens(s, e) for s, e in zip(samples, encoded, strict=True)]
+        hidden_BQTD, extra = self._run(encoded, text, grounding if self.weights.grounding else None, rng)
+        loss, metrics = self._language_loss(hidden_BQTD, text)
+        if self.weights.grounding:
+            loss = loss + self.weights.grounding * extra["grounding"]
+            metrics["grounding"] = extra["grounding"].item()
+        if self.vision_sampler:
+            probs = torch.cat([e.sampled.probs_MK for e in encoded if e.sampled])
+            balance = balance_loss(probs, self.config.vision_sampler.balance_coefficients)
+            loss = loss + self.weights.balance * balance
+            metrics["balance"] = balance.item()
+            used = torch.bincount(probs.argmax(1), minlength=probs.shape[1]).float() / len(probs)
+            metrics |= {f"branch_{k}": float(share) for k, share in enumerate(used)}
+        full = sum(e.uncompressed_tokens for e in encoded)
+        metrics["sampled_share"] = sum(len(e.tokens_ND) for e in encoded) / full
+        metrics |= {k: v.item() for k, v in extra.items() if k != "grounding"}
+        return loss, metrics
+
+    def _run(self, encoded: list[EncodedImage], text: TextBatch, grounding: list[list[torch.Tensor | None]] | None,
+             rng: random.Random) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
+        decoder = self.language_model.model
+        batch, branches, length = text.token_ids_BQT.shape
+        before, visual_lens = len(text.prefix_ids), [len(e.tokens_ND) for e in encoded]
+        prefix = before + max(visual_lens)
+        words = decoder.embed_tokens(text.prefix_ids)
+        visual = nn.utils.rnn.pad_sequence([e.tokens_ND for e in encoded], batch_first=True)
+        hidden = torch.cat(
+            (words.expand(batch, -1, -1), visual, decoder.embed_tokens(text.token_ids_BQT.flatten(1))), dim=1
+        )
+        prefix_lens_B = torch.tensor(visual_lens) + before
+        position_ids = positions(prefix_lens_B, prefix, branches, length)
+        cos, sin = decoder.rotary_emb(hidden, position_ids)
+        mask: torch.Tensor | None = attention_mask(prefix_lens_B, prefix, branches, length)
+        cut = self.schedule.draw_layer(rng) if self.schedule else len(decoder.layers)
+        extra: dict[str, torch.Tensor] = {}
+        grounded = []
+        for index, layer in enumerate(decoder.layers):
+            if index == cut:
+                assert self.schedule is not None
+                thresholds = [[self.schedule.draw_threshold(rng) for _ in range(branches)] for _ in range(batch)]
+                kept = decide(layer, hidden, cos, sin, text.instruction_BQT, before, visual_lens, prefix, thresholds)
+                source, starts = gather_index(kept, before, prefix, length)
+                row = torch.arange(batch).repeat_interleave(branches).unsqueeze(1)
+                hidden, cos, sin = hidden[row, source], cos[row, source], sin[row, source]
+                # Padding is on the right only, so plain causal attention is exact.
+                mask = None
+                shares = [len(k) / n for of_image, n in zip(kept, visual_lens, strict=True) for k in of_image]
+                extra["kept_share"] = torch.tensor(sum(shares) / len(shares))
+            if grounding is not None and index in self.weights.grounding_layers:
+                assert mask is not None
+                grounded.append(grounding_loss(layer, hidden, cos, sin, mask, text, prefix, grounding))
+            hidden = layer(hidden, attention_mask=mask, position_embeddings=(cos, sin))
+        if grounded:
+            extra["grounding"] = torch.stack(grounded).mean()
+        hidden = decoder.norm(hidden)
+        if mask is not None:
+            return hidden[:, prefix:].unflatten(1, (branches, length)), extra
+        own = starts.unsqueeze(1) + torch.arange(length)
+        return hidden.gather(1, own.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])).unflatten(0, (batch, branches)), extra
+
+    def _language_loss(self, hidden_BQTD: torch.Tensor, text: TextBatch) -> tuple[torch.Tensor, dict[str, float]]:
+        """Cross-entropy over answer tokens; accuracy counts branches whose every answer token is the likeliest."""
+        target = text.labels_BQT[:, :, 1:]
+        answer = target != -100
+        logits = self.language_model.lm_head(hidden_BQTD[:, :, :-1][answer]).float()
+        loss = nn.functional.cross_entropy(logits, target[answer])
+        wrong = torch.zeros_like(answer)
+        wrong[answer] = logits.argmax(-1) != target[answer]
+        asked = answer.any(-1)
+        exact = (~wrong.any(-1))[asked].float().mean()
+        return loss, {"language": loss.item(), "exact": exact.item()}

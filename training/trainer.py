@@ -1,0 +1,185 @@
+"""The training loop: Ray Train places the workers, DeepSpeed ZeRO-2 shards optimizer states and gradients.
+
+A stage supplies a Task; this file knows nothing of images or language.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import os
+import pathlib
+import tempfile
+import time
+from typing import Any, Protocol
+
+import ray
+import ray.train
+import torch
+from ray.train.torch import TorchTrainer
+from torch import nn
+
+from training.config import ConfigError, RunConfig, load
+
+
+class Task(Protocol):
+    """One stage of training, on one worker."""
+
+    module: nn.Module
+    """Called with a batch and the step; returns the loss and metrics to print."""
+
+    def batch(self, step: int, rank: int, world_size: int) -> Any:
+        """The worker's share of a step; the same arguments give the same batch, so that a resumed run repeats nothing."""
+
+    def export(self, folder: pathlib.Path) -> None:
+        """Writes the trained weights."""
+
+
+def deepspeed_config(run: RunConfig) -> dict[str, Any]:
+    optimizer = run.optimizer
+    return {
+        "train_micro_batch_size_per_gpu": run.samples_per_worker,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optimizer.clip_norm,
+        "bf16": {"enabled": run.cluster.bf16},
+        "zero_optimization": {"stage": 2, "overlap_comm": run.cluster.use_gpu},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": optimizer.learning_rate,
+                "betas": list(optimizer.betas),
+                "weight_decay": optimizer.weight_decay,
+                "torch_adam": not run.cluster.use_gpu,
+            },
+        },
+        "scheduler": {
+            "type": "WarmupCosineLR",
+            "params": {
+                "total_num_steps": run.steps,
+                "warmup_num_steps": max(2, optimizer.warmup_steps),
+                "warmup_min_ratio": 0.01,
+                "cos_min_ratio": 0.02,
+            },
+        },
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+    }
+
+
+def parameter_groups(module: nn.Module, run: RunConfig) -> list[dict[str, Any]]:
+    """Weights decay, norms and biases do not; the selector has its own learning rate."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if any(name.startswith(prefix) for prefix in run.optimizer.frozen):
+            parameter.requires_grad_(False)
+        if parameter.requires_grad:
+            groups.setdefault((".selector." in name, parameter.ndim > 1), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": run.optimizer.learning_rate * (run.optimizer.selector_lr_scale if selector else 1.0),
+            "weight_decay": run.optimizer.weight_decay if decays else 0.0,
+        }
+        for (selector, decays), parameters in groups.items()
+    ]
+
+
+def train_worker(payload: dict[str, Any]) -> None:
+    """Runs in each Ray Train worker."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if payload["run"].cluster.use_gpu else "cpu")
+    import deepspeed
+
+    run: RunConfig = payload["run"]
+    torch.set_num_threads(run.cluster.threads_per_worker)
+    torch.manual_seed(run.seed)
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    module_name, class_name = payload["task"]
+    task: Task = getattr(importlib.import_module(module_name), class_name)(run)
+    buffers = {name: buffer.clone() for name, buffer in task.module.named_buffers()}
+    engine, _, _, _ = deepspeed.initialize(
+        model=task.module, model_parameters=parameter_groups(task.module, run), config=deepspeed_config(run)
+    )
+    for name, buffer in buffers.items():
+        # DeepSpeed casts buffers too: rotary frequencies in bf16 would turn far tokens by radians.
+        owner, _, leaf = name.rpartition(".")
+        setattr(task.module.get_submodule(owner), leaf, buffer.to(engine.device))
+    start = 0
+    if checkpoint := ray.train.get_checkpoint():
+        with checkpoint.as_directory() as folder:
+            _, state = engine.load_checkpoint(folder, tag="state")
+        start = int(state["step"])
+        if rank == 0:
+            print(f"resumed at step {start} of {run.steps}", flush=True)
+    began, means = time.perf_counter(), {}
+    for step in range(start, run.steps):
+        loss, metrics = engine(task.batch(step, rank, world_size), step)
+        engine.backward(loss)
+        engine.step()
+        for name, value in {"loss": float(loss.detach()), **metrics}.items():
+            means[name] = value if name not in means else 0.9 * means[name] + 0.1 * value
+        done = step + 1
+        if rank == 0 and (done % run.log_every == 0 or done == run.steps):
+            _progress(run, done, start, began, means)
+        if done % run.checkpoint_every == 0 or done == run.steps:
+            with tempfile.TemporaryDirectory() as folder:
+                engine.save_checkpoint(folder, tag="state", client_state={"step": done})
+                ray.train.report(
+                    {"step": done, **means}, checkpoint=ray.train.Checkpoint.from_directory(folder)
+                )
+    if rank == 0:
+        task.export(pathlib.Path(run.output))
+        print(f"exported to {run.output}", flush=True)
+    torch.distributed.barrier()
+
+
+def _progress(run: RunConfig, done: int, start: int, began: float, means: dict[str, float]) -> None:
+    per_step = (time.perf_counter() - began) / (done - start)
+    left = per_step * (run.steps - done)
+    values = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
+    print(f"{run.name} {done}/{run.steps}  {values}  {per_step:.2f} s/step  {left / 60:.1f} min left", flush=True)
+
+
+def main(task: tuple[str, str], description: str) -> None:
+    """The command line of a stage: `python training/<stage>.py --config FILE [--set name=value ...]`."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="replaces one value")
+    arguments = parser.parse_args()
+    try:
+        run = load(arguments.config, arguments.set)
+    except (ConfigError, OSError) as error:
+        raise SystemExit(f"{arguments.config}: {error}") from None
+    run = _absolute(run)
+    if not ray.is_initialized():
+        # Ray Train watches its controller through the dashboard's state API: without one it ends healthy runs.
+        ray.init(address=os.environ.get("RAY_ADDRESS"), include_dashboard=True)
+    cluster = run.cluster
+    result = TorchTrainer(
+        train_worker,
+        train_loop_config={"run": run, "task": task},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=cluster.workers,
+            use_gpu=cluster.use_gpu,
+            resources_per_worker={"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            name=run.name,
+            storage_path=cluster.storage_path,
+            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+        ),
+    ).fit()
+    if result.error:
+        raise SystemExit(f"{run.name} failed: {result.error}")
+
+
+def _absolute(run: RunConfig) -> RunConfig:
+    """Workers run in other folders: paths are made absolute here, where the user meant them."""
+
+    def absolute(path: str) -> str:
+        return path if not path or "://" in path else str(pathlib.Path(path).resolve())
+
+    cluster = dataclasses.replace(run.cluster, storage_path=absolute(run.cluster.storage_path))
+    return dataclasses.replace(run, output=absolute(run.output), init_from=absolute(run.init_from), cluster=cluster)

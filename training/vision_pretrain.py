@@ -1,0 +1,11 @@
+"""Vision stage for models trained from nothing (stands in for CLIP): python training/vision_pretrain.py --config FILE"""
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from training.trainer import main
+
+if __name__ == "__main__":
+    main(("training.dense_labels", "DenseTask"), "Trains a vision tower on labelled procedural tiles.")
