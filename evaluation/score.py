@@ -14,6 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -35,6 +36,9 @@ from training.data.questions import QuestionAnswer, questions
 from training.data.rendering import render
 from training.data.splits import Split, dataset_version, scene_at
 from training.data.vocabulary import DETAIL_KINDS
+
+HeldOut = Sequence[tuple[bytes, list[QuestionAnswer]]]
+"""Image files, each with its questions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +93,9 @@ def answer(engine: Engine, tokens: CompressedVisualTokens, asked: Sequence[Quest
     return [(texts[str(n)].strip(), usages[str(n)]) for n in range(len(asked))]
 
 
-def score(pipeline: EncoderPipeline, engine: Engine, data: Sequence[tuple[bytes, list[QuestionAnswer]]], setting: Setting,
-          threshold: float | None = None) -> dict[str, object]:  # fmt: skip
+def score(
+    pipeline: EncoderPipeline, engine: Engine, data: HeldOut, setting: Setting, threshold: float | None = None
+) -> dict[str, Any]:
     """Exact match by kind, and the visual tokens that it took."""
     right: dict[str, list[bool]] = defaultdict(list)
     converted = uncompressed = sampled = kept = 0.0
@@ -99,9 +104,7 @@ def score(pipeline: EncoderPipeline, engine: Engine, data: Sequence[tuple[bytes,
     for file, asked in data:
         (tokens,) = pipeline.encode([pipeline.prepare(file)], [setting.vision])
         branches += torch.bincount(tokens.branch_ids_M.long(), minlength=3)[:3]
-        for question, (text, usage) in zip(
-            asked, answer(engine, tokens, asked, setting.text, threshold), strict=True
-        ):
+        for question, (text, usage) in zip(asked, answer(engine, tokens, asked, setting.text, threshold), strict=True):
             right[question.kind].append(text == question.answer)
             uncompressed += usage.visual_tokens_uncompressed
             sampled += usage.visual_tokens_sampled
@@ -120,9 +123,9 @@ def score(pipeline: EncoderPipeline, engine: Engine, data: Sequence[tuple[bytes,
     }
 
 
-def baseline_scores(data: Sequence[tuple[bytes, list[QuestionAnswer]]]) -> dict[str, dict[str, object]]:
+def baseline_scores(data: HeldOut) -> dict[str, dict[str, Any]]:
     baselines = Baselines()
-    scores: dict[str, dict[str, object]] = {}
+    scores: dict[str, dict[str, Any]] = {}
     for name, guess in (("majority", baselines.majority), ("question only", baselines.question_only)):
         right: dict[str, list[bool]] = defaultdict(list)
         for _, asked in data:
@@ -136,15 +139,15 @@ def baseline_scores(data: Sequence[tuple[bytes, list[QuestionAnswer]]]) -> dict[
     return scores
 
 
-def table(results: dict[str, dict[str, object]]) -> str:
+def table(results: dict[str, dict[str, Any]]) -> str:
     """Markdown, a row a setting."""
-    kinds = sorted(next(iter(results.values()))["exact_percent"])  # type: ignore[call-overload]
+    kinds = sorted(next(iter(results.values()))["exact_percent"])
     lines = [
         f"| samplers | visual tokens, converted % | detail % | {' | '.join(kinds)} |",
         f"|---|---|---|{'---|' * len(kinds)}",
     ]
     for name, result in results.items():
-        by_kind = " | ".join(str(result["exact_percent"][kind]) for kind in kinds)  # type: ignore[index]
+        by_kind = " | ".join(str(result["exact_percent"][kind]) for kind in kinds)
         lines.append(f"| {name} | {result.get('converted_percent', '-')} | {result['detail_percent']} | {by_kind} |")
     return "\n".join(lines)
 
@@ -164,13 +167,15 @@ def main() -> None:
     pipeline = EncoderPipeline.from_checkpoint(arguments.checkpoint, dtype=dtype)
     engine = Engine.from_checkpoint(arguments.checkpoint, dtype=dtype, kv_cache_bytes=1 << 29)
     data = list(held_out(arguments.images, arguments.split, arguments.seed))
-    results: dict[str, dict[str, object]] = {}
+    results: dict[str, dict[str, Any]] = {}
     for setting in SETTINGS:
         if setting.name in arguments.settings.split(","):
             results[setting.name] = score(pipeline, engine, data, setting, arguments.threshold)
             print(f"{setting.name}: {json.dumps(results[setting.name])}", flush=True)
     results |= baseline_scores(data)
-    print(f"\ndata {dataset_version()}, {arguments.images} {arguments.split} images, model {pipeline.fingerprint[:12]}\n")
+    print(
+        f"\ndata {dataset_version()}, {arguments.images} {arguments.split} images, model {pipeline.fingerprint[:12]}\n"
+    )
     print(table(results))
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf8")

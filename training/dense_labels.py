@@ -39,7 +39,9 @@ class DenseHeads(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.heads = nn.ModuleDict({name: nn.Linear(width, classes) for name, classes in LABEL_CLASSES.items()})
 
-    def forward(self, features_TPC: torch.Tensor, labels: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+    def forward(
+        self, features_TPC: torch.Tensor, labels: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, float]]:
         """Mean cross-entropy over the labels, and each label's accuracy where it says something (not on background)."""
         features = self.norm(features_TPC)
         losses, metrics = [], {}
@@ -70,7 +72,9 @@ class DenseModel(nn.Module):
         self.vision_tower.post_layernorm.requires_grad_(False)
         self.dense_heads = DenseHeads(config.hidden_size)
 
-    def forward(self, batch: tuple[torch.Tensor, dict[str, torch.Tensor]], step: int) -> tuple[torch.Tensor, dict[str, float]]:
+    def forward(
+        self, batch: tuple[torch.Tensor, dict[str, torch.Tensor]], step: int
+    ) -> tuple[torch.Tensor, dict[str, float]]:
         pixels, labels = batch
         weight = self.dense_heads.norm.weight
         return self.dense_heads(patch_features(self.vision_tower, pixels.to(weight.device, weight.dtype), -1), labels)
@@ -89,4 +93,6 @@ class DenseTask:
 
     def export(self, folder: pathlib.Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.float().contiguous() for k, v in self.module.state_dict().items()}, folder / "vision.safetensors")
+        save_file(
+            {k: v.float().contiguous() for k, v in self.module.state_dict().items()}, folder / "vision.safetensors"
+        )

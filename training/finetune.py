@@ -1,4 +1,4 @@
-"""The paper's second stage (both samplers): ray job submit --working-dir . -- python training/finetune.py --config FILE"""
+"""The paper's second stage, both samplers: ray job submit --working-dir . -- python training/finetune.py --config F"""
 
 import pathlib
 import sys

@@ -28,13 +28,13 @@ class LossWeights:
 
 
 class JointModel(nn.Module):
-    """forward(samples) gives the loss and what to print. `schedule` None turns text-guided pruning off."""
+    """forward gives the loss and what to print. `schedule` None turns text-guided pruning off."""
 
     def __init__(self, config: FocusLlavaConfig, *, weights: LossWeights, schedule: PruneSchedule | None,
-                 vision_sampler: bool, pad_id: int):  # fmt: skip
+                 vision_sampler: bool, pad_id: int, seed: int = 0):  # fmt: skip
         super().__init__()
         self.config, self.weights, self.schedule = config, weights, schedule
-        self.vision_sampler, self.pad_id = vision_sampler, pad_id
+        self.vision_sampler, self.pad_id, self.seed = vision_sampler, pad_id, seed
         self.encoder = EncoderModel(config)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config, attn_implementation="sdpa")
         # Parameters that no forward pass reaches would make the optimizer wait for their gradients.
@@ -42,7 +42,10 @@ class JointModel(nn.Module):
         if not vision_sampler:
             self.encoder.vision_guided_sampler.requires_grad_(False)
 
-    def forward(self, samples: Sequence[Sample], rng: random.Random) -> tuple[torch.Tensor, dict[str, float]]:
+    def forward(self, batch: tuple[int, Sequence[Sample]], step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        """batch: the worker's rank and samples. What is drawn depends on seed, step and rank alone."""
+        rank, samples = batch
+        rng = random.Random(f"{self.seed}/{step}/{rank}")
         encoded = self.encoder([s.image for s in samples], [self.vision_sampler] * len(samples))
         text = pack_text(samples, self.pad_id)
         grounding = [evidence_tokens(s, e) for s, e in zip(samples, encoded, strict=True)]
@@ -103,7 +106,9 @@ class JointModel(nn.Module):
         if mask is not None:
             return hidden[:, prefix:].unflatten(1, (branches, length)), extra
         own = starts.unsqueeze(1) + torch.arange(length)
-        return hidden.gather(1, own.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])).unflatten(0, (batch, branches)), extra
+        return hidden.gather(1, own.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])).unflatten(
+            0, (batch, branches)
+        ), extra
 
     def _language_loss(self, hidden_BQTD: torch.Tensor, text: TextBatch) -> tuple[torch.Tensor, dict[str, float]]:
         """Cross-entropy over answer tokens; accuracy counts branches whose every answer token is the likeliest."""

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import pathlib
-import random
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from transformers import AutoTokenizer
 
 from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.store import load_stage, save_checkpoint
 from services.llm.prompt import PromptRenderer
 from training.config import ConfigError, RunConfig, build
 from training.data.branches import BranchBuilder
+from training.data.conversations import ConversationBatches
 from training.data.scene_batches import SceneBatches
 from training.data.tokenizer import build_tokenizer
-from training.dense_labels import DenseHeads, labelled_batch
 from training.joint_model import JointModel, LossWeights
 from training.layout import Sample
 from training.stochastic_prune import PruneSchedule
@@ -38,34 +37,11 @@ class JointStage:
     """Fields of LossWeights."""
     start_at_full_resolution: bool = True
     """Whether a fresh selector begins by choosing the finest branch everywhere."""
-    dense_tiles: int = 0
-    """Labelled tiles a step that keep the vision tower's dense loss going (from-scratch pre-training only)."""
-    dense_weight: float = 0.2
+    data: str = "scenes"
+    """"scenes" for the procedural generator, or a JSON file of conversations in LLaVA's format."""
     questions_per_image: int = 6
     kind_weights: dict[str, float] = field(default_factory=dict)
     """How much likelier a kind of question is asked than one of weight 1."""
-
-
-class JointTrainingModel(nn.Module):
-    """The joint model, with the dense heads while pre-training from nothing."""
-
-    def __init__(self, joint: JointModel, dense_weight: float, seed: int):
-        super().__init__()
-        self.joint = joint
-        self.dense_weight, self.seed = dense_weight, seed
-        self.dense_heads = DenseHeads(joint.config.vision_config.hidden_size) if dense_weight else None
-
-    def forward(self, batch: tuple[int, list[Sample], Any], step: int) -> tuple[torch.Tensor, dict[str, float]]:
-        rank, samples, tiles = batch
-        loss, metrics = self.joint(samples, random.Random(f"{self.seed}/{step}/{rank}"))
-        if self.dense_heads is not None:
-            pixels, labels = tiles
-            encoder = self.joint.encoder
-            features = encoder.patch_features(pixels)
-            dense, _ = self.dense_heads(features, labels)
-            loss = loss + self.dense_weight * dense
-            metrics["dense"] = dense.item()
-        return loss, metrics
 
 
 class JointTask:
@@ -75,27 +51,28 @@ class JointTask:
         self.run = run
         stage: JointStage = build(JointStage, run.stage, "stage.")
         self.stage = stage
-        self.tokenizer = build_tokenizer()
         source = pathlib.Path(run.init_from) if run.init_from else None
         whole = source is not None and (source / "config.json").exists()
         base = FocusLlavaConfig.load(source).to_dict() if whole and source else {}
+        # From nothing, the model's words are those of the scenes.
+        self.tokenizer = AutoTokenizer.from_pretrained(str(source)) if whole else build_tokenizer()
         self.config = model_config(base, stage.model, self.tokenizer)
         weights: LossWeights = build(LossWeights, stage.loss, "stage.loss.")
         schedule = build(PruneSchedule, stage.prune, "stage.prune.") if stage.prune else None
-        joint = JointModel(
+        self.module = JointModel(
             self.config,
             weights=weights,
             schedule=schedule,
             vision_sampler=stage.vision_sampler,
             pad_id=self.tokenizer.pad_token_id,
+            seed=run.seed,
         )
-        self.module = JointTrainingModel(joint, stage.dense_weight if stage.dense_tiles else 0.0, run.seed)
         if whole and source:
-            load_joint(joint, source)
+            load_joint(self.module, source)
         elif source:
-            self.module.load_state_dict(_vision_weights(source, self.module), strict=False)
+            self.module.encoder.vision_tower.load_state_dict(load_vision(source))
         if stage.vision_sampler and stage.start_at_full_resolution:
-            selector = joint.encoder.vision_guided_sampler.selector.linear
+            selector = self.module.encoder.vision_guided_sampler.selector.linear
             with torch.no_grad():
                 selector.weight.mul_(0.1)
                 selector.bias.zero_()
@@ -105,28 +82,31 @@ class JointTask:
             image_token_id=self.config.image_token_id,
             context=self.config.text_config.max_position_embeddings,
         )
-        self.data = SceneBatches(
-            self.config,
-            BranchBuilder(renderer),
-            seed=run.seed,
-            images=run.samples_per_worker,
-            questions_per_image=stage.questions_per_image,
-            kind_weights=stage.kind_weights,
-        )
+        builder = BranchBuilder(renderer)
+        self.data: SceneBatches | ConversationBatches
+        if stage.data == "scenes":
+            self.data = SceneBatches(
+                self.config,
+                builder,
+                seed=run.seed,
+                images=run.samples_per_worker,
+                questions_per_image=stage.questions_per_image,
+                kind_weights=stage.kind_weights,
+            )
+        else:
+            self.data = ConversationBatches(
+                self.config, builder, pathlib.Path(stage.data), seed=run.seed, images=run.samples_per_worker
+            )
 
-    def batch(self, step: int, rank: int, world_size: int) -> tuple[int, list[Sample], Any]:
-        tiles = None
-        if self.stage.dense_tiles:
-            tiles = labelled_batch(self.run.seed + 1, step * world_size + rank, self.stage.dense_tiles)
-        return rank, self.data.batch(step, rank, world_size), tiles
+    def batch(self, step: int, rank: int, world_size: int) -> tuple[int, list[Sample]]:
+        return rank, self.data.batch(step, rank, world_size)
 
     def export(self, folder: pathlib.Path) -> None:
-        joint = self.module.joint
         save_checkpoint(
             folder,
             self.config,
-            encoder_tensors=joint.encoder.state_dict(),
-            llm_tensors={f"language_model.{k}": v for k, v in joint.language_model.state_dict().items()},
+            encoder_tensors=self.module.encoder.state_dict(),
+            llm_tensors={f"language_model.{k}": v for k, v in self.module.language_model.state_dict().items()},
             tokenizer=self.tokenizer,
         )
 
@@ -155,13 +135,10 @@ def load_joint(joint: JointModel, folder: pathlib.Path) -> None:
     joint.language_model.load_state_dict(language)
 
 
-def _vision_weights(source: pathlib.Path, module: nn.Module) -> dict[str, torch.Tensor]:
+def load_vision(source: pathlib.Path) -> dict[str, torch.Tensor]:
+    """The vision tower's weights of a vision stage's export."""
     path = source / "vision.safetensors"
     if not path.exists():
         raise ConfigError(f"init_from: {source} holds neither config.json nor vision.safetensors")
-    renamed = {}
-    for name, tensor in load_file(path).items():
-        target = f"joint.encoder.{name}" if name.startswith("vision_tower.") else name
-        renamed[target] = tensor
-    known = module.state_dict()
-    return {k: v for k, v in renamed.items() if k in known}
+    prefix = "vision_tower."
+    return {k.removeprefix(prefix): v for k, v in load_file(path).items() if k.startswith(prefix)}

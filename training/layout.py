@@ -88,7 +88,7 @@ def positions(prefix_lens_B: torch.Tensor, prefix: int, branches: int, length: i
 
 
 def attention_mask(prefix_lens_B: torch.Tensor, prefix: int, branches: int, length: int) -> torch.Tensor:
-    """bool [B, 1, S, S]: causal; a branch sees the prefix's real tokens and itself. Padding sees itself (no empty row)."""
+    """bool [B, 1, S, S]: causal; a branch sees the prefix's real tokens and itself. Padding sees itself."""
     total = prefix + branches * length
     branch_S = torch.cat((torch.full((prefix,), -1), torch.arange(branches).repeat_interleave(length)))
     causal_SS = torch.ones(total, total, dtype=torch.bool).tril()

@@ -56,7 +56,9 @@ def decide(layer: nn.Module, hidden_BSD: torch.Tensor, cos_BSd: torch.Tensor, si
     return decisions
 
 
-def gather_index(kept: list[list[torch.Tensor]], before: int, prefix: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def gather_index(
+    kept: list[list[torch.Tensor]], before: int, prefix: int, length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Where each branch's own sequence comes from after pruning: words before, kept visual tokens, branch, padding.
 
     Returns source indices [B * Q, S'] into [S], and the start of the branch in each row [B * Q].

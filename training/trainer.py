@@ -30,7 +30,7 @@ class Task(Protocol):
     """Called with a batch and the step; returns the loss and metrics to print."""
 
     def batch(self, step: int, rank: int, world_size: int) -> Any:
-        """The worker's share of a step; the same arguments give the same batch, so that a resumed run repeats nothing."""
+        """The worker's share of a step; the same arguments give the same batch, so a resumed run repeats nothing."""
 
     def export(self, folder: pathlib.Path) -> None:
         """Writes the trained weights."""
@@ -112,7 +112,8 @@ def train_worker(payload: dict[str, Any]) -> None:
         start = int(state["step"])
         if rank == 0:
             print(f"resumed at step {start} of {run.steps}", flush=True)
-    began, means = time.perf_counter(), {}
+    began = time.perf_counter()
+    means: dict[str, float] = {}
     for step in range(start, run.steps):
         loss, metrics = engine(task.batch(step, rank, world_size), step)
         engine.backward(loss)
@@ -125,9 +126,7 @@ def train_worker(payload: dict[str, Any]) -> None:
         if done % run.checkpoint_every == 0 or done == run.steps:
             with tempfile.TemporaryDirectory() as folder:
                 engine.save_checkpoint(folder, tag="state", client_state={"step": done})
-                ray.train.report(
-                    {"step": done, **means}, checkpoint=ray.train.Checkpoint.from_directory(folder)
-                )
+                ray.train.report({"step": done, **means}, checkpoint=ray.train.Checkpoint.from_directory(folder))
     if rank == 0:
         task.export(pathlib.Path(run.output))
         print(f"exported to {run.output}", flush=True)
@@ -169,6 +168,8 @@ def main(task: tuple[str, str], description: str) -> None:
             storage_path=cluster.storage_path,
             failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            # Ray Train's own copy of what workers print would show every progress line twice.
+            worker_runtime_env={"env_vars": {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}},  # type: ignore[call-arg]
         ),
     ).fit()
     if result.error:

@@ -1,4 +1,4 @@
-"""Vision stage for models trained from nothing (stands in for CLIP): python training/vision_pretrain.py --config FILE"""
+"""Vision stage of models trained from nothing, in place of CLIP: python training/vision_pretrain.py --config FILE"""
 
 import pathlib
 import sys

@@ -76,7 +76,9 @@ class EncoderModel(nn.Module):
             mode = self.config.vision_sampler.base_tile
             if mode == "sample":
                 side = self.config.patches_per_side
-                base_PD = self.vision_guided_sampler(base_PD.view(side, side, depth), base_PD, self.image_newline).tokens_ND
+                base_PD = self.vision_guided_sampler(
+                    base_PD.view(side, side, depth), base_PD, self.image_newline
+                ).tokens_ND
             elif mode == "drop":
                 base_PD = base_PD[:0]
         else:

@@ -46,10 +46,14 @@ class EncoderPipeline:
         state = {name: tensor.to(device, dtype) for name, tensor in dict(load_stage(folder, "encoder")).items()}
         missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
         if missing or unexpected:
-            raise InvalidInput(f"missing {list(missing)[:4]}, unexpected {list(unexpected)[:4]}", field="encoder tensors")
+            raise InvalidInput(
+                f"missing {list(missing)[:4]}, unexpected {list(unexpected)[:4]}", field="encoder tensors"
+            )
         # Built on the meta device, the one non-persistent buffer has no value yet.
         embeddings = model.vision_tower.embeddings
-        embeddings.position_ids = torch.arange(embeddings.num_positions, device=device).expand((1, -1))
+        embeddings.register_buffer(
+            "position_ids", torch.arange(embeddings.num_positions, device=device).expand((1, -1)), persistent=False
+        )
         return cls(model, fingerprint(folder), limits)
 
     def prepare(self, image: bytes) -> PreparedImage:

@@ -17,7 +17,10 @@ class ConvStem(nn.Sequential):
         channels = [3] + [max(32, width // 2 ** (len(strides) - i)) for i in range(1, len(strides))] + [width]
         layers: list[nn.Module] = []
         for i, stride in enumerate(strides):
-            layers += [nn.Conv2d(channels[i], channels[i + 1], stride + 1 + stride % 2, stride, (stride + stride % 2) // 2), nn.GELU()]
+            layers += [
+                nn.Conv2d(channels[i], channels[i + 1], stride + 1 + stride % 2, stride, (stride + stride % 2) // 2),
+                nn.GELU(),
+            ]
         layers.append(nn.Conv2d(width, width, 1))
         super().__init__(*layers)
 
@@ -41,7 +44,7 @@ def _factors(number: int) -> list[int]:
 def build_vision_tower(config: CLIPVisionConfig, stem: str = "patch") -> CLIPVisionModel:
     tower = CLIPVisionModel._from_config(config, attn_implementation="sdpa")
     if stem == "conv":
-        tower.embeddings.patch_embedding = ConvStem(config.hidden_size, config.patch_size)
+        tower.embeddings.patch_embedding = ConvStem(config.hidden_size, int(config.patch_size))  # type: ignore[arg-type]
     return tower
 
 
@@ -54,5 +57,3 @@ def patch_features(tower: CLIPVisionModel, pixels_T3HW: torch.Tensor, feature_la
         # Layers past the feature layer are never run.
         hidden = layer(hidden, attention_mask=None)
     return hidden[:, 1:]
-
-

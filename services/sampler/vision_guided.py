@@ -43,7 +43,9 @@ def split_regions(map_HWD: torch.Tensor, window: int) -> tuple[torch.Tensor, tor
     return regions, real, (rows, cols)
 
 
-def pool(regions_MwwD: torch.Tensor, real_Mww: torch.Tensor, kernel: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+def pool(
+    regions_MwwD: torch.Tensor, real_Mww: torch.Tensor, kernel: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Max-pools with kernel = stride over the real tokens only; returns [M, cells, D] and which cells are real.
 
     Unreal cells hold zeros.
@@ -77,16 +79,22 @@ class Selector(nn.Module):
         max_MD = tokens.masked_fill(~real, -torch.inf).amax(1)
         if self.selector_input == "region":
             spread_MD = ((tokens - mean_MD.unsqueeze(1)).square() * real).sum(1).div(real.sum(1)).add(1e-6).sqrt()
-            features = nn.functional.layer_norm(torch.stack((mean_MD, max_MD, spread_MD), 1), mean_MD.shape[-1:]).flatten(1)
+            features = nn.functional.layer_norm(
+                torch.stack((mean_MD, max_MD, spread_MD), 1), mean_MD.shape[-1:]
+            ).flatten(1)
         else:
             region_MD, base_ND = mean_MD if self.region_pool == "mean" else max_MD, base_ND.float()
             if base_ND.shape[0] != self.linear.in_features:
-                raise InvalidInput(f"has {base_ND.shape[0]} tokens, the selector expects {self.linear.in_features}", field="base tile")
+                raise InvalidInput(
+                    f"has {base_ND.shape[0]} tokens, the selector expects {self.linear.in_features}", field="base tile"
+                )
             if self.similarity == "normalized":
                 # Raw inner products saturate the softmax; what all tokens share says nothing of a region.
                 base_ND = nn.functional.layer_norm(base_ND, base_ND.shape[-1:])
                 centre_D = base_ND.mean(0)
-                region_MD = nn.functional.normalize(nn.functional.layer_norm(region_MD, centre_D.shape) - centre_D, dim=-1)
+                region_MD = nn.functional.normalize(
+                    nn.functional.layer_norm(region_MD, centre_D.shape) - centre_D, dim=-1
+                )
                 base_ND = nn.functional.normalize(base_ND - centre_D, dim=-1)
             features = region_MD @ base_ND.T
         weight, bias = self.linear.weight.float(), self.linear.bias.float()
@@ -96,14 +104,30 @@ class Selector(nn.Module):
 class VisionGuidedSampler(nn.Module):
     """Eq. 1 at inference; in training the chosen branch carries the selector's gradient through `probability_gate`."""
 
-    def __init__(self, width: int, base_tokens: int, *, window: int = 4,
-                 branches: tuple[tuple[int, int], ...] = ((1, 1), (2, 2), (4, 4)), similarity: str = "inner_product",
-                 region_pool: str = "mean", selector_input: str = "base_tile", probability_gate: str = "paper",
-                 selector_temperature: float = 1.0):  # fmt: skip
+    def __init__(
+        self,
+        width: int,
+        base_tokens: int,
+        *,
+        window: int = 4,
+        branches: tuple[tuple[int, int], ...] = ((1, 1), (2, 2), (4, 4)),
+        similarity: str = "inner_product",
+        region_pool: str = "mean",
+        selector_input: str = "base_tile",
+        probability_gate: str = "paper",
+        selector_temperature: float = 1.0,
+    ):
         super().__init__()
         self.window, self.branches, self.probability_gate = window, tuple(branches), probability_gate
-        self.selector = Selector(width, base_tokens, len(branches), selector_input=selector_input, similarity=similarity,
-                                 region_pool=region_pool, temperature=selector_temperature)  # fmt: skip
+        self.selector = Selector(
+            width,
+            base_tokens,
+            len(branches),
+            selector_input=selector_input,
+            similarity=similarity,
+            region_pool=region_pool,
+            temperature=selector_temperature,
+        )
 
     def forward(self, map_HWD: torch.Tensor, base_ND: torch.Tensor, newline_D: torch.Tensor) -> SampledMap:
         """Compresses one image's unpadded feature map with its base-tile features as context."""
@@ -143,7 +167,9 @@ class VisionGuidedSampler(nn.Module):
         surplus_MK = probs_MK - probs_MK.detach()
         return pooled_MCD + torch.einsum("mk,kmcd->mcd", surplus_MK, torch.stack(others))
 
-    def _resize(self, pooled_MCD: torch.Tensor, real: torch.Tensor, source: tuple[int, int], target: tuple[int, int]) -> torch.Tensor:
+    def _resize(
+        self, pooled_MCD: torch.Tensor, real: torch.Tensor, source: tuple[int, int], target: tuple[int, int]
+    ) -> torch.Tensor:
         """Brings one branch's cells to another's grid: nearest repeat, then the target's max-pool."""
         rows, cols = self.window // source[0], self.window // source[1]
         full = pooled_MCD.unflatten(1, (rows, cols)).repeat_interleave(source[0], 1).repeat_interleave(source[1], 2)

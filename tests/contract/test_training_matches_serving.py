@@ -6,7 +6,15 @@ import random
 import pytest
 import torch
 
-from services.common.types import ChatTurn, FinishedEvent, GenerateRequest, ImagePart, PruneParams, SamplingParams, TextPart
+from services.common.types import (
+    ChatTurn,
+    FinishedEvent,
+    GenerateRequest,
+    ImagePart,
+    PruneParams,
+    SamplingParams,
+    TextPart,
+)
 from services.encoder.pipeline import EncoderPipeline
 from services.llm.engine import Engine
 from tests.tiny_training import tiny_run
@@ -23,7 +31,7 @@ def task(tmp_path_factory):
     torch.manual_seed(3)
     folder = tmp_path_factory.mktemp("joint")
     built = JointTask(tiny_run(str(folder / "out")))
-    torch.nn.init.normal_(built.module.joint.encoder.vision_guided_sampler.selector.linear.weight, std=1.0)
+    torch.nn.init.normal_(built.module.encoder.vision_guided_sampler.selector.linear.weight, std=1.0)
     built.module.eval()
     built.export(folder / "out")
     built.folder = folder / "out"
@@ -39,19 +47,21 @@ def hidden_of(joint, samples, pruned):
 
 @pytest.mark.parametrize("pruned", [False, True])
 def test_a_branch_in_a_batch_equals_the_branch_alone(task, pruned):
-    joint = task.module.joint
+    joint = task.module
     samples = [task.data.sample(i) for i in range(3)]
     together = hidden_of(joint, samples, pruned)
     for b, sample in enumerate(samples):
         for q, branch in enumerate(sample.branches):
-            alone = hidden_of(joint, [type(sample)(image=sample.image, prefix_ids=sample.prefix_ids, branches=(branch,))], pruned)
+            alone = hidden_of(
+                joint, [type(sample)(image=sample.image, prefix_ids=sample.prefix_ids, branches=(branch,))], pruned
+            )
             size = len(branch.token_ids)
             torch.testing.assert_close(together[b, q, :size], alone[0, 0, :size], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("pruned", [False, True])
 def test_the_served_first_token_is_the_trained_one(task, pruned):
-    joint = task.module.joint
+    joint = task.module
     pipeline = EncoderPipeline.from_checkpoint(task.folder, dtype=torch.float32)
     engine = Engine.from_checkpoint(task.folder, dtype=torch.float32, kv_cache_bytes=1 << 24)
     kept_some = False
@@ -88,7 +98,7 @@ def test_the_served_first_token_is_the_trained_one(task, pruned):
 
 
 def test_gradients_reach_every_trained_part(task):
-    task.module.joint.schedule = PruneSchedule(layers=(2, 2), thresholds=(0.6, 0.6))
+    task.module.schedule = PruneSchedule(layers=(2, 2), thresholds=(0.6, 0.6))
     task.module.train()
     loss, metrics = task.module(task.batch(0, 0, 1), 0)
     loss.backward()

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from services.common.types import ChatTurn, ImagePart, TextPart
 from services.llm.prompt import PromptRenderer
+from training.config import ConfigError
 from training.layout import Branch
 
 
@@ -28,20 +30,21 @@ class BranchBuilder:
 
     def __init__(self, renderer: PromptRenderer):
         self.renderer = renderer
-        self.end = renderer.tokenizer.eos_token
+        self.before_answer, self.after_answer = _around_answer(renderer.tokenizer)
 
-    def build(self, exchanges: Sequence[Exchange], history: Sequence[Exchange] = ()) -> tuple[tuple[int, ...], Branch]:
-        """Branch of the last exchange; `history` are the turns before it. Also returns the words before the image."""
+    def build(self, exchange: Exchange, history: Sequence[Exchange] = ()) -> tuple[tuple[int, ...], Branch]:
+        """The branch of an exchange with the turns before it, and the words before the image."""
         turns: list[ChatTurn] = []
-        for index, exchange in enumerate((*history, *exchanges)):
-            words = TextPart(text=exchange.question)
+        for index, turn in enumerate((*history, exchange)):
+            words = TextPart(text=turn.question)
             parts = (ImagePart(image=0), words) if index == 0 else (words,)
             turns.append(ChatTurn(role="user", parts=parts))
-            turns.append(ChatTurn(role="assistant", parts=(TextPart(text=exchange.answer),)))
+            turns.append(ChatTurn(role="assistant", parts=(TextPart(text=turn.answer),)))
         prompt = self.renderer.render(turns[:-1], [1])
         start, end = prompt.visual_spans[0]
-        # The prompt ends before the answer's space, as it does when the model is asked to answer.
-        answer = self.renderer.tokenizer(f" {exchange.answer}{self.end}", add_special_tokens=False)["input_ids"]
+        # Tokenised apart from the prompt, as generated tokens are.
+        answer_text = f"{self.before_answer}{exchange.answer}{self.after_answer}"
+        answer = self.renderer.tokenizer(answer_text, add_special_tokens=False)["input_ids"]
         after = prompt.input_ids[end:]
         asked = set(prompt.instruction_positions)
         branch = Branch(
@@ -52,3 +55,16 @@ class BranchBuilder:
             evidence_xyxy=exchange.evidence_xyxy,
         )
         return prompt.input_ids[:start], branch
+
+
+def _around_answer(tokenizer: Any) -> tuple[str, str]:
+    """What the chat template puts between the generation prompt and an answer, and after it up to the end token."""
+    asked = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+    mark = "\uf8ff"
+    answered = [*asked, {"role": "assistant", "content": [{"type": "text", "text": mark}]}]
+    prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template(answered, tokenize=False)
+    before, _, after = whole.removeprefix(prompt).partition(mark)
+    if not whole.startswith(prompt) or tokenizer.eos_token not in after:
+        raise ConfigError("chat_template: an answer does not follow its prompt and end with the end token")
+    return before, after[: after.index(tokenizer.eos_token) + len(tokenizer.eos_token)]

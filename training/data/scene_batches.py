@@ -48,7 +48,7 @@ class SceneBatches:
         prefix: tuple[int, ...] = ()
         for asked in self._choose(questions(scene, rng), rng):
             exchange = Exchange(question=asked.question, answer=asked.answer, evidence_xyxy=asked.box_xyxy)
-            prefix, branch = self.builder.build([exchange])
+            prefix, branch = self.builder.build(exchange)
             branches.append(branch)
         return Sample(image=image, prefix_ids=prefix, branches=tuple(branches))
 
