@@ -1,0 +1,1 @@
+"""Stage 2: a prompt with visual tokens in, a stream of text out."""

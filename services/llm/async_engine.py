@@ -1,0 +1,146 @@
+"""The engine on a thread of its own, requests and events as asyncio sees them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import AsyncGenerator, Callable
+from collections.abc import Sequence as Seq
+
+from services.common.errors import FocusError, InternalError, StageUnavailable
+from services.common.types import FinishedEvent, GenerateRequest
+from services.llm.engine import Engine, EngineStats, Event, StepFailed
+from services.llm.sequence import Sequence
+
+logger = logging.getLogger(__name__)
+
+
+class _Stream:
+    """Events on their way from the engine's thread to one `generate` call."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.events: asyncio.Queue[Event | FocusError] = asyncio.Queue()
+
+
+class AsyncEngine:
+    """Owns the engine: nobody else may call it (but for `prepare` and `stats`)."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._streams: dict[str, _Stream] = {}  # touched by the engine's thread only
+        self._inbox_lock = threading.Lock()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="llm-engine", daemon=True)
+        self._thread.start()
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event]:
+        """Token events, then one finished event. Closing or cancelling the iterator aborts the request.
+
+        Raises before the first event what `Engine.submit` raises; after it InternalError when a pass failed, or
+        StageUnavailable when the engine is closed.
+        """
+        sequence = await asyncio.to_thread(self.engine.prepare, request)
+        stream = _Stream()
+        self._post(lambda: self._enqueue(sequence, stream))
+        ended = False
+        try:
+            while not ended:
+                event = await stream.events.get()
+                if isinstance(event, FocusError):
+                    ended = True
+                    raise event
+                ended = isinstance(event, FinishedEvent)
+                yield event
+        finally:
+            if not ended:
+                self._inbox.put(lambda: self._abort(request.request_id, stream))
+
+    def stats(self) -> EngineStats:
+        return self.engine.stats()
+
+    def close(self) -> None:
+        """Ends every request with StageUnavailable and joins the thread."""
+        with self._inbox_lock:
+            self._closing = True
+            self._inbox.put(lambda: None)
+        self._thread.join()
+
+    def _post(self, request: Callable[[], None]) -> None:
+        with self._inbox_lock:
+            if self._closing:
+                raise _shutting_down()
+            self._inbox.put(request)
+
+    # The rest runs on the engine's thread.
+
+    def _run(self) -> None:
+        while not self._closing:
+            try:
+                if not self.engine.has_work():
+                    self._inbox.get()()
+                while not self._inbox.empty():
+                    self._inbox.get()()
+                self._deliver(self.engine.step())
+            except StepFailed as error:
+                logger.exception("a pass failed; its requests end with an error")
+                self._deliver([(request_id, error) for request_id in error.request_ids])
+            except Exception:
+                logger.exception("the engine failed outside of a pass; every request ends with an error")
+                self._end_all(InternalError("the language model failed on this request; try again"))
+        self._end_all(_shutting_down())
+
+    def _enqueue(self, sequence: Sequence, stream: _Stream) -> None:
+        try:
+            self.engine.enqueue(sequence)
+            self._streams[sequence.request_id] = stream
+        except FocusError as error:
+            self._send({stream: [error]})
+
+    def _abort(self, request_id: str, stream: _Stream) -> None:
+        # Another request may bear this id by now, or may have been refused for bearing it.
+        if self._streams.get(request_id) is stream:
+            del self._streams[request_id]
+            self.engine.abort(request_id)
+
+    def _end_all(self, error: FocusError) -> None:
+        while not self._inbox.empty():
+            self._inbox.get()()
+        for request_id in list(self._streams):
+            self.engine.abort(request_id)
+            self._deliver([(request_id, error)])
+
+    def _deliver(self, events: Seq[tuple[str, Event | FocusError]]) -> None:
+        by_stream: dict[_Stream, list[Event | FocusError]] = {}
+        for request_id, event in events:
+            stream = self._streams.get(request_id)
+            if stream is not None:
+                by_stream.setdefault(stream, []).append(event)
+                if isinstance(event, FinishedEvent | FocusError):
+                    del self._streams[request_id]
+        self._send(by_stream)
+
+    def _send(self, by_stream: dict[_Stream, list[Event | FocusError]]) -> None:
+        """One wake-up of each event loop for all that a pass brought."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, Event | FocusError]]] = {}
+        for stream, events in by_stream.items():
+            by_loop.setdefault(stream.loop, []).extend((stream, event) for event in events)
+        for loop, batch in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_put_all, batch)
+            except RuntimeError:  # the loop is closed: nobody listens any more
+                for request_id in [r for r, s in self._streams.items() if s.loop is loop]:
+                    del self._streams[request_id]
+                    self.engine.abort(request_id)
+
+
+def _shutting_down() -> StageUnavailable:
+    return StageUnavailable("the language model is shutting down")
+
+
+def _put_all(batch: list[tuple[_Stream, Event | FocusError]]) -> None:
+    for stream, event in batch:
+        stream.events.put_nowait(event)

@@ -1,0 +1,276 @@
+"""The LLM stage: requests in, events out; each step is one pass over many requests.
+
+Legend: n sequences, V vocabulary, N visual tokens, D width.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import time
+from dataclasses import dataclass
+
+import torch
+
+from services.checkpoint.config import FocusLlavaConfig
+from services.checkpoint.store import fingerprint
+from services.common.errors import InternalError, InvalidInput, TooLarge, WrongFingerprint
+from services.common.types import FinishedEvent, GenerateRequest, TokenEvent, Usage
+from services.llm.detokenizer import Detokenizer
+from services.llm.kv_cache import KVCache
+from services.llm.model import Decoder
+from services.llm.model_runner import ModelRunner
+from services.llm.prompt import PromptRenderer
+from services.llm.sampling import check_sampling, new_generator, sample
+from services.llm.scheduler import Scheduler
+from services.llm.sequence import Sequence, SequenceState
+
+Event = TokenEvent | FinishedEvent
+
+
+class StepFailed(InternalError):
+    """A pass failed; its requests are gone and their pages free, the engine goes on."""
+
+    def __init__(self, request_ids: tuple[str, ...]):
+        super().__init__("the language model failed on this request; try again, and see the server's log")
+        self.request_ids = request_ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    running: int
+    waiting: int
+    kv_blocks_used: int
+    kv_blocks_total: int
+    """Pages of the pool that both KV cache groups share."""
+    kv_block_bytes: int
+    prompt_tokens: int
+    """This and the following: totals since the start."""
+    completion_tokens: int
+    visual_tokens_sampled: int
+    visual_tokens_kept: int
+    prefill_passes: int
+    decode_passes: int
+
+
+class Engine:
+    """Runs requests on one model. One thread calls it, but for `prepare` and `stats`, which any thread may call."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        renderer: PromptRenderer,
+        config: FocusLlavaConfig,
+        model_fingerprint: str,
+        *,
+        kv_cache_bytes: int,
+        max_batch_tokens: int = 8192,
+        max_running: int = 64,
+        block_size: int = 16,
+    ):
+        """kv_cache_bytes: size of the KV cache pool; max_batch_tokens: prompt tokens of one prefill pass;
+        max_running: most sequences that decode at once."""
+        self.decoder, self.renderer, self.config = decoder, renderer, config
+        self.fingerprint = model_fingerprint
+        self.prune_layer = config.text_sampler.layer
+        self.eos_token_ids = frozenset(config.eos_token_ids)
+        self.cache = KVCache(
+            num_layers=decoder.num_layers,
+            prune_layer=self.prune_layer,
+            kv_heads=decoder.kv_heads,
+            head_dim=decoder.head_dim,
+            dtype=decoder.dtype,
+            device=decoder.device,
+            kv_cache_bytes=kv_cache_bytes,
+            block_size=block_size,
+        )
+        self.scheduler = Scheduler(self.cache, max_batch_tokens=max_batch_tokens, max_running=max_running)
+        self._sequences: dict[str, Sequence] = {}
+        self.runner = ModelRunner(decoder, self.cache, self.prune_layer)
+        self._totals = dict.fromkeys(
+            ("prompt_tokens", "completion_tokens", "visual_tokens_sampled", "visual_tokens_kept", "prefill_passes",
+             "decode_passes"), 0,
+        )  # fmt: skip
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        folder: str | pathlib.Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        kv_cache_bytes: int,
+        max_batch_tokens: int = 8192,
+        max_running: int = 64,
+    ) -> Engine:
+        """Loads the LLM's shards and the tokenizer; no encoder weight is read. dtype None keeps the checkpoint's."""
+        config = FocusLlavaConfig.load(folder)
+        decoder = Decoder.from_checkpoint(folder, dtype=dtype, device=device)
+        renderer = PromptRenderer.from_checkpoint(folder, image_token_id=config.image_token_id, context=decoder.context)
+        return cls(
+            decoder,
+            renderer,
+            config,
+            fingerprint(folder),
+            kv_cache_bytes=kv_cache_bytes,
+            max_batch_tokens=max_batch_tokens,
+            max_running=max_running,
+        )
+
+    # Requests in and out.
+
+    def submit(self, request: GenerateRequest) -> None:
+        """Queues a request. Raises InvalidInput, WrongFingerprint or TooLarge at once."""
+        self.enqueue(self.prepare(request))
+
+    def prepare(self, request: GenerateRequest) -> Sequence:
+        """Everything that can be refused of a request, with no change to the engine. Thread-safe."""
+        received_at = time.monotonic()
+        check_sampling(request.sampling)
+        threshold = self._threshold(request)
+        visual_ND = self._visual_tokens(request)
+        prompt = self.renderer.render(request.turns, [len(image.tokens_ND) for image in request.images])
+        if not prompt.visual_spans or not prompt.instruction_positions:
+            threshold = 1.0
+        sequence = Sequence(
+            request=request,
+            prompt=prompt,
+            visual_ND=visual_ND,
+            threshold=threshold,
+            max_new_tokens=min(request.sampling.max_tokens, self.decoder.context - len(prompt.input_ids)),
+            generator=new_generator(request.sampling),
+            detokenizer=Detokenizer(self.renderer.tokenizer, request.sampling.stop),
+            received_at=received_at,
+        )
+        needed = self.cache.pages_needed(sequence.max_kv_len)
+        if needed > self.cache.num_pages:
+            raise TooLarge(
+                f"a prompt of {sequence.prompt_len} tokens and up to {sequence.max_new_tokens} new ones need "
+                f"{needed * self.cache.page_bytes} bytes of KV cache ({needed} blocks), this server has "
+                f"{self.cache.num_pages * self.cache.page_bytes} ({self.cache.num_pages}); "
+                "ask for fewer max_tokens or send smaller images",
+                field="request",
+            )
+        return sequence
+
+    def enqueue(self, sequence: Sequence) -> None:
+        """Queues what `prepare` made. Raises InvalidInput when its id is in flight already."""
+        if sequence.request_id in self._sequences:
+            raise InvalidInput(f"{sequence.request_id!r} is in flight already", field="request_id")
+        self._sequences[sequence.request_id] = sequence
+        self.scheduler.add(sequence)
+
+    def abort(self, request_id: str) -> FinishedEvent | None:
+        """Ends a request in any state and frees its pages at once; None when it is not in flight."""
+        sequence = self._sequences.get(request_id)
+        return self._finish(sequence, "abort") if sequence else None
+
+    def has_work(self) -> bool:
+        return self.scheduler.has_work()
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            kv_blocks_used=self.cache.num_pages - self.cache.free_pages,
+            kv_blocks_total=self.cache.num_pages,
+            kv_block_bytes=self.cache.page_bytes,
+            **self._totals,
+        )
+
+    def check_integrity(self) -> None:
+        """Asserts that every page of the KV cache is accounted for and every request is in one place."""
+        self.scheduler.check_integrity()
+        assert set(self._sequences.values()) == {*self.scheduler.waiting, *self.scheduler.running}
+
+    # One pass.
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[str, Event]]:
+        """One prefill or decode pass; returns its events in order. Raises StepFailed (see there)."""
+        sequences, is_prefill = self.scheduler.schedule()
+        if not sequences:
+            return []
+        try:
+            logits_nV = self.runner.prefill(sequences) if is_prefill else self.runner.decode(sequences)
+            self._totals["prefill_passes" if is_prefill else "decode_passes"] += 1
+            tokens = sample(logits_nV, [s.request.sampling for s in sequences], [s.generator for s in sequences])
+            events: list[tuple[str, Event]] = []
+            for sequence, token in zip(sequences, tokens, strict=True):
+                events += [(sequence.request_id, event) for event in self._accept(sequence, token)]
+            return events
+        except Exception as error:
+            for sequence in sequences:
+                self._finish(sequence, "abort")
+            raise StepFailed(tuple(sequence.request_id for sequence in sequences)) from error
+
+    def _accept(self, sequence: Sequence, token: int) -> list[Event]:
+        """A new token's events, the end of the sequence included."""
+        if sequence.first_token_at is None:
+            sequence.first_token_at = time.monotonic()
+        sequence.output_ids.append(token)
+        sampling, text, reason = sequence.request.sampling, sequence.detokenizer, ""
+        new = text.push(token)
+        if text.stopped or (token in self.eos_token_ids and not sampling.ignore_eos):
+            reason = "stop"
+        elif len(sequence.output_ids) == sequence.max_new_tokens:
+            reason = "length"
+        if reason and not text.stopped:
+            new += text.finish()
+            reason = "stop" if text.stopped else reason
+        events: list[Event] = [TokenEvent(text=new, token_ids=(token,))]
+        return [*events, self._finish(sequence, reason)] if reason else events
+
+    def _finish(self, sequence: Sequence, reason: str) -> FinishedEvent:
+        usage = self._usage(sequence)
+        if sequence.state is not SequenceState.FINISHED:
+            self.scheduler.finish(sequence)
+            del self._sequences[sequence.request_id]
+            self.runner.forget_batch()
+            for name in ("prompt_tokens", "completion_tokens", "visual_tokens_sampled", "visual_tokens_kept"):
+                self._totals[name] += getattr(usage, name)
+        return FinishedEvent(reason=reason, usage=usage)
+
+    # Checks and accounting.
+
+    def _threshold(self, request: GenerateRequest) -> float:
+        threshold = request.prune.threshold
+        if threshold is None:
+            threshold = self.config.text_sampler.threshold
+        if not 0 < threshold <= 1:  # false for NaN too
+            raise InvalidInput(f"is {threshold}, expected (0, 1]", field="prune.threshold")
+        return threshold if request.prune.enabled and self.config.text_sampler.enabled else 1.0
+
+    def _visual_tokens(self, request: GenerateRequest) -> torch.Tensor | None:
+        width = self.decoder.config.hidden_size
+        for index, image in enumerate(request.images):
+            if image.model_fingerprint != self.fingerprint:
+                raise WrongFingerprint(
+                    f"is {image.model_fingerprint!r}, this stage runs {self.fingerprint!r}",
+                    field=f"images[{index}].model_fingerprint",
+                )
+            tokens, field = image.tokens_ND, f"images[{index}].tokens"
+            if tokens.ndim != 2 or tokens.shape[1] != width or not len(tokens) or not tokens.is_floating_point():
+                raise InvalidInput(
+                    f"is {tokens.dtype} {list(tokens.shape)}, expected floating point [1 or more, {width}]", field=field
+                )
+            if not tokens.to(self.decoder.dtype).isfinite().all():
+                raise InvalidInput(f"has values that are not finite in {self.decoder.dtype}", field=field)
+        parts = [image.tokens_ND.to(self.decoder.dtype) for image in request.images]
+        return torch.cat(parts) if parts else None
+
+    def _usage(self, sequence: Sequence) -> Usage:
+        layers, k = self.decoder.num_layers, self.prune_layer
+        before, after = sequence.kv_lens
+        decision = sequence.decision
+        return Usage(
+            prompt_tokens=sequence.prompt_len,
+            completion_tokens=len(sequence.output_ids),
+            visual_tokens_uncompressed=sum(image.uncompressed_tokens for image in sequence.request.images),
+            visual_tokens_sampled=sequence.num_visual,
+            visual_tokens_kept=len(decision.kept) if decision else sequence.num_visual,
+            prune_layer=k if decision else 0,
+            num_layers=layers,
+            kv_bytes=(before * k + after * (layers - k)) * self.cache.bytes_per_token_layer,
+            kv_bytes_unpruned=before * layers * self.cache.bytes_per_token_layer,
+            time_to_first_token_s=(sequence.first_token_at or time.monotonic()) - sequence.received_at,
+        )

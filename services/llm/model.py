@@ -1,0 +1,164 @@
+"""The decoder of transformers (Llama, Mistral, Qwen2), its layers used as they are, one range of layers at a time.
+
+Legend: S tokens of a packed pass, D width, V vocabulary, T instruction tokens, N visual tokens, H/G query/key heads.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from services.checkpoint.config import FocusLlavaConfig
+from services.checkpoint.store import check_shapes, load_stage
+from services.common.errors import InvalidInput
+from services.llm.attention import ATTENTION_NAME, AttentionStep
+from services.sampler.text_guided import keep_by_share, text_importance
+
+Rotary = tuple[torch.Tensor, torch.Tensor]
+"""cos and sin, each [1, S, d]."""
+# "dynamic" and "longrope" choose their frequencies by the longest sequence of a batch: a batch would change answers.
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+SCORED_QUERIES = 256
+
+
+def check_decoder(config: PreTrainedConfig) -> None:
+    """Raises InvalidInput for a decoder that would not compute what its authors meant."""
+    context = config.max_position_embeddings
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window is not None and window < context:
+        raise InvalidInput(
+            f"is {window}, smaller than max_position_embeddings {context}: windowed attention is not supported; "
+            f"set sliding_window to null or lower max_position_embeddings to {window}",
+            field="text.sliding_window",
+        )
+    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
+    if rope_type not in ROPE_TYPES:
+        raise InvalidInput(f"is {rope_type!r}, expected one of {', '.join(ROPE_TYPES)}", field="text.rope_type")
+
+
+class Decoder:
+    """A causal language model whose caller owns positions, KV cache and which tokens go on."""
+
+    def __init__(self, causal_lm: nn.Module):
+        """causal_lm: transformers' *ForCausalLM, built with attn_implementation="focusllava"."""
+        lm: Any = causal_lm.eval().requires_grad_(False)
+        self.lm = lm
+        self.config = lm.config
+        check_decoder(self.config)
+        assert self.config._attn_implementation == ATTENTION_NAME
+        self.layers = lm.model.layers
+        self.num_layers = len(self.layers)
+        attention = self.layers[0].self_attn
+        self.head_dim: int = attention.head_dim
+        self.kv_heads: int = self.config.num_key_value_heads
+        self.context: int = self.config.max_position_embeddings
+
+    @classmethod
+    def from_state(
+        cls, config: PreTrainedConfig, state: dict[str, torch.Tensor], *, dtype: torch.dtype, device: torch.device | str
+    ) -> Decoder:
+        """Builds the decoder around `state` (names of its state dict) without a second copy in memory.
+
+        Raises InvalidInput naming tensors that are missing, unknown or of another shape.
+        """
+        check_decoder(config)
+        with torch.device("meta"):
+            lm = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME, dtype=dtype)
+        state = {name: tensor.to(device=device, dtype=dtype) for name, tensor in state.items()}
+        if config.tie_word_embeddings:
+            state.setdefault("lm_head.weight", state.get("model.embed_tokens.weight", torch.empty(0)))
+        check_shapes(
+            {name: tensor.shape for name, tensor in state.items()},
+            {name: tensor.shape for name, tensor in lm.state_dict().items()},
+        )
+        lm.load_state_dict(state, strict=True, assign=True)
+        if config.tie_word_embeddings:
+            lm.lm_head.weight = lm.model.embed_tokens.weight
+        # Rotary frequencies are in no checkpoint and the meta device gave them no value.
+        lm.model.rotary_emb = type(lm.model.rotary_emb)(config=config).to(device)
+        assert not any(tensor.is_meta for tensor in (*lm.parameters(), *lm.buffers()))
+        return cls(lm)
+
+    @classmethod
+    def from_checkpoint(
+        cls, folder: str | pathlib.Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> Decoder:
+        """Reads the LLM's shards only. dtype None keeps the checkpoint's."""
+        config = FocusLlavaConfig.load(folder)
+        prefix = "language_model."
+        state = {name.removeprefix(prefix): tensor for name, tensor in dict(load_stage(folder, "llm")).items()}
+        return cls.from_state(config.text_config, state, dtype=dtype or getattr(torch, config.dtype), device=device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lm.model.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm.model.embed_tokens.weight.device
+
+    def embed(self, ids_S: torch.Tensor) -> torch.Tensor:
+        """Token embeddings [S, D]."""
+        return self.lm.model.embed_tokens(ids_S)
+
+    def rotary(self, position_S: torch.Tensor) -> Rotary:
+        """cos and sin of rotary embedding, each [1, S, d], in the model's dtype."""
+        return self.lm.model.rotary_emb(self.lm.model.embed_tokens.weight, position_S[None])
+
+    def run_layers(
+        self, hidden_SD: torch.Tensor, rotary: Rotary, first: int, last: int, step: AttentionStep
+    ) -> torch.Tensor:
+        """Layers first..last-1 on a packed pass; returns hidden [S, D]."""
+        hidden_1SD = hidden_SD[None]
+        for layer in self.layers[first:last]:
+            hidden_1SD = layer(
+                hidden_1SD,
+                attention_mask=None,
+                position_ids=None,
+                past_key_values=None,
+                use_cache=False,
+                position_embeddings=rotary,
+                focus_step=step,
+            )
+        return hidden_1SD[0]
+
+    def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
+        """Final norm and head: [S, V]."""
+        return self.lm.lm_head(self.lm.model.norm(hidden_SD))
+
+    def select_visual_tokens(
+        self,
+        hidden_SD: torch.Tensor,
+        rotary: Rotary,
+        layer: int,
+        instruction_T: torch.Tensor,
+        visual_N: torch.Tensor,
+        threshold: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Eq. 6-9 on the hidden states entering `layer`, with that layer's own norm, q/k projections and rotary.
+
+        instruction_T and visual_N index the pass. Only the T queries and N keys are computed. Returns kept int64 [K]
+        (ascending indices into visual_N) and importance float32 [N].
+        """
+        block = self.layers[layer]
+        heads = (-1, self.head_dim)
+        query_THd = block.self_attn.q_proj(block.input_layernorm(hidden_SD[instruction_T])).unflatten(-1, heads)
+        key_NGd = block.self_attn.k_proj(block.input_layernorm(hidden_SD[visual_N])).unflatten(-1, heads)
+        query_THd, key_NGd = _rotate(query_THd, rotary, instruction_T), _rotate(key_NGd, rotary, visual_N)
+        # The mean over instruction tokens, some at a time: a long question must not cost T x N x H floats at once.
+        importance_N = torch.zeros(len(visual_N), device=hidden_SD.device)
+        for part_THd in query_THd.split(SCORED_QUERIES):
+            share = len(part_THd) / len(query_THd)
+            importance_N += text_importance(part_THd, key_NGd, block.self_attn.scaling) * share
+        return keep_by_share(importance_N, threshold), importance_N
+
+
+def _rotate(x_SHd: torch.Tensor, rotary: Rotary, index_S: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding of packed tokens, in the half-split layout that all three families use."""
+    cos_S1d, sin_S1d = (table[0, index_S, None] for table in rotary)
+    first, second = x_SHd.chunk(2, dim=-1)
+    return x_SHd * cos_S1d + torch.cat((-second, first), dim=-1) * sin_S1d

@@ -1,0 +1,135 @@
+"""Engines on very small random checkpoints, requests for them, and a slow reference that keeps no cache."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from services.checkpoint.config import FocusLlavaConfig
+from services.checkpoint.store import LLM_PREFIX, load_stage
+from services.common.types import (
+    ChatTurn,
+    CompressedVisualTokens,
+    FinishedEvent,
+    GenerateRequest,
+    ImagePart,
+    PruneParams,
+    SamplingParams,
+    TextPart,
+    TokenEvent,
+)
+from services.llm.engine import Engine
+from tests.tiny_checkpoints import make_random_checkpoint
+
+WIDTH = 64
+LAYERS = 6
+QUESTIONS = (
+    "What number is on the red card?",
+    "Which word is written above the blue circle, and what colour is the triangle below it?",
+    "How many?",
+    "Describe the image in one sentence.",
+)
+
+
+@functools.cache
+def checkpoint(family: str = "llama", **options: Any) -> pathlib.Path:
+    """A random checkpoint, made once a test process. Layer 2 of 6 prunes."""
+    holder = tempfile.TemporaryDirectory(prefix="tiny-llm-")
+    _holders.append(holder)
+    folder = pathlib.Path(holder.name) / family
+    make_random_checkpoint(folder, family, hidden=WIDTH, layers=LAYERS, **options)
+    return folder
+
+
+_holders: list[tempfile.TemporaryDirectory] = []
+
+
+def engine(family: str = "llama", *, folder: pathlib.Path | None = None, **options: Any) -> Engine:
+    defaults = {"kv_cache_bytes": 16 * 2**20, "max_batch_tokens": 512, "max_running": 32}
+    return Engine.from_checkpoint(folder or checkpoint(family), **{**defaults, **options})
+
+
+def image(made_by: str, tokens: int = 40, seed: int = 0, **changes: Any) -> CompressedVisualTokens:
+    features = torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(seed))
+    plain = CompressedVisualTokens(
+        tokens_ND=features,
+        branch_ids_M=torch.empty(0, dtype=torch.uint8),
+        map_hw=(4, 4),
+        uncompressed_tokens=2 * tokens,
+        content_hash="0" * 64,
+        model_fingerprint=made_by,
+    )
+    return replace(plain, **changes)
+
+
+def request(
+    target: Engine,
+    request_id: str = "r",
+    *,
+    question: str = QUESTIONS[0],
+    images: Sequence[int] = (40,),
+    image_seed: int = 0,
+    threshold: float | None = None,
+    prune: bool = True,
+    **sampling: Any,
+) -> GenerateRequest:
+    """A user turn with images of the given token counts before the question. End of sequence is ignored by default."""
+    sampling = {"max_tokens": 8, "ignore_eos": True, **sampling}
+    parts = (*(ImagePart(image=index) for index in range(len(images))), TextPart(text=question))
+    return GenerateRequest(
+        request_id=request_id,
+        turns=(ChatTurn(role="user", parts=parts),),
+        images=tuple(image(target.fingerprint, count, 100 * image_seed + index) for index, count in enumerate(images)),
+        sampling=SamplingParams(**sampling),
+        prune=PruneParams(threshold=threshold, enabled=prune),
+    )
+
+
+def run(target: Engine, requests: Sequence[GenerateRequest] = ()) -> dict[str, tuple[list[int], str, FinishedEvent]]:
+    """Submits, steps until idle, and returns each request's (token ids, text, finished event)."""
+    for each in requests:
+        target.submit(each)
+    events = []
+    while target.has_work():
+        events += target.step()
+        target.check_integrity()
+    return collect(events)
+
+
+def collect(events: Sequence[tuple[str, Any]]) -> dict[str, tuple[list[int], str, FinishedEvent]]:
+    ids: dict[str, list[int]] = {}
+    texts: dict[str, str] = {}
+    ends: dict[str, FinishedEvent] = {}
+    for request_id, event in events:
+        assert request_id not in ends, "an event after the last"
+        if isinstance(event, TokenEvent):
+            ids.setdefault(request_id, []).extend(event.token_ids)
+            texts[request_id] = texts.get(request_id, "") + event.text
+        else:
+            ends[request_id] = event
+    return {request_id: (ids.get(request_id, []), texts.get(request_id, ""), end) for request_id, end in ends.items()}
+
+
+def reference_lm(folder: pathlib.Path, attention: str = "eager") -> Any:
+    """transformers' own model with the checkpoint's weights, float32."""
+    lm = AutoModelForCausalLM.from_config(FocusLlavaConfig.load(folder).text_config, attn_implementation=attention)
+    state = {name.removeprefix(LLM_PREFIX): tensor.float() for name, tensor in load_stage(folder, "llm").items()}
+    lm.load_state_dict(state)
+    return lm.eval()
+
+
+def reference_embeddings(lm: Any, target: Engine, asked: GenerateRequest) -> torch.Tensor:
+    """Prompt embeddings [S, D] of a request, visual tokens spliced in one by one."""
+    prompt = target.prepare(asked).prompt
+    rows = [lm.model.embed_tokens.weight[token] for token in prompt.input_ids]
+    for (first, last), one in zip(prompt.visual_spans, asked.images, strict=True):
+        assert last - first == len(one.tokens_ND)
+        rows[first:last] = list(one.tokens_ND.float())
+    return torch.stack(rows)

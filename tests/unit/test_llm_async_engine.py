@@ -1,0 +1,154 @@
+"""The engine's thread as asyncio sees it: streams, cancellation, faults, shutdown."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import pytest
+
+from services.common.errors import InternalError, InvalidInput, StageUnavailable
+from services.common.types import FinishedEvent, GenerateRequest
+from services.llm.async_engine import AsyncEngine
+from tests import tiny_llm
+
+TIMEOUT_S = 60
+
+
+@contextlib.asynccontextmanager
+async def running(**options) -> AsyncIterator[AsyncEngine]:
+    engine = AsyncEngine(tiny_llm.engine(**options))
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            yield engine
+    finally:
+        engine.close()
+        engine.engine.check_integrity()
+        assert engine.engine.stats().kv_blocks_used == 0
+
+
+async def answer(engine: AsyncEngine, request: GenerateRequest) -> tuple[list[int], FinishedEvent]:
+    events = [event async for event in engine.generate(request)]
+    return [t for event in events[:-1] for t in event.token_ids], events[-1]
+
+
+async def until_idle(engine: AsyncEngine) -> None:
+    while engine.stats().running or engine.stats().waiting:
+        await asyncio.sleep(0.005)
+
+
+async def test_concurrent_streams_equal_the_engine_alone() -> None:
+    plain = tiny_llm.engine()
+    requests = [tiny_llm.request(plain, f"r{i}", images=(10 + i,), image_seed=i, max_tokens=5 + i) for i in range(8)]
+    expected = {r: ids for r, (ids, _, _) in tiny_llm.run(plain, requests).items()}
+    async with running() as engine:
+        results = await asyncio.gather(*(answer(engine, request) for request in requests))
+    assert {f"r{i}": ids for i, (ids, _) in enumerate(results)} == expected
+    assert all(end.reason == "length" for _, end in results)
+
+
+async def test_tokens_come_as_they_are_made_and_not_at_the_end() -> None:
+    async with running() as engine:
+        request = tiny_llm.request(engine.engine, max_tokens=1500, prune=False)
+        async with contextlib.aclosing(engine.generate(request)) as events:
+            await anext(events)
+            await anext(events)
+            assert engine.stats().running == 1
+
+
+async def test_closing_or_cancelling_frees_the_request() -> None:
+    async with running() as engine:
+        request = tiny_llm.request(engine.engine, max_tokens=1500)
+        async with contextlib.aclosing(engine.generate(request)) as events:
+            await anext(events)
+        await until_idle(engine)
+
+        task = asyncio.create_task(answer(engine, request))
+        while not engine.stats().running:
+            await asyncio.sleep(0.005)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await until_idle(engine)
+        assert engine.stats().kv_blocks_used == 0
+        # The id is free again.
+        assert (await answer(engine, tiny_llm.request(engine.engine, max_tokens=3)))[1].usage.completion_tokens == 3
+
+
+async def test_a_request_that_waits_can_be_cancelled() -> None:
+    async with running(max_running=1) as engine:
+        first = asyncio.create_task(answer(engine, tiny_llm.request(engine.engine, "first", max_tokens=300)))
+        while not engine.stats().running:
+            await asyncio.sleep(0.005)
+        second = asyncio.create_task(answer(engine, tiny_llm.request(engine.engine, "second")))
+        while not engine.stats().waiting:
+            await asyncio.sleep(0.005)
+        second.cancel()
+        ids, _ = await first
+        assert len(ids) == 300
+        assert second.cancelled() or second.done()
+
+
+async def test_a_refused_request_raises_before_any_event_and_a_duplicate_leaves_the_first_alone() -> None:
+    async with running() as engine:
+        with pytest.raises(InvalidInput, match="prune.threshold"):
+            await answer(engine, tiny_llm.request(engine.engine, threshold=2.0))
+        request = tiny_llm.request(engine.engine, max_tokens=60)
+        first = asyncio.create_task(answer(engine, request))
+        while not engine.stats().running:
+            await asyncio.sleep(0.001)
+        with pytest.raises(InvalidInput, match="in flight"):
+            await answer(engine, request)
+        assert len((await first)[0]) == 60
+
+
+async def test_a_failed_pass_is_an_internal_error_for_its_requests_and_the_engine_lives_on() -> None:
+    async with running() as engine:
+        good = tiny_llm.request(engine.engine, max_tokens=6)
+        expected, _ = await answer(engine, good)
+
+        def fail(*_: object) -> None:
+            raise RuntimeError("secret detail /some/path")
+
+        hook = engine.engine.decoder.layers[3].register_forward_hook(fail)
+        results = await asyncio.gather(
+            *(answer(engine, tiny_llm.request(engine.engine, f"r{i}")) for i in range(3)), return_exceptions=True
+        )
+        hook.remove()
+        assert [type(result).__mro__[1] for result in results] == [InternalError] * 3
+        assert not any("secret" in str(result) for result in results)
+        assert (await answer(engine, good))[0] == expected
+
+
+async def test_close_ends_streams_joins_and_refuses_what_comes_later() -> None:
+    engine = AsyncEngine(tiny_llm.engine(max_running=1))
+    requests = [tiny_llm.request(engine.engine, f"r{i}", max_tokens=1500) for i in range(2)]
+    tasks = [asyncio.create_task(answer(engine, request)) for request in requests]
+    while not (engine.stats().running and engine.stats().waiting):
+        await asyncio.sleep(0.005)
+    await asyncio.to_thread(engine.close)
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(result) for result in results] == [StageUnavailable] * 2
+    assert not engine._thread.is_alive()
+    engine.engine.check_integrity()
+    with pytest.raises(StageUnavailable):
+        await answer(engine, requests[0])
+
+
+async def test_cancel_storm() -> None:
+    async with running(max_running=4) as engine:
+
+        async def impatient(index: int) -> int:
+            request = tiny_llm.request(engine.engine, f"r{index}", images=(index % 30 + 1,), max_tokens=40)
+            count = 0
+            async with contextlib.aclosing(engine.generate(request)) as events:
+                async for _ in events:
+                    count += 1
+                    if count > index % 7:
+                        break
+            return count
+
+        counts = await asyncio.gather(*(impatient(index) for index in range(60)))
+        assert counts == [index % 7 + 1 for index in range(60)]
+        await until_idle(engine)
