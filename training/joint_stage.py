@@ -124,14 +124,14 @@ def model_config(base: dict[str, Any], changes: dict[str, Any], tokenizer: Any) 
 
 def load_joint(joint: JointModel, folder: pathlib.Path) -> None:
     """Fills the joint model from a checkpoint. A sampler of another shape (another window, say) starts fresh."""
-    encoder = dict(load_stage(folder, "encoder"))
+    encoder = load_stage(folder, "encoder")
     own = joint.encoder.state_dict()
     fits = {k: v for k, v in encoder.items() if k in own and own[k].shape == v.shape}
     lost = [k for k in own if k not in fits and not k.startswith("vision_guided_sampler.")]
     if lost:
         raise ConfigError(f"init_from: {folder} does not fit the model: {lost[:3]}")
     joint.encoder.load_state_dict(fits, strict=False)
-    language = {k.removeprefix("language_model."): v for k, v in dict(load_stage(folder, "llm")).items()}
+    language = {k.removeprefix("language_model."): v for k, v in load_stage(folder, "llm").items()}
     joint.language_model.load_state_dict(language)
 
 

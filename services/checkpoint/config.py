@@ -97,7 +97,8 @@ class FocusLlavaConfig:
         for height, width in self.image_grid_pinpoints:
             if height % self.tile_px or width % self.tile_px:
                 raise InvalidInput(
-                    f"has {(height, width)}, not a multiple of the tile's {self.tile_px} px", field="image_grid_pinpoints"
+                    f"has {(height, width)}, not a multiple of the tile's {self.tile_px} px",
+                    field="image_grid_pinpoints",
                 )
 
     @property

@@ -101,7 +101,7 @@ def import_llava_next(
         del expected[LM_HEAD]
     fresh = _fresh_selector(config, seed)
     check_shapes({n: s.shape for n, s in sources.items()}, {n: s for n, s in expected.items() if n not in fresh})
-    total = sum(s.path.stat().st_size for s in {s.path: s for s in sources.values()}.values())
+    total = sum(math.prod(s.shape) * getattr(torch, DTYPES[s.dtype]).itemsize for s in sources.values())
     free = shutil.disk_usage(_existing_parent(pathlib.Path(dst))).free
     if free < total:
         raise InvalidInput(f"has {free / 1e9:.1f} GB free, {total / 1e9:.1f} GB are needed", field=str(dst))

@@ -64,8 +64,13 @@ class Encoder:
             settings.checkpoint, dtype=dtype, device=device, limits=settings.media
         )
         self._wire_dtype: torch.dtype = getattr(torch, settings.wire_dtype)
-        self._batcher = TileBatcher(self._pipeline, max_tiles=settings.max_tiles, max_wait_s=settings.max_wait_s)
         self._metrics = Metrics("encoder", ray.serve.metrics)
+        self._batcher = TileBatcher(
+            self._pipeline,
+            max_tiles=settings.max_tiles,
+            max_wait_s=settings.max_wait_s,
+            on_batch=lambda tiles: self._metrics.observe("focusllava_tiles_per_batch", tiles),
+        )
         self._report = asyncio.get_running_loop().create_task(self._report_forever())
 
     async def Encode(
@@ -91,12 +96,9 @@ class Encoder:
     def check_health(self) -> None:
         """Called by Serve; raising has the replica replaced."""
         if self._report.done():
-            raise RuntimeError("the metrics task ended")
+            raise RuntimeError("the metrics task ended") from self._report.exception()
 
     async def _report_forever(self) -> None:
         while True:
-            batches, self._batcher.tiles_per_batch[:] = list(self._batcher.tiles_per_batch), []
-            for tiles in batches:
-                self._metrics.observe("focusllava_tiles_per_batch", tiles)
             self._metrics.set("focusllava_encoder_waiting_images", self._batcher.waiting)
             await asyncio.sleep(_REPORT_PERIOD_S)

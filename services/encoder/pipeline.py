@@ -10,7 +10,6 @@ import torch
 
 from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.store import fingerprint, load_stage
-from services.common.errors import InvalidInput
 from services.common.media import MediaLimits, content_hash, open_image
 from services.common.types import CompressedVisualTokens, ImageTiles
 from services.encoder.anyres import tile_image
@@ -43,12 +42,9 @@ class EncoderPipeline:
         dtype = dtype or getattr(torch, config.dtype)
         with torch.device("meta"):
             model = EncoderModel(config)
-        state = {name: tensor.to(device, dtype) for name, tensor in dict(load_stage(folder, "encoder")).items()}
-        missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
-        if missing or unexpected:
-            raise InvalidInput(
-                f"missing {list(missing)[:4]}, unexpected {list(unexpected)[:4]}", field="encoder tensors"
-            )
+        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        stored = load_stage(folder, "encoder", expected=expected)
+        model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in stored.items()}, assign=True)
         # Built on the meta device, the one non-persistent buffer has no value yet.
         embeddings = model.vision_tower.embeddings
         embeddings.register_buffer(
@@ -70,8 +66,9 @@ class EncoderPipeline:
 
     @torch.inference_mode()
     def encode(self, images: Sequence[PreparedImage], vision_sampler: Sequence[bool]) -> list[CompressedVisualTokens]:
-        """Encodes a batch; each image is sampled or not as its flag says."""
-        encoded = self.model([image.tiles for image in images], vision_sampler)
+        """Encodes a batch; each image is sampled or not as its flag says, none when the checkpoint's sampler is off."""
+        sampled = [on and self.config.vision_sampler.enabled for on in vision_sampler]
+        encoded = self.model([image.tiles for image in images], sampled)
         return [
             CompressedVisualTokens(
                 tokens_ND=result.tokens_ND.cpu(),

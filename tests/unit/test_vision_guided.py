@@ -51,7 +51,12 @@ def test_equals_the_naive_loop(size, selector_input, similarity):
 
 def test_seven_branches_and_other_windows_equal_the_naive_loop():
     seven = ((1, 1), (2, 2), (4, 4), (4, 2), (2, 4), (2, 1), (1, 2))
-    for window, branches in ((4, seven), (8, ((1, 1), (2, 2), (4, 4))), (12, ((1, 1), (2, 2), (4, 4))), (2, ((1, 1), (2, 2)))):
+    for window, branches in (
+        (4, seven),
+        (8, ((1, 1), (2, 2), (4, 4))),
+        (12, ((1, 1), (2, 2), (4, 4))),
+        (2, ((1, 1), (2, 2))),
+    ):
         built = sampler(window=window, branches=branches).eval()
         map_HWD, base, newline = torch.randn(23, 17, D), torch.randn(BASE, D), torch.randn(D)
         out = built(map_HWD, base, newline)

@@ -1,0 +1,1 @@
+"""The public door: checks requests, keeps encoded images, calls the two stages."""

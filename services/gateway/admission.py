@@ -1,0 +1,172 @@
+"""Decides whether a ChatRequest may enter, before any stage is troubled, and turns it into what the stages take."""
+
+from __future__ import annotations
+
+import math
+import re
+import uuid
+from dataclasses import dataclass, field
+
+from focusllava.v1 import focus_pb2, llm_pb2
+from services.common.errors import InvalidInput, TooLarge
+from services.common.media import MediaLimits, check_image, content_hash
+from services.common.settings import require
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:\-]{0,127}")
+_MAX_STOPS, _MAX_STOP_CHARS = 8, 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdmissionLimits:
+    """The public door's limits."""
+
+    media: MediaLimits = field(default_factory=MediaLimits)
+    max_images: int = 8
+    max_image_bytes_total: int = 64 * 2**20
+    """Of all images of one request together."""
+    max_turns: int = 64
+    max_question_chars: int = 8_192
+    """Of the last user turn."""
+    max_text_chars: int = 65_536
+    """Of all turns together."""
+    max_tokens: int = 4_096
+    """Most tokens that one request may ask for."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_images", "max_image_bytes_total", "max_turns", "max_question_chars", "max_tokens"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdmittedImage:
+    """One image that passed its header check."""
+
+    data: bytes
+    content_hash: str
+    field: str
+    """Where it stands in the request, for messages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdmittedChat:
+    """A request that may enter."""
+
+    request_id: str
+    turns: tuple[llm_pb2.PromptTurn, ...]
+    images: tuple[AdmittedImage, ...]
+    sampling: llm_pb2.SamplingParams
+    prune: llm_pb2.PruneParams
+    vision_sampler: bool
+
+
+def request_id_of(request: focus_pb2.ChatRequest) -> str:
+    """The caller's id if it is fit for a log line, otherwise a new one."""
+    return request.request_id if _REQUEST_ID.fullmatch(request.request_id) else uuid.uuid4().hex
+
+
+def admit(request: focus_pb2.ChatRequest, limits: AdmissionLimits, request_id: str) -> AdmittedChat:
+    """Checks everything that can be checked without a stage.
+
+    Raises:
+        InvalidInput, TooLarge: naming the field, its value and what was expected.
+    """
+    if request.request_id and request.request_id != request_id:
+        raise InvalidInput(
+            "expected up to 128 letters, digits, '.', '_', ':' or '-', a letter or digit first", field="request_id"
+        )
+    _check_sampling(request.sampling, limits)
+    if request.prune.HasField("threshold"):
+        gamma = request.prune.threshold
+        require(0 < gamma <= 1, "prune.threshold", round(gamma, 6), "a number in (0, 1]")
+    turns, images = _turns(request, limits)
+    return AdmittedChat(
+        request_id=request_id,
+        turns=turns,
+        images=images,
+        sampling=request.sampling,
+        prune=request.prune,
+        vision_sampler=not request.vision_sampler_off,
+    )
+
+
+def _check_sampling(sampling: llm_pb2.SamplingParams, limits: AdmissionLimits) -> None:
+    if sampling.HasField("max_tokens"):
+        require(sampling.max_tokens >= 1, "sampling.max_tokens", sampling.max_tokens, "1 or more")
+        if sampling.max_tokens > limits.max_tokens:
+            raise TooLarge(f"is {sampling.max_tokens}, the limit is {limits.max_tokens}", field="sampling.max_tokens")
+    if sampling.HasField("temperature"):
+        value = sampling.temperature
+        require(math.isfinite(value) and 0 <= value <= 2, "sampling.temperature", value, "a number in [0, 2]")
+    if sampling.HasField("top_p"):
+        require(0 < sampling.top_p <= 1, "sampling.top_p", round(sampling.top_p, 6), "a number in (0, 1]")
+    require(len(sampling.stop) <= _MAX_STOPS, "sampling.stop", len(sampling.stop), f"at most {_MAX_STOPS} strings")
+    for index, stop in enumerate(sampling.stop):
+        name = f"sampling.stop[{index}]"
+        if not stop:
+            raise InvalidInput("is empty", field=name)
+        require(len(stop) <= _MAX_STOP_CHARS, name, f"{len(stop)} characters", f"at most {_MAX_STOP_CHARS}")
+
+
+def _turns(
+    request: focus_pb2.ChatRequest, limits: AdmissionLimits
+) -> tuple[tuple[llm_pb2.PromptTurn, ...], tuple[AdmittedImage, ...]]:
+    if not request.turns:
+        raise InvalidInput("is empty; send at least one user turn", field="turns")
+    if len(request.turns) > limits.max_turns:
+        raise TooLarge(f"has {len(request.turns)} turns, the limit is {limits.max_turns}", field="turns")
+    last = len(request.turns) - 1
+    if request.turns[last].role != llm_pb2.ROLE_USER:
+        raise InvalidInput("the last turn must be the user's", field=f"turns[{last}].role")
+    turns: list[llm_pb2.PromptTurn] = []
+    images: list[AdmittedImage] = []
+    text_chars = image_bytes = 0
+    for index, turn in enumerate(request.turns):
+        where = f"turns[{index}]"
+        _check_role(turn.role, index, where)
+        if not turn.parts:
+            raise InvalidInput("is empty", field=f"{where}.parts")
+        parts: list[llm_pb2.PromptPart] = []
+        for number, part in enumerate(turn.parts):
+            name = f"{where}.parts[{number}]"
+            kind = part.WhichOneof("part")
+            if kind == "text":
+                text_chars += len(part.text)
+                parts.append(llm_pb2.PromptPart(text=part.text))
+            elif kind == "image":
+                if turn.role != llm_pb2.ROLE_USER:
+                    raise InvalidInput("images may stand in user turns only", field=f"{name}.image")
+                if len(images) == limits.max_images:
+                    raise TooLarge(f"more than {limits.max_images} images", field=f"{name}.image")
+                image_bytes += len(part.image)
+                check_image(part.image, limits.media, f"{name}.image")
+                parts.append(llm_pb2.PromptPart(image_index=len(images)))
+                images.append(
+                    AdmittedImage(data=part.image, content_hash=content_hash(part.image), field=f"{name}.image")
+                )
+            else:
+                raise InvalidInput("holds neither text nor an image", field=name)
+        turns.append(llm_pb2.PromptTurn(role=turn.role, parts=parts))
+    _check_question(request.turns[last], f"turns[{last}]", limits)
+    if text_chars > limits.max_text_chars:
+        raise TooLarge(f"have {text_chars} characters of text, the limit is {limits.max_text_chars}", field="turns")
+    if image_bytes > limits.max_image_bytes_total:
+        raise TooLarge(
+            f"have {image_bytes} bytes of images, the limit is {limits.max_image_bytes_total}", field="turns"
+        )
+    return tuple(turns), tuple(images)
+
+
+def _check_role(role: int, index: int, where: str) -> None:
+    if role not in (llm_pb2.ROLE_SYSTEM, llm_pb2.ROLE_USER, llm_pb2.ROLE_ASSISTANT):
+        raise InvalidInput(f"is {role}, expected ROLE_SYSTEM, ROLE_USER or ROLE_ASSISTANT", field=f"{where}.role")
+    if role == llm_pb2.ROLE_SYSTEM and index:
+        raise InvalidInput("only the first turn may be the system's", field=f"{where}.role")
+
+
+def _check_question(turn: focus_pb2.ChatTurn, where: str, limits: AdmissionLimits) -> None:
+    texts = [part.text for part in turn.parts if part.WhichOneof("part") == "text"]
+    if not any(text.strip() for text in texts):
+        raise InvalidInput("the question is empty", field=f"{where}.parts")
+    chars = sum(map(len, texts))
+    if chars > limits.max_question_chars:
+        raise TooLarge(f"the question has {chars} characters, the limit is {limits.max_question_chars}", field=where)

@@ -1,0 +1,143 @@
+"""The public door as a Ray Serve deployment: FocusService over Serve's gRPC ingress.
+
+    client ~ gRPC ~> Gateway ~ gRPC ~> encoder application
+                             ~ gRPC ~> llm application
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import os
+import pathlib
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray.serve.metrics
+from ray import serve
+from ray.serve.grpc_util import RayServegRPCContext
+
+from focusllava.v1 import focus_pb2
+from services.checkpoint.config import FocusLlavaConfig
+from services.checkpoint.store import fingerprint
+from services.common.errors import InvalidInput
+from services.common.grpc_status import refuse
+from services.common.settings import build_settings, require
+from services.common.telemetry import Metrics
+from services.gateway.admission import AdmissionLimits, request_id_of
+from services.gateway.cache import VisualTokenCache, open_store
+from services.gateway.chat import ChatService
+from services.gateway.stages import Deadline, EncoderClient, LanguageModelClient, StageAddress
+
+TIMEOUT_METADATA = "focusllava-timeout-ms"
+"""Ray Serve hides a call's own deadline from the replica; a client may say it here. Its cancellation arrives anyway."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatewaySettings:
+    """`args` of the gateway application."""
+
+    checkpoint: str
+    """Folder of the served checkpoint; only its configuration and fingerprint are read."""
+    encoder: StageAddress = field(default_factory=lambda: StageAddress(application="encoder"))
+    llm: StageAddress = field(default_factory=lambda: StageAddress(application="llm"))
+    redis_url: str | None = None
+    """Unset: the environment's REDIS_URL; with neither, a cache in this process."""
+    cache_bytes: int = 256 * 2**20
+    """Bound of the cache in this process."""
+    limits: AdmissionLimits = field(default_factory=AdmissionLimits)
+
+    def __post_init__(self) -> None:
+        require(self.cache_bytes >= 0, "cache_bytes", self.cache_bytes, "0 or more")
+
+
+@serve.deployment(name="Gateway")
+class Gateway:
+    """One replica of the public door."""
+
+    def __init__(self, settings: GatewaySettings):
+        metrics = Metrics("gateway", ray.serve.metrics)
+        self._config = FocusLlavaConfig.load(settings.checkpoint)
+        self._name = pathlib.Path(settings.checkpoint).name
+        self._fingerprint = fingerprint(settings.checkpoint)
+        redis_url = settings.redis_url or os.environ.get("REDIS_URL")
+        self._cache = VisualTokenCache(open_store(redis_url, settings.cache_bytes), metrics)
+        self._service = ChatService(
+            model_fingerprint=self._fingerprint,
+            encoder=EncoderClient(settings.encoder, self._fingerprint, metrics),
+            language_model=LanguageModelClient(settings.llm, metrics),
+            cache=self._cache,
+            metrics=metrics,
+            limits=settings.limits,
+        )
+
+    def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+        """`user_config` of the Serve configuration: the admission limits, changed without a restart."""
+        self._service.limits = build_settings(AdmissionLimits, user_config, "user_config.")
+
+    async def Chat(
+        self, request: focus_pb2.ChatRequest, grpc_context: RayServegRPCContext
+    ) -> AsyncGenerator[focus_pb2.ChatResponse, None]:
+        """FocusService.Chat."""
+        request_id = request_id_of(request)
+        events = self._service.chat(request, request_id, _deadline(grpc_context))
+        try:
+            async for event in events:
+                yield event
+        except Exception as error:
+            raise refuse(grpc_context, error, request_id) from None
+        finally:
+            await events.aclose()
+
+    async def GetModelInfo(
+        self, request: focus_pb2.GetModelInfoRequest, grpc_context: RayServegRPCContext
+    ) -> focus_pb2.GetModelInfoResponse:
+        """FocusService.GetModelInfo."""
+        try:
+            return self._model_info()
+        except Exception as error:
+            raise refuse(grpc_context, error) from None
+
+    def _model_info(self) -> focus_pb2.GetModelInfoResponse:
+        config, text, limits = self._config, self._config.text_config, self._service.limits
+        return focus_pb2.GetModelInfoResponse(
+            name=self._name,
+            model_fingerprint=self._fingerprint,
+            text_family=config.text["model_type"],
+            num_layers=text.num_hidden_layers,
+            prune_layer=config.text_sampler.layer,
+            prune_threshold=config.text_sampler.threshold,
+            tile_px=config.tile_px,
+            region_window=config.vision_sampler.window,
+            max_context_tokens=text.max_position_embeddings,
+            max_image_bytes=limits.media.max_bytes,
+            max_images=limits.max_images,
+            server_version=_version(),
+        )
+
+
+def _deadline(context: RayServegRPCContext) -> Deadline:
+    said = dict(context.invocation_metadata()).get(TIMEOUT_METADATA)
+    if said is None:
+        return Deadline()
+    try:
+        seconds = float(said) / 1000
+    except (TypeError, ValueError):
+        return Deadline()
+    return Deadline(seconds) if math.isfinite(seconds) else Deadline()
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("focusllava")
+    except importlib.metadata.PackageNotFoundError:
+        return "source tree"
+
+
+def check_checkpoint(folder: str) -> str:
+    """The folder, made absolute. Raises InvalidInput when it holds no checkpoint."""
+    path = pathlib.Path(folder).expanduser().resolve()
+    if not (path / "config.json").is_file():
+        raise InvalidInput(f"{folder} has no config.json", field="checkpoint")
+    return str(path)

@@ -1,0 +1,237 @@
+"""Clients of the two stages: gRPC through Serve's ingress, with deadlines, and retries that never repeat text."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+import grpc
+import grpc.aio
+
+from focusllava.v1 import encoder_pb2, encoder_pb2_grpc, llm_pb2, llm_pb2_grpc
+from services.common.errors import (
+    DeadlineExceeded,
+    FocusError,
+    InvalidInput,
+    Overloaded,
+    StageUnavailable,
+    WrongFingerprint,
+)
+from services.common.settings import require
+from services.common.telemetry import Metrics
+
+_log = logging.getLogger("focusllava")
+
+MAX_MESSAGE_BYTES = 512 * 2**20
+CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_reconnect_backoff_ms", 1000),  # gRPC's default of two minutes outlives any restart
+    ("grpc.keepalive_time_ms", 30_000),
+]
+# What Ray says when the replica that held the request died.
+_REPLICA_DIED = ("actor died", "ActorDied", "ActorUnavailable", "actor is dead", "WorkerCrashed", "is temporarily")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageAddress:
+    """Where a stage answers: host:port of a Serve gRPC ingress, and its Serve application."""
+
+    target: str = "127.0.0.1:9000"
+    application: str = ""
+    attempts: int = 5
+    """Tries of one call, the first included."""
+    backoff_s: float = 0.2
+    """Before the second try; doubles."""
+    timeout_s: float = 300.0
+    """Longest that one call may take when the caller set no shorter deadline."""
+
+    def __post_init__(self) -> None:
+        require(":" in self.target, "target", self.target, "host:port")
+        require(self.attempts >= 1, "attempts", self.attempts, "1 or more")
+        require(self.timeout_s > 0, "timeout_s", self.timeout_s, "more than 0 seconds")
+
+
+class Deadline:
+    """The moment by which a request must be done; None means that only the stages' own limits apply."""
+
+    def __init__(self, seconds: float | None = None):
+        self._end = None if seconds is None else time.monotonic() + seconds
+
+    def remaining_s(self, at_most: float) -> float:
+        """Raises DeadlineExceeded when nothing remains."""
+        left = at_most if self._end is None else min(at_most, self._end - time.monotonic())
+        if left <= 0:
+            raise DeadlineExceeded("the request took longer than its deadline")
+        return left
+
+
+class _Stage:
+    """One channel and the retry rule."""
+
+    def __init__(self, name: str, address: StageAddress, metrics: Metrics):
+        self.name, self.address, self._metrics = name, address, metrics
+        self._channel = grpc.aio.insecure_channel(address.target, options=CHANNEL_OPTIONS)
+        self._metadata = (("application", address.application or name),)
+
+    async def close(self) -> None:
+        await self._channel.close(grace=None)
+
+    async def _pause(self, attempt: int, error: FocusError, deadline: Deadline) -> None:
+        """Waits before the next try, or raises `error` when there is none."""
+        if attempt + 1 >= self.address.attempts:
+            raise error
+        pause_s = self.address.backoff_s * 2**attempt
+        if deadline.remaining_s(self.address.timeout_s) <= pause_s:
+            raise error
+        self._metrics.count("focusllava_stage_retries", stage=self.name)
+        _log.warning("%s stage: try %d failed (%s); trying again", self.name, attempt + 1, error)
+        await asyncio.sleep(pause_s)
+
+    def _error_of(self, error: grpc.aio.AioRpcError) -> FocusError:
+        return stage_error(self.name, error.code(), error.details() or "")
+
+
+def stage_error(stage: str, code: grpc.StatusCode, details: str) -> FocusError:
+    """A stage's status as the error that the gateway raises. Only our own stages' messages pass through."""
+    if any(sign in details for sign in _REPLICA_DIED) or code in (
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.CANCELLED,  # we did not cancel: the replica or its proxy went away
+    ):
+        return StageUnavailable(f"the {stage} stage is restarting or cannot be reached; try again")
+    if code is grpc.StatusCode.NOT_FOUND:
+        return StageUnavailable(f"the {stage} stage is not deployed")
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return DeadlineExceeded("the request took longer than its deadline")
+    if code is grpc.StatusCode.INVALID_ARGUMENT:
+        return InvalidInput(details)
+    if code is grpc.StatusCode.FAILED_PRECONDITION:
+        return WrongFingerprint(details)
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        queue_full = "backpressure" in details or "max_queued_requests" in details
+        return Overloaded(f"the {stage} stage is full; try again later" if queue_full else details)
+    _log.error("%s stage: %s: %s", stage, code.name, details)
+    return FocusError(f"the {stage} stage failed")
+
+
+class EncoderClient(_Stage):
+    """Stage 1."""
+
+    def __init__(self, address: StageAddress, model_fingerprint: str, metrics: Metrics):
+        super().__init__("encoder", address, metrics)
+        self._fingerprint = model_fingerprint
+        self._stub = encoder_pb2_grpc.EncoderServiceStub(self._channel)  # type: ignore[no-untyped-call]
+
+    async def encode(
+        self, image: bytes, vision_sampler: bool, deadline: Deadline
+    ) -> encoder_pb2.CompressedVisualTokens:
+        """Encoding has no effect but its answer, so any lost call is tried again."""
+        request = encoder_pb2.EncodeRequest(
+            image=image, model_fingerprint=self._fingerprint, vision_sampler=vision_sampler
+        )
+        for attempt in range(self.address.attempts):
+            timeout_s = deadline.remaining_s(self.address.timeout_s)
+            try:
+                response = await self._stub.Encode(request, timeout=timeout_s, metadata=self._metadata)
+                return response.visual_tokens
+            except grpc.aio.AioRpcError as error:
+                failure = self._error_of(error)
+                if not isinstance(failure, StageUnavailable):
+                    raise failure from error
+                await self._pause(attempt, failure, deadline)
+        raise AssertionError("the last try raises")
+
+
+@dataclass
+class _Sent:
+    """What the caller already has of an answer."""
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+
+
+class LanguageModelClient(_Stage):
+    """Stage 2."""
+
+    def __init__(self, address: StageAddress, metrics: Metrics):
+        super().__init__("llm", address, metrics)
+        self._stub = llm_pb2_grpc.LanguageModelServiceStub(self._channel)  # type: ignore[no-untyped-call]
+
+    async def generate(
+        self, request: llm_pb2.GenerateRequest, deadline: Deadline
+    ) -> AsyncGenerator[llm_pb2.GenerateResponse, None]:
+        """The stage's events; closing the iterator cancels the call and so the generation.
+
+        A stage lost before the first token is called again. After it, too, when the draws are repeatable (greedy, or a
+        seed): the new stream's text must begin with what was sent, and only the rest is passed on.
+        """
+        repeatable = request.sampling.temperature == 0 or request.sampling.HasField("seed")
+        sent = _Sent()
+        for attempt in range(self.address.attempts):
+            try:
+                async with contextlib.aclosing(self._attempt(request, attempt, sent, deadline)) as events:
+                    async for event in events:
+                        yield event
+                return
+            except grpc.aio.AioRpcError as error:
+                failure = self._error_of(error)
+                if not isinstance(failure, StageUnavailable) or (sent.token_ids and not repeatable):
+                    raise failure from error
+            except StageUnavailable as lost:
+                failure = lost
+                if sent.token_ids and not repeatable:
+                    raise
+            await self._pause(attempt, failure, deadline)
+
+    async def _attempt(
+        self, request: llm_pb2.GenerateRequest, attempt: int, sent: _Sent, deadline: Deadline
+    ) -> AsyncGenerator[llm_pb2.GenerateResponse, None]:
+        if attempt:  # the lost try may still be in flight under its own id
+            again = llm_pb2.GenerateRequest()
+            again.CopyFrom(request)
+            again.request_id = f"{request.request_id}.{attempt}"
+            request = again
+        replay = _Sent()
+        timeout_s = deadline.remaining_s(self.address.timeout_s)
+        call = self._stub.Generate(request, timeout=timeout_s, metadata=self._metadata)
+        ended = False
+        try:
+            async for event in call:
+                kind = event.WhichOneof("event")
+                if kind == "token":
+                    replay = _Sent(replay.text + event.token.text, (*replay.token_ids, *event.token.token_ids))
+                    fresh = _unsent(sent, replay)
+                    if fresh is not None:
+                        sent.text, sent.token_ids = replay.text, replay.token_ids
+                        yield llm_pb2.GenerateResponse(token=fresh)
+                    continue
+                if kind == "error" and event.error.code == "UNAVAILABLE":
+                    raise StageUnavailable(event.error.message)
+                ended = True
+                yield event
+                return
+        finally:
+            if not ended:
+                call.cancel()
+        raise StageUnavailable(f"the {self.name} stage ended its stream early; try again")
+
+
+def _unsent(sent: _Sent, replay: _Sent) -> llm_pb2.Token | None:
+    """What `replay` has beyond `sent`; None while it is still behind. A different answer cannot be continued."""
+    if not (replay.text.startswith(sent.text) or sent.text.startswith(replay.text)):
+        raise FocusError("the llm stage was lost and its answer could not be continued; ask again")
+    if len(replay.token_ids) <= len(sent.token_ids) and len(replay.text) <= len(sent.text):
+        return None
+    return llm_pb2.Token(text=replay.text[len(sent.text) :], token_ids=replay.token_ids[len(sent.token_ids) :])
+
+
+def with_field(error: FocusError, field: str) -> FocusError:
+    """The same error, naming where in the caller's request the image stands instead of the stage's own field."""
+    message = str(error)
+    if message.startswith("image: "):
+        return type(error)(message.removeprefix("image: "), field=field)
+    return error

@@ -1,0 +1,200 @@
+"""The command: answers, --json, exit codes, completion, and what the plain install brings."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import grpc
+import pytest
+
+from focusllava.cli import main
+from tests.scripted_gateway import ScriptedGateway, failed, started, token
+from tests.tiny_checkpoints import make_random_checkpoint
+
+COMMAND = [sys.executable, "-m", "focusllava.cli"]
+
+
+@pytest.fixture
+def gateway(monkeypatch: pytest.MonkeyPatch) -> Iterator[ScriptedGateway]:
+    gateway = ScriptedGateway()
+    monkeypatch.setenv("FOCUSLLAVA_ADDRESS", gateway.address)
+    yield gateway
+    gateway.stop()
+
+
+@pytest.fixture
+def image(tmp_path: pathlib.Path) -> str:
+    path = tmp_path / "image.png"
+    path.write_bytes(b"png")
+    return str(path)
+
+
+def test_ask_streams_the_answer_and_accounts_on_stderr(gateway: ScriptedGateway, image: str, capsys) -> None:
+    assert main(["ask", image, "What is it?", "--threshold", "0.7", "--no-vision-sampler", "--seed", "4"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "a red café\n"
+    for fact in (
+        "100 uncompressed",
+        "50 after",
+        "20 kept from layer 2 of 6",
+        "30.0 %",
+        "2.0 KiB",
+        "12 ms",
+        "first of 3",
+    ):
+        assert fact in err
+    (request,) = gateway.requests
+    assert request.vision_sampler_off and not request.prune.off and request.sampling.seed == 4
+    assert request.prune.threshold == pytest.approx(0.7)
+    assert request.turns[0].parts[0].image == b"png" and request.turns[0].parts[1].text == "What is it?"
+
+
+def test_ask_json_is_one_object(gateway: ScriptedGateway, image: str, capsys) -> None:
+    assert main(["ask", image, image, "What?", "--json"]) == 0
+    out, err = capsys.readouterr()
+    answer = json.loads(out)
+    assert err == "" and answer["text"] == "a red café" and answer["usage"]["visual_tokens_kept"] == 20
+    assert answer["images"][0]["cached"] is False
+    assert len(gateway.requests[0].turns[0].parts) == 3
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        ("INVALID_ARGUMENT", 3), ("UNAUTHENTICATED", 3), ("NOT_FOUND", 4), ("UNAVAILABLE", 4), ("DEADLINE_EXCEEDED", 5),
+        ("CANCELLED", 5), ("RESOURCE_EXHAUSTED", 6), ("INTERNAL", 1), ("UNKNOWN", 1),
+    ],
+)  # fmt: skip
+def test_exit_code_of_each_status(gateway: ScriptedGateway, capsys, status: str, code: int) -> None:
+    gateway.script = gateway.refusing(grpc.StatusCode[status], "the reason")
+    assert main(["ask", "q", "--timeout", "5"]) == code
+    out, err = capsys.readouterr()
+    assert out == "" and status in err and err.count("\n") == 1 and "Traceback" not in err
+
+
+def test_error_after_text_ends_the_line_first(gateway: ScriptedGateway, capsys) -> None:
+    gateway.script = lambda request, context: iter([started(), token("half"), failed("RESOURCE_EXHAUSTED", "full")])
+    assert main(["ask", "q"]) == 6
+    assert capsys.readouterr() == ("half\n", "focusllava: full (RESOURCE_EXHAUSTED)\n")
+
+
+def test_json_errors_are_json(gateway: ScriptedGateway, capsys) -> None:
+    assert main(["ask", "missing.png", "q", "--json"]) == 3
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["code"] == "INVALID_ARGUMENT" and "missing.png" in error["message"]
+    assert gateway.requests == []
+
+
+def test_wrong_usage(capsys) -> None:
+    for arguments in (["ask"], ["nonsense"], ["ask", "q", "--max-tokens", "many"], ["info", "--verify"]):
+        assert main(arguments) == 2, arguments
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_nobody_there(capsys) -> None:
+    assert main(["info", "--address", "127.0.0.1:9"]) == 4
+    assert "127.0.0.1:9" in capsys.readouterr().err
+
+
+def test_timeout(gateway: ScriptedGateway, capsys) -> None:
+    gateway.script = gateway.endless
+    assert main(["ask", "q", "--timeout", "0.3"]) == 5
+    assert gateway.cancelled.wait(5)
+
+
+def test_info_of_a_server(gateway: ScriptedGateway, capsys) -> None:
+    assert main(["info"]) == 0
+    assert "focusllava-tiny" in capsys.readouterr().out
+    assert main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_layers"] == 6
+
+
+def test_info_of_a_checkpoint(tmp_path: pathlib.Path, capsys) -> None:
+    folder = tmp_path / "checkpoint"
+    make_random_checkpoint(folder)
+    assert main(["info", str(folder), "--json", "--verify"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["text_family"] == "llama" and len(facts["fingerprint"]) == 64
+    assert facts["encoder_bytes"] > 0 and facts["llm_bytes"] > 0
+    shard = next(folder.glob("llm-*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x7f")
+    assert main(["info", str(folder), "--verify"]) == 3
+    assert shard.name in capsys.readouterr().err
+    assert main(["info", str(tmp_path)]) == 3
+
+
+def test_interrupt(gateway: ScriptedGateway) -> None:
+    gateway.script = gateway.endless
+    process = subprocess.Popen([*COMMAND, "ask", "q"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.read(1) == b"x"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130 and b"Traceback" not in err
+    assert gateway.cancelled.wait(5)
+
+
+def test_a_reader_that_leaves_ends_it_quietly(gateway: ScriptedGateway) -> None:
+    gateway.script = gateway.endless
+    process = subprocess.Popen([*COMMAND, "ask", "q"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.read(1) == b"x"
+    process.stdout.close()
+    assert process.stderr is not None and process.stderr.read() == b""
+    process.wait(timeout=20)
+    assert gateway.cancelled.wait(5)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell: str, capsys) -> None:
+    assert main(["completion", shell]) == 0
+    assert "_FOCUSLLAVA_COMPLETE" in capsys.readouterr().out
+
+
+def test_completion_completes() -> None:
+    variables = {"_FOCUSLLAVA_COMPLETE": "bash_complete", "COMP_WORDS": "focusllava ask --no-", "COMP_CWORD": "2"}
+    run = subprocess.run(COMMAND, env=os.environ | variables, capture_output=True, text=True, check=True)
+    assert {"plain,--no-vision-sampler", "plain,--no-text-sampler"} <= set(run.stdout.split())
+
+
+def test_importing_the_client_imports_nothing_heavy() -> None:
+    heavy = "{'torch', 'ray', 'transformers', 'numpy', 'PIL', 'services', 'cluster', 'training'}"
+    code = f"import sys, focusllava, focusllava.cli; print(*sorted({heavy} & sys.modules.keys()))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == []
+
+
+def test_help_is_quick() -> None:
+    def cpu_seconds() -> float:  # not wall time: other tests may hold the cores
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([*COMMAND, "--help"], capture_output=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+    assert min(cpu_seconds() for _ in range(3)) < 0.5
+
+
+def test_the_plain_install_is_light() -> None:
+    requires = importlib.metadata.requires("focusllava") or []
+    plain = {line.split(">")[0].split("<")[0].strip() for line in requires if "extra ==" not in line}
+    assert plain == {"click", "grpcio", "protobuf"}
+    in_serve = " ".join(line for line in requires if 'extra == "serve"' in line)
+    assert all(name in in_serve for name in ("torch", "ray", "transformers", "redis", "safetensors"))
+    for line in requires:
+        assert "==" in line.split(";")[0] or ("<" in line and ">" in line) or line.startswith("focusllava["), line
+
+
+def test_a_missing_extra_is_said_in_one_line(tmp_path: pathlib.Path) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from focusllava.cli import main\n"
+        f"sys.exit(main(['import', {str(tmp_path)!r}, {str(tmp_path / 'out')!r}]))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 2 and "pip install 'focusllava[serve]'" in run.stderr and run.stderr.count("\n") == 1

@@ -1,0 +1,268 @@
+"""The clients against a scripted gateway on a real socket: stream, settings, retry, deadline, cancel, errors."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import threading
+import time
+from collections.abc import Iterator
+
+import grpc
+import pytest
+
+from focusllava import AsyncFocusClient, FocusClient, FocusClientError, RetryPolicy, assistant, system, user
+from focusllava.v1 import llm_pb2
+from tests.scripted_gateway import ScriptedGateway, failed, finished, started, token
+
+QUICK = RetryPolicy(attempts=3, first_delay_s=0.01)
+
+
+@pytest.fixture
+def gateway() -> Iterator[ScriptedGateway]:
+    gateway = ScriptedGateway()
+    yield gateway
+    gateway.stop()
+
+
+@pytest.fixture
+def client(gateway: ScriptedGateway) -> Iterator[FocusClient]:
+    with FocusClient(gateway.address, timeout_s=20, retry=QUICK) as client:
+        yield client
+
+
+def test_streams_text_then_accounting(client: FocusClient) -> None:
+    stream = client.ask(b"png", "What is it?")
+    assert stream.usage is None
+    assert list(stream) == ["a ", "red ", "café"]  # an event without text is no piece
+    answer = stream.result()
+    assert answer.text == stream.text == "a red café"
+    assert answer.finish_reason == "stop"
+    assert (answer.usage.visual_tokens_uncompressed, answer.usage.visual_tokens_kept) == (100, 20)
+    assert answer.usage.kv_unpruned_bytes == 4096
+    assert answer.images[0].notes == ("animated image: first of 3 frames used",)
+    assert answer.request_id == "r1"
+
+
+def test_settings_reach_the_wire_and_absent_ones_stay_unset(client: FocusClient, gateway: ScriptedGateway) -> None:
+    client.ask(
+        b"i", "q", threshold=0.5, vision_sampler=False, text_sampler=False, max_tokens=7, seed=3, stop=["."]
+    ).result()
+    client.ask(None, "q").result()
+    full, bare = gateway.requests
+    assert full.vision_sampler_off and full.prune.off and full.prune.threshold == 0.5
+    assert (full.sampling.max_tokens, full.sampling.seed, list(full.sampling.stop)) == (7, 3, ["."])
+    assert not full.sampling.HasField("temperature")
+    assert not bare.vision_sampler_off and not bare.prune.off and not bare.prune.HasField("threshold")
+    assert not any(bare.sampling.HasField(name) for name in ("max_tokens", "temperature", "top_p", "seed"))
+    assert [part.WhichOneof("part") for part in bare.turns[0].parts] == ["text"]
+
+
+def test_image_sources_and_chat_turns(client: FocusClient, gateway: ScriptedGateway, tmp_path) -> None:
+    path = tmp_path / "image.png"
+    path.write_bytes(b"from a file")
+    images = [str(path), path, b"bytes", io.BytesIO(b"file-like")]
+    history = [system("Be brief."), user("First?"), assistant("Yes.")]
+    client.ask(images, "And these?", history=history).result()
+    turns = gateway.requests[0].turns
+    assert [turn.role for turn in turns] == [
+        llm_pb2.ROLE_SYSTEM, llm_pb2.ROLE_USER, llm_pb2.ROLE_ASSISTANT, llm_pb2.ROLE_USER,
+    ]  # fmt: skip
+    last = turns[-1].parts
+    assert [part.image for part in last[:4]] == [b"from a file", b"from a file", b"bytes", b"file-like"]
+    assert last[4].text == "And these?"
+
+
+def test_messages_larger_than_grpc_s_default_limit_pass(client: FocusClient, gateway: ScriptedGateway) -> None:
+    client.ask(b"\0" * (9 * 2**20), "q").result()
+    assert len(gateway.requests[0].turns[0].parts[0].image) == 9 * 2**20
+    gateway.script = lambda request, context: iter([started(), token("y" * (5 * 2**20)), finished()])
+    assert len(client.ask(None, "q").result().text) == 5 * 2**20
+
+
+def test_metadata_names_application_token_and_deadline(gateway: ScriptedGateway) -> None:
+    with FocusClient(gateway.address, token="secret", application="other", timeout_s=9) as client:
+        client.ask(None, "q").result()
+    with FocusClient(gateway.address) as client:
+        client.ask(None, "q").result()
+    first, second = gateway.metadata
+    assert first["application"] == "other" and first["authorization"] == "Bearer secret"
+    assert 8000 < int(first["focusllava-timeout-ms"]) <= 9000
+    assert second["application"] == "gateway"
+    assert "authorization" not in second and "focusllava-timeout-ms" not in second
+
+
+def test_unavailable_is_tried_again_before_the_first_event(client: FocusClient, gateway: ScriptedGateway) -> None:
+    gateway.script = gateway.refusing(grpc.StatusCode.UNAVAILABLE, "restarting", times=2)
+    assert client.ask(None, "q").result().text == "a red café"
+    assert len(gateway.requests) == 3
+
+
+def test_retries_end(client: FocusClient, gateway: ScriptedGateway) -> None:
+    gateway.script = gateway.refusing(grpc.StatusCode.UNAVAILABLE, "restarting")
+    with pytest.raises(FocusClientError, match="restarting") as caught:
+        client.ask(None, "q").result()
+    assert caught.value.code == "UNAVAILABLE" and gateway.address in caught.value.message
+    assert len(gateway.requests) == QUICK.attempts
+
+
+def test_nothing_is_tried_again_after_the_first_event(client: FocusClient, gateway: ScriptedGateway) -> None:
+    def script(request, context):
+        yield started()
+        yield token("half")
+        context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
+
+    gateway.script = script
+    stream = client.ask(None, "q")
+    with pytest.raises(FocusClientError) as caught:
+        list(stream)
+    assert caught.value.code == "UNAVAILABLE" and stream.text == "half" and len(gateway.requests) == 1
+
+
+@pytest.mark.parametrize("code", ["INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "INTERNAL"])
+def test_other_statuses_are_not_tried_again(client: FocusClient, gateway: ScriptedGateway, code: str) -> None:
+    gateway.script = gateway.refusing(grpc.StatusCode[code], "threshold: is 3, expected (0, 1]")
+    with pytest.raises(FocusClientError) as caught:
+        client.ask(None, "q").result()
+    assert (caught.value.code, caught.value.message) == (code, "threshold: is 3, expected (0, 1]")
+    assert len(gateway.requests) == 1
+
+
+def test_error_event_in_the_stream(client: FocusClient, gateway: ScriptedGateway) -> None:
+    gateway.script = lambda request, context: iter([started(), token("a"), failed("RESOURCE_EXHAUSTED", "full")])
+    stream = client.ask(None, "q")
+    with pytest.raises(FocusClientError) as caught:
+        stream.result()
+    assert (caught.value.code, caught.value.message, stream.text) == ("RESOURCE_EXHAUSTED", "full", "a")
+
+
+@pytest.mark.parametrize("events", [[], [started()], [started(), token("a")]], ids=["empty", "started", "token"])
+def test_a_stream_that_breaks_off_is_an_error(client: FocusClient, gateway: ScriptedGateway, events) -> None:
+    gateway.script = lambda request, context: iter(events)
+    with pytest.raises(FocusClientError, match="broke off"):
+        list(client.ask(None, "q"))
+
+
+def test_deadline_covers_the_whole_answer(gateway: ScriptedGateway) -> None:
+    gateway.script = gateway.endless
+    with FocusClient(gateway.address, timeout_s=60) as client:
+        began = time.monotonic()
+        with pytest.raises(FocusClientError) as caught:
+            client.ask(None, "q", timeout_s=0.3).result()
+    assert caught.value.code == "DEADLINE_EXCEEDED" and time.monotonic() - began < 5
+    assert gateway.cancelled.wait(5)
+
+
+def test_deadline_bounds_the_retries(gateway: ScriptedGateway) -> None:
+    gateway.script = gateway.refusing(grpc.StatusCode.UNAVAILABLE, "restarting")
+    retry = RetryPolicy(attempts=1000, first_delay_s=0.05, max_delay_s=0.05)
+    with FocusClient(gateway.address, timeout_s=0.4, retry=retry) as client:
+        began = time.monotonic()
+        with pytest.raises(FocusClientError):
+            client.ask(None, "q").result()
+    assert time.monotonic() - began < 5 and 1 < len(gateway.requests) < 100
+
+
+def test_leaving_the_block_cancels_on_the_server(client: FocusClient, gateway: ScriptedGateway) -> None:
+    gateway.script = gateway.endless
+    with client.ask(None, "q") as stream:
+        assert next(stream) == "x"
+    assert gateway.cancelled.wait(5)
+    assert list(stream) == [] and stream.usage is None
+
+
+def test_close_from_another_thread_ends_a_waiting_iteration(client: FocusClient, gateway: ScriptedGateway) -> None:
+    release = threading.Event()
+
+    def script(request, context):
+        yield started()
+        release.wait(20)
+
+    gateway.script = script
+    stream = client.ask(None, "q")
+    threading.Timer(0.2, stream.close).start()
+    began = time.monotonic()
+    assert list(stream) == []
+    assert time.monotonic() - began < 5
+    release.set()
+
+
+def test_nobody_there(tmp_path) -> None:
+    with FocusClient("127.0.0.1:9", retry=RetryPolicy(attempts=1)) as client:
+        with pytest.raises(FocusClientError, match="127.0.0.1:9") as caught:
+            client.ask(None, "q").result()
+        assert caught.value.code == "UNAVAILABLE"
+        with pytest.raises(FocusClientError) as caught:
+            client.ask(tmp_path / "missing.png", "q")
+        assert caught.value.code == "INVALID_ARGUMENT" and "missing.png" in caught.value.message
+
+
+def test_what_the_wire_cannot_carry_is_refused(client: FocusClient, gateway: ScriptedGateway) -> None:
+    with pytest.raises(FocusClientError) as caught:
+        client.ask(None, "q", seed=-1)
+    assert caught.value.code == "INVALID_ARGUMENT"
+    with pytest.raises(FocusClientError, match="opened as text"):
+        client.ask(io.StringIO("text"), "q")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="treshold"):
+        client.ask(None, "q", treshold=0.5)  # type: ignore[call-arg]
+    assert gateway.requests == []
+
+
+def test_model_info(client: FocusClient) -> None:
+    info = client.model_info()
+    assert (info.name, info.num_layers, info.max_images) == ("focusllava-tiny", 6, 4)
+
+
+async def test_async_streams_concurrently(gateway: ScriptedGateway) -> None:
+    async with AsyncFocusClient(gateway.address, timeout_s=20) as client:
+        answers = await asyncio.gather(*(client.ask(b"i", f"q{n}").result() for n in range(6)))
+        pieces = [text async for text in client.ask(None, "q")]
+        assert (await client.model_info()).name == "focusllava-tiny"
+    assert {answer.text for answer in answers} == {"a red café"} and pieces == ["a ", "red ", "café"]
+    assert len(gateway.requests) == 7
+
+
+async def test_async_retry_deadline_and_error(gateway: ScriptedGateway) -> None:
+    async with AsyncFocusClient(gateway.address, timeout_s=20, retry=QUICK) as client:
+        gateway.script = gateway.refusing(grpc.StatusCode.UNAVAILABLE, "restarting", times=2)
+        assert (await client.ask(None, "q").result()).text == "a red café"
+        gateway.script = gateway.refusing(grpc.StatusCode.UNAVAILABLE, "restarting")
+        with pytest.raises(FocusClientError, match="UNAVAILABLE"):
+            await client.ask(None, "q").result()
+        gateway.script = gateway.endless
+        with pytest.raises(FocusClientError, match="DEADLINE_EXCEEDED"):
+            await client.ask(None, "q", timeout_s=0.2).result()
+        gateway.script = lambda request, context: iter([started(), failed("INVALID_ARGUMENT", "bad")])
+        with pytest.raises(FocusClientError, match="INVALID_ARGUMENT: bad"):
+            await client.ask(None, "q").result()
+
+
+async def test_async_close_and_task_cancellation_reach_the_server(gateway: ScriptedGateway) -> None:
+    gateway.script = gateway.endless
+    async with AsyncFocusClient(gateway.address) as client:
+        async with client.ask(None, "q") as stream:
+            assert await anext(stream) == "x"
+        assert await asyncio.to_thread(gateway.cancelled.wait, 5)
+        assert [text async for text in stream] == []
+
+        gateway.cancelled.clear()
+        stream = client.ask(None, "q")
+        reading = asyncio.create_task(stream.result())
+        while not stream.text:
+            await asyncio.sleep(0.01)
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        assert await asyncio.to_thread(gateway.cancelled.wait, 5)
+
+
+async def test_async_close_ends_a_waiting_iteration(gateway: ScriptedGateway) -> None:
+    gateway.script = gateway.endless
+    async with AsyncFocusClient(gateway.address) as client:
+        stream = client.ask(None, "q")
+        await anext(stream)
+        reading = asyncio.create_task(stream.result())
+        await asyncio.sleep(0.05)
+        stream.close()
+        with pytest.raises(FocusClientError, match="broke off"):  # result() has no whole answer to give
+            await asyncio.wait_for(reading, 5)

@@ -1,0 +1,190 @@
+"""What the public door refuses, field by field, before any stage is troubled; and settings and statuses beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import math
+
+import grpc
+import pytest
+from PIL import Image
+
+from focusllava.v1 import focus_pb2, llm_pb2
+from services.common.errors import FocusError, InvalidInput, StageUnavailable, TooLarge
+from services.common.grpc_status import MAX_MESSAGE_CHARS, check_fingerprint, refuse, status_of
+from services.common.media import MediaLimits, content_hash
+from services.common.settings import build_settings
+from services.gateway.admission import AdmissionLimits, admit, request_id_of
+
+USER, SYSTEM, ASSISTANT = llm_pb2.ROLE_USER, llm_pb2.ROLE_SYSTEM, llm_pb2.ROLE_ASSISTANT
+LIMITS = AdmissionLimits(
+    max_images=2, max_turns=4, max_question_chars=20, max_text_chars=60, max_tokens=100, max_image_bytes_total=1000
+)
+
+
+def png(size: tuple[int, int] = (8, 8)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (9, 9, 9)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+PNG = png()
+
+
+def turn(role: int, *parts: str | bytes) -> focus_pb2.ChatTurn:
+    return focus_pb2.ChatTurn(
+        role=role,  # type: ignore[arg-type]
+        parts=[
+            focus_pb2.ChatPart(text=part) if isinstance(part, str) else focus_pb2.ChatPart(image=part)
+            for part in parts
+        ],
+    )
+
+
+def ask(*turns: focus_pb2.ChatTurn, **fields) -> focus_pb2.ChatRequest:
+    return focus_pb2.ChatRequest(turns=turns or (turn(USER, "what?"),), **fields)
+
+
+def admitted(request: focus_pb2.ChatRequest):
+    return admit(request, LIMITS, request_id_of(request))
+
+
+def test_an_admitted_request_keeps_its_order_and_points_at_its_images():
+    other = png((9, 9))
+    result = admitted(
+        ask(
+            turn(SYSTEM, "be brief"),
+            turn(USER, PNG, "and", other, "same?"),
+            turn(ASSISTANT, "no"),
+            turn(USER, "why?"),
+            request_id="abc-1",
+            vision_sampler_off=True,
+        )
+    )
+    assert result.request_id == "abc-1" and not result.vision_sampler
+    assert [image.content_hash for image in result.images] == [content_hash(PNG), content_hash(other)]
+    assert [image.field for image in result.images] == ["turns[1].parts[0].image", "turns[1].parts[2].image"]
+    kinds = [[part.WhichOneof("part") for part in t.parts] for t in result.turns]
+    assert kinds == [["text"], ["image_index", "text", "image_index", "text"], ["text"], ["text"]]
+    assert result.turns[1].parts[2].image_index == 1
+
+
+@pytest.mark.parametrize(
+    "request_, error, says",
+    [
+        (focus_pb2.ChatRequest(), InvalidInput, "turns: is empty"),
+        (ask(turn(USER)), InvalidInput, "turns[0].parts: is empty"),
+        (ask(turn(USER, "")), InvalidInput, "the question is empty"),
+        (ask(turn(USER, " \n\t ")), InvalidInput, "the question is empty"),
+        (ask(turn(USER, PNG)), InvalidInput, "the question is empty"),
+        (ask(turn(USER, "x" * 21)), TooLarge, "21 characters, the limit is 20"),
+        (ask(turn(USER, "x" * 20), turn(ASSISTANT, "x" * 45), turn(USER, "x")), TooLarge, "66 characters"),
+        (ask(*[turn(USER, "x")] * 5), TooLarge, "5 turns, the limit is 4"),
+        (ask(turn(USER, "x"), turn(ASSISTANT, "y")), InvalidInput, "turns[1].role: the last turn must be the user's"),
+        (ask(turn(0, "x"), turn(USER, "y")), InvalidInput, "turns[0].role: is 0"),
+        (ask(turn(77, "x"), turn(USER, "y")), InvalidInput, "turns[0].role: is 77"),
+        (ask(turn(USER, "x"), turn(SYSTEM, "x"), turn(USER, "y")), InvalidInput, "only the first turn"),
+        (ask(turn(SYSTEM, PNG), turn(USER, "y")), InvalidInput, "turns[0].parts[0].image: images may stand in user"),
+        (ask(focus_pb2.ChatTurn(role=USER, parts=[focus_pb2.ChatPart()])), InvalidInput, "neither text nor an image"),
+        (ask(turn(USER, PNG, PNG, PNG, "x")), TooLarge, "turns[0].parts[2].image: more than 2 images"),
+        (ask(turn(USER, b"", "x")), InvalidInput, "turns[0].parts[0].image: has 0 bytes"),
+        (ask(turn(USER, b"no", "x")), InvalidInput, "not a readable image"),
+        (ask(turn(USER, PNG + bytes(1000), "x")), TooLarge, "bytes of images, the limit is 1000"),
+        (ask(request_id="a b"), InvalidInput, "request_id: "),
+        (ask(request_id="x" * 129), InvalidInput, "request_id: "),
+        (ask(request_id="../../etc"), InvalidInput, "request_id: "),
+        (ask(sampling=llm_pb2.SamplingParams(max_tokens=0)), InvalidInput, "sampling.max_tokens: is 0"),
+        (ask(sampling=llm_pb2.SamplingParams(max_tokens=101)), TooLarge, "the limit is 100"),
+        (ask(sampling=llm_pb2.SamplingParams(temperature=-0.5)), InvalidInput, "sampling.temperature: is -0.5"),
+        (ask(sampling=llm_pb2.SamplingParams(temperature=2.5)), InvalidInput, "sampling.temperature: is 2.5"),
+        (ask(sampling=llm_pb2.SamplingParams(temperature=math.nan)), InvalidInput, "sampling.temperature: is nan"),
+        (ask(sampling=llm_pb2.SamplingParams(top_p=0)), InvalidInput, "sampling.top_p: is 0"),
+        (ask(sampling=llm_pb2.SamplingParams(top_p=1.5)), InvalidInput, "sampling.top_p: is 1.5"),
+        (ask(sampling=llm_pb2.SamplingParams(top_p=math.nan)), InvalidInput, "sampling.top_p: is nan"),
+        (ask(sampling=llm_pb2.SamplingParams(stop=["a"] * 9)), InvalidInput, "sampling.stop: is 9"),
+        (ask(sampling=llm_pb2.SamplingParams(stop=["a", ""])), InvalidInput, "sampling.stop[1]: is empty"),
+        (ask(sampling=llm_pb2.SamplingParams(stop=["a" * 257])), InvalidInput, "sampling.stop[0]: is '257 characters'"),
+        (ask(prune=llm_pb2.PruneParams(threshold=0)), InvalidInput, "prune.threshold: is 0.0, expected a number in"),
+        (ask(prune=llm_pb2.PruneParams(threshold=1.5)), InvalidInput, "prune.threshold: is 1.5"),
+        (ask(prune=llm_pb2.PruneParams(threshold=-1)), InvalidInput, "prune.threshold: is -1"),
+        (ask(prune=llm_pb2.PruneParams(threshold=math.nan)), InvalidInput, "prune.threshold: is nan"),
+    ],
+)
+def test_refused_with_the_field_and_the_value(request_, error, says):
+    with pytest.raises(error) as caught:
+        admitted(request_)
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.001])
+def test_values_at_the_edge_are_admitted(gamma):
+    sampling = llm_pb2.SamplingParams(max_tokens=100, temperature=2, top_p=1, stop=["x"] * 8)
+    request = ask(turn(USER, "x" * 20), sampling=sampling, prune=llm_pb2.PruneParams(threshold=gamma))
+    assert admitted(request).sampling == sampling
+
+
+def test_an_unfit_id_is_not_echoed():
+    assert request_id_of(ask(request_id="ok.1:2-3_4")) == "ok.1:2-3_4"
+    made = {request_id_of(ask(request_id=bad)) for bad in ("", "a\nb", "é")}
+    assert len(made) == 3 and all(len(one) == 32 for one in made)
+
+
+def test_settings_are_checked_with_their_path():
+    limits = build_settings(AdmissionLimits, {"max_images": 3, "media": {"max_bytes": 5, "max_aspect_ratio": 2}})
+    assert limits.max_images == 3 and limits.media == MediaLimits(max_bytes=5, max_aspect_ratio=2.0)
+    for raw, says in [
+        ({"max_imgaes": 3}, "args.max_imgaes: unknown setting"),
+        ({"max_images": "3"}, "args.max_images: is '3', expected int"),
+        ({"max_images": True}, "args.max_images: is True, expected int"),
+        ({"media": {"max_bytes": None}}, "args.media.max_bytes: is None"),
+        ({"media": 5}, "args.media: is 5, expected a mapping"),
+        ({"max_images": 0}, "max_images: is 0, expected 1 or more"),
+    ]:
+        with pytest.raises(InvalidInput) as caught:
+            build_settings(AdmissionLimits, raw, "args.")
+        assert says in str(caught.value)
+
+
+class Context:
+    def set_code(self, code):
+        self.code = code
+
+    def set_details(self, details):
+        self.details = details
+
+
+@pytest.mark.parametrize(
+    "error, code, says",
+    [
+        (InvalidInput("is 3", field="x"), grpc.StatusCode.INVALID_ARGUMENT, "x: is 3"),
+        (TooLarge("big"), grpc.StatusCode.RESOURCE_EXHAUSTED, "big"),
+        (StageUnavailable("gone"), grpc.StatusCode.UNAVAILABLE, "gone"),
+        (TimeoutError(), grpc.StatusCode.DEADLINE_EXCEEDED, "the request took longer than its deadline"),
+        (RuntimeError("/secret/path line 3"), grpc.StatusCode.INTERNAL, "internal error, request id r1"),
+        (KeyError("token"), grpc.StatusCode.INTERNAL, "internal error, request id r1"),
+    ],
+)
+def test_a_client_sees_a_status_and_one_line(error, code, says, caplog):
+    context = Context()
+    refused = refuse(context, error, "r1")
+    assert (context.code, context.details) == (code, says) and says in str(refused)
+    if code is grpc.StatusCode.INTERNAL:
+        assert "r1" in caplog.text and type(error).__name__ in caplog.text, "the log has what the client does not"
+
+
+def test_messages_are_one_bounded_line():
+    message = status_of(FocusError("a\nb\x1b[31m" + "x" * 9999))[1]
+    assert message.startswith("a b [31m") and len(message) == MAX_MESSAGE_CHARS and message.endswith("...")
+
+
+def test_cancellation_is_not_an_error_to_map():
+    assert not issubclass(asyncio.CancelledError, Exception)  # what every edge's `except Exception` relies on
+
+
+@pytest.mark.parametrize("asked, says", [("", "is empty"), ("f" * 64, "is ffffffffffff...")])
+def test_another_fingerprint_is_refused(asked, says):
+    check_fingerprint("a" * 64, "a" * 64)
+    with pytest.raises(FocusError, match=says) as caught:
+        check_fingerprint(asked, "a" * 64)
+    assert caught.value.code.value == "FAILED_PRECONDITION"

@@ -1,0 +1,259 @@
+"""Stage clients against real gRPC servers that lose requests, and the chat service on top of them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import grpc
+import grpc.aio
+import pytest
+
+from focusllava.v1 import encoder_pb2, encoder_pb2_grpc, focus_pb2, llm_pb2, llm_pb2_grpc
+from services.common.errors import DeadlineExceeded, FocusError, InvalidInput, Overloaded, StageUnavailable, TooLarge
+from services.common.telemetry import Metrics
+from services.gateway.admission import AdmissionLimits
+from services.gateway.cache import InProcessStore, VisualTokenCache
+from services.gateway.chat import ChatService
+from services.gateway.stages import Deadline, EncoderClient, LanguageModelClient, StageAddress, stage_error
+from tests.unit.test_gateway_admission import PNG, USER, ask, turn
+from tests.unit.test_gateway_cache import KEY, message_for
+
+DIED = "The actor died unexpectedly before finishing this task"
+WORDS = ["The ", "card ", "says ", "sev", "en."]
+METRICS = Metrics("gateway")
+
+
+class LanguageModel(llm_pb2_grpc.LanguageModelServiceServicer):
+    """Answers WORDS. `script` holds one entry a call: None, or (tokens before it fails, status, details)."""
+
+    def __init__(self, *script, words=WORDS, pause_s: float = 0.0):
+        self.script, self.words, self.pause_s = list(script), words, pause_s
+        self.requests: list[llm_pb2.GenerateRequest] = []
+        self.metadata: list[dict[str, str]] = []
+        self.cancelled = asyncio.Event()
+
+    async def Generate(self, request, context):
+        self.requests.append(request)
+        self.metadata.append(dict(context.invocation_metadata()))
+        self.time_remaining_s = context.time_remaining()
+        failure = self.script.pop(0) if self.script else None
+        try:
+            for number, word in enumerate(self.words):
+                if failure and number == failure[0]:
+                    await context.abort(failure[1], failure[2])
+                await asyncio.sleep(self.pause_s)
+                yield llm_pb2.GenerateResponse(token=llm_pb2.Token(text=word, token_ids=[number]))
+            yield llm_pb2.GenerateResponse(
+                finished=llm_pb2.Finished(
+                    reason=llm_pb2.FINISH_REASON_STOP, usage=llm_pb2.Usage(completion_tokens=len(self.words))
+                )
+            )
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+
+
+class Encoder(encoder_pb2_grpc.EncoderServiceServicer):
+    def __init__(self, *script):
+        self.script, self.requests = list(script), []
+
+    async def Encode(self, request, context):
+        self.requests.append(request)
+        failure = self.script.pop(0) if self.script else None
+        if failure:
+            await context.abort(*failure)
+        return encoder_pb2.EncodeResponse(visual_tokens=message_for(KEY))
+
+
+@contextlib.asynccontextmanager
+async def serving(model: LanguageModel | None = None, encoder: Encoder | None = None):
+    server = grpc.aio.server()
+    llm_pb2_grpc.add_LanguageModelServiceServicer_to_server(model or LanguageModel(), server)
+    encoder_pb2_grpc.add_EncoderServiceServicer_to_server(encoder or Encoder(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    address = StageAddress(target=f"127.0.0.1:{port}", attempts=3, backoff_s=0.01, timeout_s=20)
+    clients = EncoderClient(address, KEY.model_fingerprint, METRICS), LanguageModelClient(address, METRICS)
+    try:
+        yield clients
+    finally:
+        for client in clients:
+            await client.close()
+        await server.stop(0)
+
+
+def request(**sampling) -> llm_pb2.GenerateRequest:
+    return llm_pb2.GenerateRequest(request_id="r", sampling=llm_pb2.SamplingParams(**sampling))
+
+
+async def answer(client: LanguageModelClient, asked: llm_pb2.GenerateRequest) -> tuple[str, list[int]]:
+    text, ids = "", []
+    async for event in client.generate(asked, Deadline()):
+        text += event.token.text
+        ids += event.token.token_ids
+    return text, ids
+
+
+async def test_the_application_is_named_in_the_metadata():
+    model = LanguageModel()
+    async with serving(model) as (_, client):
+        await answer(client, request())
+    assert model.metadata[0]["application"] == "llm"
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED])
+@pytest.mark.parametrize("lost_after", [0, 1, 4])
+async def test_a_lost_stage_is_tried_again_and_no_text_repeats(code, lost_after):
+    model = LanguageModel((lost_after, code, DIED), (2, code, DIED))
+    async with serving(model) as (_, client):
+        assert await answer(client, request()) == ("".join(WORDS), list(range(len(WORDS))))
+    assert [r.request_id for r in model.requests] == ["r", "r.1", "r.2"]
+
+
+async def test_draws_that_cannot_be_repeated_are_retried_before_the_first_token_only():
+    lost = (grpc.StatusCode.UNAVAILABLE, "")
+    async with serving(LanguageModel((0, *lost))) as (_, client):
+        assert (await answer(client, request(temperature=1.0)))[0] == "".join(WORDS)
+    async with serving(LanguageModel((1, *lost))) as (_, client):
+        with pytest.raises(StageUnavailable):
+            await answer(client, request(temperature=1.0))
+    async with serving(LanguageModel((1, *lost))) as (_, client):
+        assert (await answer(client, request(temperature=1.0, seed=3)))[0] == "".join(WORDS)
+
+
+async def test_a_different_answer_is_not_glued_on():
+    model = LanguageModel((3, grpc.StatusCode.UNAVAILABLE, ""))
+    async with serving(model) as (_, client):
+        events = client.generate(request(), Deadline())
+        assert (await anext(events)).token.text == "The "
+        model.words = ["A ", "dog."]
+        with pytest.raises(FocusError, match="could not be continued"):
+            async for _event in events:
+                pass
+
+
+async def test_gives_up_after_its_attempts():
+    lost = (0, grpc.StatusCode.UNAVAILABLE, "")
+    model = LanguageModel(lost, lost, lost, lost)
+    async with serving(model) as (_, client):
+        with pytest.raises(StageUnavailable, match="llm stage is restarting"):
+            await answer(client, request())
+    assert len(model.requests) == 3
+
+
+async def test_a_refusal_is_not_tried_again():
+    model = LanguageModel((0, grpc.StatusCode.INVALID_ARGUMENT, "turns: no"))
+    async with serving(model) as (_, client):
+        with pytest.raises(InvalidInput, match="^turns: no$"):
+            await answer(client, request())
+    assert len(model.requests) == 1
+
+
+async def test_closing_the_stream_cancels_the_stage():
+    model = LanguageModel(words=["x "] * 1000, pause_s=0.01)
+    async with serving(model) as (_, client):
+        events = client.generate(request(), Deadline())
+        await anext(events)
+        await events.aclose()
+        await asyncio.wait_for(model.cancelled.wait(), 5)
+
+
+async def test_a_deadline_reaches_the_stage():
+    model = LanguageModel(words=["x "] * 1000, pause_s=0.01)
+    async with serving(model) as (_, client):
+        with pytest.raises(DeadlineExceeded):
+            async for _event in client.generate(request(), Deadline(0.2)):
+                pass
+        assert model.time_remaining_s < 0.2 < 20
+        with pytest.raises(DeadlineExceeded):
+            await anext(client.generate(request(), Deadline(0)))
+
+
+async def test_encode_is_tried_again_and_names_the_fingerprint():
+    encoder = Encoder((grpc.StatusCode.UNAVAILABLE, ""), (grpc.StatusCode.INTERNAL, DIED))
+    async with serving(encoder=encoder) as (client, _):
+        assert await client.encode(b"image", True, Deadline()) == message_for(KEY)
+    assert len(encoder.requests) == 3 and encoder.requests[0].model_fingerprint == KEY.model_fingerprint
+
+
+@pytest.mark.parametrize(
+    "code, details, error, says",
+    [
+        ("RESOURCE_EXHAUSTED", "Request dropped due to backpressure (num_queued_requests=5)", Overloaded, "is full"),
+        ("RESOURCE_EXHAUSTED", "request: needs 9 blocks", Overloaded, "needs 9 blocks"),
+        ("NOT_FOUND", "Application 'encoder' not found", StageUnavailable, "not deployed"),
+        ("DEADLINE_EXCEEDED", "", DeadlineExceeded, "deadline"),
+        ("INTERNAL", 'Traceback ... File "/srv/x.py"', FocusError, "^the encoder stage failed$"),
+        ("UNKNOWN", "/srv/x.py", FocusError, "^the encoder stage failed$"),
+        ("UNIMPLEMENTED", "/srv/x.py", FocusError, "^the encoder stage failed$"),
+    ],
+)
+def test_a_stage_status_becomes_our_error(code, details, error, says):
+    failure = stage_error("encoder", grpc.StatusCode[code], details)
+    assert type(failure) is error
+    with pytest.raises(error, match=says):
+        raise failure
+
+
+def service(encoder: EncoderClient, model: LanguageModelClient) -> ChatService:
+    return ChatService(
+        model_fingerprint=KEY.model_fingerprint,
+        encoder=encoder,
+        language_model=model,
+        cache=VisualTokenCache(InProcessStore(10**6), METRICS),
+        metrics=METRICS,
+        limits=AdmissionLimits(),
+    )
+
+
+async def chat(service: ChatService, request: focus_pb2.ChatRequest) -> list[focus_pb2.ChatResponse]:
+    return [event async for event in service.chat(request, "r1", Deadline())]
+
+
+def kinds(events) -> list[str]:
+    return [event.WhichOneof("event") for event in events]
+
+
+async def test_events_come_in_order_and_a_failure_after_the_first_is_an_event():
+    async with serving() as clients:
+        events = await chat(service(*clients), ask(turn(USER, PNG, "what?")))
+    assert kinds(events) == ["started", *["token"] * len(WORDS), "finished"]
+    assert events[0].started.request_id == "r1" and list(events[0].started.images[0].notes) == ["a note"]
+    assert events[-1].finished.usage.time_to_first_token_ms > 0
+
+    broken = LanguageModel((2, grpc.StatusCode.INTERNAL, 'File "/srv/x.py", line 3'))
+    async with serving(broken) as clients:
+        events = await chat(service(*clients), ask())
+    assert kinds(events) == ["started", "token", "token", "error"]
+    assert (events[-1].error.code, events[-1].error.message) == ("INTERNAL", "the llm stage failed")
+
+
+async def test_a_refusal_by_a_stage_comes_before_any_event():
+    refused = (grpc.StatusCode.RESOURCE_EXHAUSTED, "request: too long")
+    async with serving(LanguageModel((0, *refused))) as clients:
+        with pytest.raises(Overloaded, match="request: too long"):
+            await chat(service(*clients), ask())
+    damaged = Encoder((grpc.StatusCode.INVALID_ARGUMENT, "image: is a truncated or damaged PNG file"))
+    async with serving(encoder=damaged) as clients:
+        with pytest.raises(InvalidInput, match=r"^turns\[0\].parts\[1\].image: is a truncated"):
+            await chat(service(*clients), ask(turn(USER, "what?", PNG)))
+        with pytest.raises(TooLarge):
+            await chat(service(*clients), ask(sampling=llm_pb2.SamplingParams(max_tokens=10**6)))
+
+
+async def test_a_sampled_request_without_seed_gets_one_so_that_it_can_be_repeated():
+    model = LanguageModel((2, grpc.StatusCode.UNAVAILABLE, ""))
+    async with serving(model) as clients:
+        events = await chat(service(*clients), ask(sampling=llm_pb2.SamplingParams(temperature=1)))
+    assert kinds(events)[-1] == "finished"
+    first, second = model.requests
+    assert first.sampling.HasField("seed") and first.sampling == second.sampling
+    assert first.request_id.startswith("r1.") and second.request_id == first.request_id + ".1"
+
+
+async def test_same_image_twice_in_one_request_is_encoded_once():
+    encoder = Encoder()
+    async with serving(encoder=encoder) as clients:
+        events = await chat(service(*clients), ask(turn(USER, PNG, PNG, "same?")))
+    assert len(encoder.requests) == 1 and len(events[0].started.images) == 2
