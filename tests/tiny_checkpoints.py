@@ -184,9 +184,10 @@ def make_random_checkpoint(
     for module in (encoder, llm):
         _randomise_vectors(module, generator)
         module.to(getattr(torch, dtype))
-    # A trained selector tells regions apart; a fresh one hardly does, and tests want all branches.
+    # A trained selector tells regions apart; a fresh one keeps full resolution, and tests want all branches.
     with torch.no_grad():
-        encoder.vision_guided_sampler.selector.linear.weight.mul_(20)
+        encoder.vision_guided_sampler.selector.linear.weight.normal_(std=2, generator=generator)
+        encoder.vision_guided_sampler.selector.linear.bias.zero_()
     return save_checkpoint(
         folder,
         config,

@@ -43,7 +43,6 @@ def tiny_run(output: str, **changes) -> RunConfig:
         "model": MODEL,
         "vision_sampler": True,
         "prune": {"layers": [2, 2], "thresholds": [0.6, 0.6]},
-        "start_at_full_resolution": False,
         "questions_per_image": 3,
         **changes.pop("stage", {}),
     }

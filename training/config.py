@@ -38,7 +38,7 @@ class ClusterConfig:
     use_gpu: bool = False
     cpus_per_worker: float = 1.0
     max_failures: int = 2
-    storage_path: str = "runs"
+    storage_path: str = "~/focusllava/runs"
     """Folder (or fsspec URI that all nodes reach) of checkpoints."""
     bf16: bool = True
 

@@ -35,8 +35,6 @@ class JointStage:
     """Fields of PruneSchedule; empty trains without text-guided pruning."""
     loss: dict[str, Any] = field(default_factory=dict)
     """Fields of LossWeights."""
-    start_at_full_resolution: bool = True
-    """Whether a fresh selector begins by choosing the finest branch everywhere."""
     data: str = "scenes"
     """"scenes" for the procedural generator, or a JSON file of conversations in LLaVA's format."""
     questions_per_image: int = 6
@@ -71,12 +69,6 @@ class JointTask:
             load_joint(self.module, source)
         elif source:
             self.module.encoder.vision_tower.load_state_dict(load_vision(source))
-        if stage.vision_sampler and stage.start_at_full_resolution:
-            selector = self.module.encoder.vision_guided_sampler.selector.linear
-            with torch.no_grad():
-                selector.weight.mul_(0.1)
-                selector.bias.zero_()
-                selector.bias[0] = 0.5
         renderer = PromptRenderer(
             self.tokenizer,
             image_token_id=self.config.image_token_id,

@@ -151,6 +151,8 @@ def main(task: tuple[str, str], description: str) -> None:
     except (ConfigError, OSError) as error:
         raise SystemExit(f"{arguments.config}: {error}") from None
     run = _absolute(run)
+    if run.init_from and "://" not in run.init_from and not pathlib.Path(run.init_from).exists():
+        raise SystemExit(f"init_from: {run.init_from} does not exist; run the stage before, or --set init_from=FOLDER")
     if not ray.is_initialized():
         # Ray Train watches its controller through the dashboard's state API: without one it ends healthy runs.
         ray.init(address=os.environ.get("RAY_ADDRESS"), include_dashboard=True)
@@ -180,7 +182,7 @@ def _absolute(run: RunConfig) -> RunConfig:
     """Workers run in other folders: paths are made absolute here, where the user meant them."""
 
     def absolute(path: str) -> str:
-        return path if not path or "://" in path else str(pathlib.Path(path).resolve())
+        return path if not path or "://" in path else str(pathlib.Path(path).expanduser().resolve())
 
     cluster = dataclasses.replace(run.cluster, storage_path=absolute(run.cluster.storage_path))
     return dataclasses.replace(run, output=absolute(run.output), init_from=absolute(run.init_from), cluster=cluster)

@@ -39,6 +39,11 @@ class VisionSamplerConfig:
     selector_temperature: float = 1.0
     """The selector's logits are multiplied by this; a larger value makes a small-lr selector move faster."""
 
+    def module_options(self) -> dict[str, Any]:
+        """Options of `services.sampler.vision_guided.VisionGuidedSampler`."""
+        names = ("window", "branches", "similarity", "region_pool", "selector_input", "probability_gate")
+        return {**{name: getattr(self, name) for name in names}, "selector_temperature": self.selector_temperature}
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextSamplerConfig:

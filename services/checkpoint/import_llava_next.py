@@ -23,8 +23,9 @@ from services.checkpoint.config import FocusLlavaConfig, VisionSamplerConfig
 from services.checkpoint.hub_config import chat_template, convert_config, read_hub_config, read_json
 from services.checkpoint.store import LLM_PREFIX, LM_HEAD, MAX_SHARD_BYTES, CheckpointWriter, check_shapes
 from services.common.errors import InvalidInput
+from services.sampler.vision_guided import VisionGuidedSampler
 
-SELECTOR = "vision_guided_sampler.selector.linear"
+SAMPLER = "vision_guided_sampler."
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Written by older libraries; recomputed by today's.
 _BUFFERS = re.compile(r".*\.(embeddings\.position_ids|rotary_emb\.inv_freq)$")
@@ -72,7 +73,6 @@ def import_llava_next(
     vision_sampler: VisionSamplerConfig | None = None,
     text_layer: int | None = None,
     text_threshold: float = 0.85,
-    seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> ImportReport:
     """Writes the checkpoint at `dst`; holds one output shard and one input tensor in memory.
@@ -99,7 +99,7 @@ def import_llava_next(
     expected = expected_shapes(config)
     if config.text_config.tie_word_embeddings:
         del expected[LM_HEAD]
-    fresh = _fresh_selector(config, seed)
+    fresh = _fresh_sampler(config)
     check_shapes({n: s.shape for n, s in sources.items()}, {n: s for n, s in expected.items() if n not in fresh})
     total = sum(math.prod(s.shape) * getattr(torch, DTYPES[s.dtype]).itemsize for s in sources.values())
     free = shutil.disk_usage(_existing_parent(pathlib.Path(dst))).free
@@ -138,7 +138,7 @@ def expected_shapes(config: FocusLlavaConfig) -> dict[str, tuple[int, ...]]:
             "vision_tower.": CLIPVisionModel(vision),
             "multi_modal_projector.linear_1.": nn.Linear(vision.hidden_size, width, bias=config.projector_bias),
             "multi_modal_projector.linear_2.": nn.Linear(width, width, bias=config.projector_bias),
-            f"{SELECTOR}.": _selector(config),
+            SAMPLER: _sampler(config),
             LLM_PREFIX: AutoModelForCausalLM.from_config(config.text_config),
         }
     shapes = {
@@ -149,17 +149,14 @@ def expected_shapes(config: FocusLlavaConfig) -> dict[str, tuple[int, ...]]:
     return {**shapes, "image_newline": (width,)}
 
 
-def _selector(config: FocusLlavaConfig) -> nn.Linear:
-    sampler = config.vision_sampler
-    inputs = config.patches_per_side**2 if sampler.selector_input == "base_tile" else 3 * config.text_config.hidden_size
-    return nn.Linear(inputs, len(sampler.branches))
+def _sampler(config: FocusLlavaConfig) -> VisionGuidedSampler:
+    options = config.vision_sampler.module_options()
+    return VisionGuidedSampler(config.text_config.hidden_size, config.patches_per_side**2, **options)
 
 
-def _fresh_selector(config: FocusLlavaConfig, seed: int) -> dict[str, torch.Tensor]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        state = _selector(config).to(getattr(torch, config.dtype)).state_dict()
-    return {f"{SELECTOR}.{name}": tensor for name, tensor in state.items()}
+def _fresh_sampler(config: FocusLlavaConfig) -> dict[str, torch.Tensor]:
+    state = _sampler(config).to(getattr(torch, config.dtype)).state_dict()
+    return {SAMPLER + name: tensor for name, tensor in state.items()}
 
 
 def our_name(hub_name: str) -> str:

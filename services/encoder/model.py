@@ -32,21 +32,12 @@ class EncoderModel(nn.Module):
     def __init__(self, config: FocusLlavaConfig):
         super().__init__()
         vision, width = config.vision_config, config.text_config.hidden_size
-        sampler = config.vision_sampler
         self.config = config
         self.vision_tower = build_vision_tower(vision, config.vision_stem)
         self.multi_modal_projector = Projector(vision.hidden_size, width, bias=config.projector_bias)
         self.image_newline = nn.Parameter(torch.randn(width) / width**0.5)
         self.vision_guided_sampler = VisionGuidedSampler(
-            width,
-            config.patches_per_side**2,
-            window=sampler.window,
-            branches=sampler.branches,
-            similarity=sampler.similarity,
-            region_pool=sampler.region_pool,
-            selector_input=sampler.selector_input,
-            probability_gate=sampler.probability_gate,
-            selector_temperature=sampler.selector_temperature,
+            width, config.patches_per_side**2, **config.vision_sampler.module_options()
         )
 
     def patch_features(self, pixels_T3HW: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The public door as a Ray Serve deployment: FocusService over Serve's gRPC ingress.
 
-    client ~ gRPC ~> Gateway ~ gRPC ~> encoder application
-                             ~ gRPC ~> llm application
+client ~ gRPC ~> Gateway ~ gRPC ~> encoder application
+                         ~ gRPC ~> llm application
 """
 
 from __future__ import annotations

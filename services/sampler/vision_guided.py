@@ -70,6 +70,10 @@ class Selector(nn.Module):
         self.selector_input, self.similarity, self.region_pool = selector_input, similarity, region_pool
         self.temperature = temperature
         self.linear = nn.Linear(base_tokens if selector_input == "base_tile" else 3 * width, branches)
+        # Starts at full resolution: a region is coarsened once the loss says so, never by chance.
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        nn.init.constant_(self.linear.bias[:1], 0.5)
 
     def forward(self, regions_MwwD: torch.Tensor, real_Mww: torch.Tensor, base_ND: torch.Tensor) -> torch.Tensor:
         """Returns p, float32 [M, K]."""

@@ -36,8 +36,7 @@ def turn(role: int, *parts: str | bytes) -> focus_pb2.ChatTurn:
     return focus_pb2.ChatTurn(
         role=role,  # type: ignore[arg-type]
         parts=[
-            focus_pb2.ChatPart(text=part) if isinstance(part, str) else focus_pb2.ChatPart(image=part)
-            for part in parts
+            focus_pb2.ChatPart(text=part) if isinstance(part, str) else focus_pb2.ChatPart(image=part) for part in parts
         ],
     )
 

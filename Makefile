@@ -1,0 +1,54 @@
+# Everything runs from a virtual environment that the first target makes. `make help` lists the targets.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CHECKPOINT ?= checkpoints/focusllava-tiny
+PORT ?= 9000
+export PYTHONUNBUFFERED := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve stop test lint format protos bench lock clean
+
+help: ## This list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-8s %s\n", $$1, $$2 }'
+
+$(STAMP): pyproject.toml requirements.lock scripts/setup.sh
+	@scripts/setup.sh $(VENV) $(PYTHON)
+	@touch $@
+
+setup: $(STAMP) ## Make the environment in .venv (every target does, once)
+
+demo: $(STAMP) ## Start everything, ask about a sample image, show the accounting, stop
+	@$(BIN)/python -m cluster.demo --checkpoint $(CHECKPOINT)
+
+serve: $(STAMP) ## Start everything and leave it running on port 9000 (PORT=n for another)
+	@$(BIN)/python -m cluster.local up --checkpoint $(CHECKPOINT) --grpc-port $(PORT)
+
+stop: $(STAMP) ## Stop what `make serve` left running
+	@$(BIN)/python -m cluster.local down --grpc-port $(PORT)
+
+test: $(STAMP) ## Every test
+	@$(BIN)/python -m pytest
+
+lint: $(STAMP) ## ruff, mypy, import lines, generated code
+	@echo "lint: ruff" && $(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@echo "lint: generated code" && $(BIN)/python protos/generate.py --check
+	@echo "lint: imports" && $(BIN)/lint-imports
+	@echo "lint: mypy" && $(BIN)/mypy
+
+format: $(STAMP) ## Rewrite the code in the house's format
+	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+protos: $(STAMP) ## Regenerate focusllava/v1 from protos/
+	@$(BIN)/python protos/generate.py && echo "focusllava/v1 is current"
+
+bench: $(STAMP) ## Latency with samplers off, vision, text, both, in one run
+	@$(BIN)/python benchmarks/pipeline.py $(CHECKPOINT)
+
+lock: ## Resolve pyproject.toml afresh into requirements.lock
+	@scripts/lock.sh $(PYTHON)
+
+clean: ## Remove the environment and what tools left behind
+	rm -rf $(VENV) $(VENV).log build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

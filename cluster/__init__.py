@@ -1,0 +1,1 @@
+"""How the three Serve applications are wired, deployed, scaled and watched."""

@@ -1,0 +1,39 @@
+"""Builders of the three Serve applications: `import_path: cluster.app:gateway` and so on in a Serve configuration.
+
+Each imports its own stage only, so that a stage's process starts quickly and without the others' code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ray.serve import Application
+
+from cluster.checks import find_checkpoint
+from services.common.settings import build_settings
+
+
+def gateway(args: Mapping[str, Any]) -> Application:
+    """The public door; `args` as in GatewaySettings."""
+    from services.gateway.deployment import Gateway, GatewaySettings
+
+    return Gateway.bind(build_settings(GatewaySettings, _with_checkpoint(args)))  # type: ignore[attr-defined]
+
+
+def encoder(args: Mapping[str, Any]) -> Application:
+    """Stage 1; `args` as in EncoderSettings."""
+    from services.encoder.deployment import Encoder, EncoderSettings
+
+    return Encoder.bind(build_settings(EncoderSettings, _with_checkpoint(args)))  # type: ignore[attr-defined]
+
+
+def llm(args: Mapping[str, Any]) -> Application:
+    """Stage 2; `args` as in LanguageModelSettings."""
+    from services.llm.deployment import LanguageModel, LanguageModelSettings
+
+    return LanguageModel.bind(build_settings(LanguageModelSettings, _with_checkpoint(args)))  # type: ignore[attr-defined]
+
+
+def _with_checkpoint(args: Mapping[str, Any]) -> dict[str, Any]:
+    return {**args, "checkpoint": str(find_checkpoint(args.get("checkpoint")))}

@@ -1,0 +1,279 @@
+"""The command `focusllava`: ask, info, import, serve, completion."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import math
+import pathlib
+import signal
+import sys
+import threading
+from types import ModuleType
+from typing import Any, Self
+
+import click
+from click.shell_completion import get_completion_class
+
+from focusllava import FocusClient, FocusClientError, ImageSource, RetryPolicy, __version__
+from focusllava.accounting import accounting_lines
+from focusllava.connection import DEFAULT_ADDRESS
+from focusllava.messages import Settings
+
+PROGRAM = "focusllava"
+EPILOG = """\b
+Exit codes:
+  0    done
+  1    internal error
+  2    wrong usage of the command
+  3    bad input: not an image, a value out of range, wrong token
+  4    server unreachable, or the service is not deployed there
+  5    deadline passed, or cancelled
+  6    the server is full, or the request too large for it
+  130  interrupted
+"""
+EXIT_CODES = {
+    "INVALID_ARGUMENT": 3,
+    "FAILED_PRECONDITION": 3,
+    "OUT_OF_RANGE": 3,
+    "UNAUTHENTICATED": 3,
+    "PERMISSION_DENIED": 3,
+    "UNAVAILABLE": 4,
+    "NOT_FOUND": 4,
+    "UNIMPLEMENTED": 4,
+    "DEADLINE_EXCEEDED": 5,
+    "CANCELLED": 5,
+    "RESOURCE_EXHAUSTED": 6,
+}
+_address = click.option(
+    "--address",
+    envvar="FOCUSLLAVA_ADDRESS",
+    default=DEFAULT_ADDRESS,
+    show_default=True,
+    help="host:port of the gateway.",
+)
+_timeout = click.option(
+    "--timeout", type=click.FloatRange(min=0, min_open=True), default=120.0, show_default=True, help="Seconds."
+)
+_token = click.option(
+    "--token", envvar="FOCUSLLAVA_TOKEN", show_envvar=True, help="Bearer token, where one is asked for."
+)
+_as_json = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+
+
+@click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name=PROGRAM)
+def cli() -> None:
+    """High-resolution image questions at a fraction of the visual tokens."""
+
+
+@cli.command()
+@click.argument("images", metavar="[IMAGE]...", nargs=-1, type=click.Path(allow_dash=True))
+@click.argument("question")
+@click.option("--threshold", type=float, help="gamma of Eq. 9, in (0, 1]; 1 keeps every visual token.")
+@click.option("--no-vision-sampler", is_flag=True, help="Leave the vision-guided sampler out.")
+@click.option("--no-text-sampler", is_flag=True, help="Leave the text-guided sampler out.")
+@click.option("--max-tokens", type=int, help="Most tokens to generate.")
+@click.option("--temperature", type=float, help="0 is greedy.")
+@click.option("--top-p", type=float, help="Nucleus, in (0, 1].")
+@click.option("--seed", type=int, help="Makes draws repeatable.")
+@click.option("--stop", multiple=True, help="The answer ends before this; may be repeated.")
+@_as_json
+@_address
+@_timeout
+@_token
+def ask(
+    images: tuple[str, ...],
+    question: str,
+    no_vision_sampler: bool,
+    no_text_sampler: bool,
+    as_json: bool,
+    address: str,
+    timeout: float,
+    token: str | None,
+    **given: Any,
+) -> None:
+    """Ask QUESTION about no, one or several images; IMAGE "-" is standard input.
+
+    The answer streams to standard output, its accounting to standard error.
+    """
+    settings: Settings = {"vision_sampler": not no_vision_sampler, "text_sampler": not no_text_sampler}
+    settings.update({name: value for name, value in given.items() if value is not None})  # type: ignore[typeddict-item]
+    sources: list[ImageSource] = [sys.stdin.buffer if image == "-" else image for image in images]
+    with FocusClient(address, timeout_s=timeout, token=token) as client:
+        with client.ask(sources, question, **settings) as stream:
+            if not as_json:
+                try:
+                    for text in stream:
+                        click.echo(text, nl=False)
+                        sys.stdout.flush()
+                finally:
+                    if stream.text:
+                        click.echo()
+            answer = stream.result()
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(answer), ensure_ascii=False))
+    else:
+        click.echo("\n".join(accounting_lines(answer)), err=True)
+
+
+@cli.command()
+@click.argument("checkpoint", required=False, type=click.Path(file_okay=False, path_type=pathlib.Path))
+@click.option("--verify", is_flag=True, help="Hash the weights of CHECKPOINT again (needs the [serve] extra).")
+@_as_json
+@_address
+@_token
+def info(checkpoint: pathlib.Path | None, verify: bool, as_json: bool, address: str, token: str | None) -> None:
+    """Describe a CHECKPOINT folder or, without one, what the server at --address serves."""
+    if checkpoint is not None:
+        facts = _checkpoint_facts(checkpoint)
+        if verify:
+            facts["fingerprint"] = _part("services.checkpoint.store", "serve").verify(checkpoint)
+    elif verify:
+        raise click.UsageError("--verify needs a CHECKPOINT")
+    else:
+        with FocusClient(address, timeout_s=20, token=token, retry=RetryPolicy(attempts=2)) as client:
+            facts = dataclasses.asdict(client.model_info())
+    if as_json:
+        click.echo(json.dumps(facts, ensure_ascii=False))
+    else:
+        width = max(map(len, facts))
+        for name, value in facts.items():
+            shown = f"{value:.4g}" if isinstance(value, float) else value
+            click.echo(f"{name.replace('_', ' '):<{width}}  {shown}")
+
+
+@cli.command("import")
+@click.argument("source", metavar="SRC", type=click.Path(exists=True, file_okay=False, path_type=pathlib.Path))
+@click.argument("destination", metavar="DST", type=click.Path(file_okay=False, path_type=pathlib.Path))
+def import_checkpoint(source: pathlib.Path, destination: pathlib.Path) -> None:
+    """Turn a hub-format LLaVA-NeXT folder SRC into a FocusLLaVA checkpoint DST, with fresh samplers."""
+    importer = _part("services.checkpoint.import_llava_next", "serve")
+    with _Percent("importing") as percent:
+        report = importer.import_llava_next(source, destination, progress=percent)
+    click.echo(report)
+
+
+@cli.command()
+@click.argument("checkpoint", required=False, type=click.Path(file_okay=False))
+@click.option("--grpc-port", type=click.IntRange(0, 65535), default=9000, show_default=True, help="0: a free one.")
+def serve(checkpoint: str | None, grpc_port: int) -> None:
+    """Serve CHECKPOINT (default: FOCUSLLAVA_CHECKPOINT, then the shipped one) on this machine until Ctrl-C."""
+    local = _part("cluster.local", "serve")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with local.LocalCluster(checkpoint=checkpoint, grpc_port=grpc_port) as cluster:
+            cluster.start(click.echo)
+            click.echo(f"dashboard {cluster.dashboard_url}, metrics {cluster.metrics_url}")
+            click.echo(f"ask: focusllava ask --address {cluster.grpc_address} IMAGE QUESTION; Ctrl-C stops it")
+            try:
+                threading.Event().wait()
+            except KeyboardInterrupt:
+                click.echo("stopping")
+    except local.ClusterError as error:
+        raise click.ClickException(str(error)) from None
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion script of a SHELL.
+
+    For bash: eval "$(focusllava completion bash)"
+    """
+    completer = get_completion_class(shell)
+    assert completer is not None
+    click.echo(completer(cli, {}, PROGRAM, "_FOCUSLLAVA_COMPLETE").source())
+
+
+class _NotInstalled(click.ClickException):
+    exit_code = 2
+
+
+class _Percent:
+    """Progress on standard error: one line, rewritten; nothing where nobody watches."""
+
+    def __init__(self, what: str):
+        self._what = what
+        self._shown = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._shown >= 0:
+            click.echo(err=True)
+
+    def __call__(self, done: int, total: int) -> None:
+        percent = 100 * done // max(total, 1)
+        if percent != self._shown and sys.stderr.isatty():
+            self._shown = percent
+            click.echo(f"\r{self._what} {percent} %", nl=False, err=True)
+
+
+def _part(module: str, extra: str) -> ModuleType:
+    """A part that the plain install leaves out. By name, so that nothing here depends on it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise _NotInstalled(
+            f"{error.name} is not installed, and this command needs it: pip install 'focusllava[{extra}]'"
+        ) from None
+
+
+def _checkpoint_facts(folder: pathlib.Path) -> dict[str, Any]:
+    """What the small files of a checkpoint say; needs nothing but the plain install."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf8"))
+        if config["model_type"] != PROGRAM:
+            raise FocusClientError("INVALID_ARGUMENT", f"{folder}: is a {config['model_type']!r} model, not {PROGRAM}")
+        text, vision_sampler, text_sampler = config["text"], config["vision_sampler"], config["text_sampler"]
+        return {
+            "name": folder.resolve().name,
+            "text_family": text["model_type"],
+            "num_layers": text["num_hidden_layers"],
+            "hidden_size": text["hidden_size"],
+            "tile_px": config["vision"]["image_size"],
+            "largest_grid": "{}x{} px".format(*max(config["image_grid_pinpoints"], key=math.prod)),
+            "region_window": vision_sampler["window"],
+            "branches": ", ".join(f"{h}x{w}" for h, w in vision_sampler["branches"]),
+            "prune_layer": text_sampler["layer"],
+            "prune_threshold": text_sampler["threshold"],
+            "encoder_bytes": sum(path.stat().st_size for path in folder.glob("encoder-*.safetensors")),
+            "llm_bytes": sum(path.stat().st_size for path in folder.glob("llm-*.safetensors")),
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FocusClientError("INVALID_ARGUMENT", f"{folder}: no readable FocusLLaVA checkpoint: {error!r}") from None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        return cli.main(arguments, prog_name=PROGRAM, standalone_mode=False) or 0
+    except (click.Abort, KeyboardInterrupt):
+        return 130
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except Exception as error:
+        return _fail(error, as_json="--json" in arguments)
+
+
+def _fail(error: Exception, *, as_json: bool) -> int:
+    """One line for a person, or one object for a program; returns the exit code."""
+    # The services' errors are known by their `code`: importing their class would bring the services with it.
+    code = getattr(error, "code", "INTERNAL")
+    code = getattr(code, "value", code)
+    message = getattr(error, "message", str(error)) or type(error).__name__
+    if as_json:
+        click.echo(json.dumps({"error": {"code": code, "message": message}}, ensure_ascii=False))
+    else:
+        advice = "; `focusllava serve` starts a server" if code == "UNAVAILABLE" else ""
+        click.echo(f"{PROGRAM}: {message} ({code}){advice}", err=True)
+    return EXIT_CODES.get(code, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

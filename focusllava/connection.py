@@ -1,0 +1,108 @@
+"""What both clients share: how to reach the gateway, the deadline and the retries of a request, a stream's state."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from focusllava.errors import from_rpc_error
+from focusllava.messages import AnswerState, ImageInfo, Usage
+
+DEFAULT_ADDRESS = "127.0.0.1:9000"
+_MAX_MESSAGE_BYTES = 256 * 2**20
+CHANNEL_OPTIONS = (
+    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_reconnect_backoff_ms", 1000),  # a restarted proxy is found again within about a second
+    ("grpc.enable_retries", 0),  # RetryPolicy is the only one
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetryPolicy:
+    """Tries after UNAVAILABLE, only before the first event: what the caller has read is never sent twice."""
+
+    attempts: int = 4
+    first_delay_s: float = 0.2
+    max_delay_s: float = 2.0
+
+    def delay_s(self, failed: int) -> float:
+        """Wait after so many failed attempts (1 or more): doubles, with jitter so that not all return at once."""
+        return min(self.first_delay_s * 2 ** (failed - 1), self.max_delay_s) * random.uniform(0.5, 1.0)
+
+
+def fixed_metadata(application: str, token: str | None) -> tuple[tuple[str, str], ...]:
+    """`application` picks the Ray Serve application behind the port; a token is sent as a bearer token."""
+    authorization = (("authorization", f"Bearer {token}"),) if token else ()
+    return (("application", application), *authorization)
+
+
+class Attempts:
+    """The deadline and the retries of one request."""
+
+    def __init__(
+        self, address: str, timeout_s: float | None, retry: RetryPolicy, metadata: tuple[tuple[str, str], ...]
+    ):
+        self._address = address
+        self._metadata = metadata
+        self._retry = retry
+        self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        self._failed = 0
+
+    def call_options(self) -> dict[str, Any]:
+        """Keyword arguments of the next call: what remains of the deadline, and the metadata."""
+        remaining_s = self.remaining_s()
+        if remaining_s is None:
+            return {"timeout": None, "metadata": self._metadata}
+        # Ray Serve hides a call's own deadline from the gateway, so it is said in the metadata too.
+        return {
+            "timeout": remaining_s,
+            "metadata": (*self._metadata, ("focusllava-timeout-ms", str(round(remaining_s * 1000)))),
+        }
+
+    def remaining_s(self) -> float | None:
+        """Seconds to the deadline, 0 or more; None without one."""
+        return None if self._deadline is None else max(self._deadline - time.monotonic(), 0.0)
+
+    def delay_after(self, error: grpc.RpcError) -> float:
+        """Seconds to wait before the next attempt. Raises FocusClientError where there is to be none."""
+        self._failed += 1
+        delay, remaining = self._retry.delay_s(self._failed), self.remaining_s()
+        if (
+            error.code() is not grpc.StatusCode.UNAVAILABLE
+            or self._failed >= self._retry.attempts
+            or (remaining is not None and delay >= remaining)
+        ):
+            raise from_rpc_error(error, self._address) from None
+        return delay
+
+
+class StreamState:
+    """What a stream has brought so far; the accounting is there once the iteration has ended."""
+
+    def __init__(self) -> None:
+        self._state = AnswerState()
+
+    @property
+    def text(self) -> str:
+        """The answer up to here."""
+        return self._state.text
+
+    @property
+    def images(self) -> tuple[ImageInfo, ...]:
+        """How the server read each image; empty before the first text."""
+        return self._state.images
+
+    @property
+    def finish_reason(self) -> str:
+        """stop, length or abort; empty before the end."""
+        return self._state.finish_reason
+
+    @property
+    def usage(self) -> Usage | None:
+        """The accounting; None before the end."""
+        return self._state.usage

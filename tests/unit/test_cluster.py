@@ -1,0 +1,133 @@
+"""What is said before a cluster starts, and that the shipped Serve configurations fit the settings they set."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import socket
+
+import pytest
+import yaml
+
+from cluster import checks, local, ray_head
+from cluster.app import encoder, gateway, llm
+from cluster.checks import ClusterError, Ports, check_disk, check_port, find_checkpoint, free_ports
+from cluster.ray_head import ClusterState
+from services.common.errors import InvalidInput
+
+CONFIGS = sorted(pathlib.Path(local.__file__).parent.glob("serve*.yaml"))
+PORTS = Ports(grpc=1, dashboard=2, metrics=3, gcs=4, agent=5, ray_client=6, http=7)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.delenv(checks.CHECKPOINT_VARIABLE, raising=False)
+    monkeypatch.setattr(ray_head.tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    return tmp_path
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_setting_of_a_shipped_configuration_exists(path, folder):
+    config = yaml.safe_load(path.read_text())
+    built = {}
+    for application in config["applications"]:
+        name = application["name"]
+        builder = {"gateway": gateway, "encoder": encoder, "llm": llm}[name]
+        assert application["import_path"] == f"cluster.app:{builder.__name__}"
+        assert application["route_prefix"] == f"/{name}"  # Serve routes gRPC to nothing without one
+        bound = builder({**application["args"], "checkpoint": str(folder)})
+        (deployment,) = application["deployments"]
+        assert deployment["name"] == bound._bound_deployment.name
+        scaling = deployment["autoscaling_config"]
+        assert scaling["min_replicas"] < scaling["max_replicas"]
+        assert deployment["max_ongoing_requests"] > scaling["target_ongoing_requests"]
+        built[name] = bound._bound_deployment.init_args[0]
+    target = f"127.0.0.1:{config['grpc_options']['port']}"
+    assert (built["gateway"].encoder.target, built["gateway"].llm.target) == (target, target)
+    assert len(config["grpc_options"]["grpc_servicer_functions"]) == 3
+
+
+def test_a_misspelt_setting_is_named(folder):
+    with pytest.raises(InvalidInput, match="kv_cache_byte: unknown setting"):
+        llm({"checkpoint": str(folder), "kv_cache_byte": 1})
+    with pytest.raises(InvalidInput, match="llm.attempts: is 'x', expected int"):
+        gateway({"checkpoint": str(folder), "llm": {"attempts": "x"}})
+
+
+def test_the_local_configuration_has_this_clusters_ports_checkpoint_and_settings():
+    config = local.serve_config(local.SERVE_CONFIG, PORTS, "/some/where", {"llm": {"max_running": 3}})
+    assert config["grpc_options"]["port"] == 1 and config["http_options"] == {"host": "127.0.0.1", "port": 7}
+    args = {application["name"]: application["args"] for application in config["applications"]}
+    assert all(settings["checkpoint"] == "/some/where" for settings in args.values())
+    assert args["gateway"]["encoder"]["target"] == args["gateway"]["llm"]["target"] == "127.0.0.1:1"
+    assert args["llm"]["max_running"] == 3
+
+
+def test_the_checkpoint_comes_from_the_argument_then_the_environment(folder, tmp_path_factory, monkeypatch):
+    other = tmp_path_factory.mktemp("other")
+    (other / "config.json").write_text("{}")
+    monkeypatch.setenv(checks.CHECKPOINT_VARIABLE, str(other))
+    assert find_checkpoint() == other and find_checkpoint(folder) == folder
+    with pytest.raises(InvalidInput, match="checkpoint: no config.json in .*nowhere: name a checkpoint folder"):
+        find_checkpoint(folder / "nowhere")
+
+
+def test_a_taken_port_is_named_with_what_to_do():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        with pytest.raises(ClusterError, match=f"port {port} is taken: stop what uses it, or choose another with --p"):
+            check_port(port, "--p")
+    check_port(port, "--p")
+    with pytest.raises(ClusterError, match="--p is 70000"):
+        check_port(70000, "--p")
+
+
+def test_a_taken_port_and_a_missing_checkpoint_are_one_line_of_the_command(folder, capsys):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = str(listener.getsockname()[1])
+        assert local.main(["up", "--checkpoint", str(folder), "--grpc-port", port]) == 1
+    assert local.main(["up", "--checkpoint", str(folder / "nowhere")]) == 1
+    assert local.main(["down", "--grpc-port", "1"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.startswith("error: ") for line in lines] == [True] * 3
+    assert f"port {port} is taken" in lines[0] and "no config.json" in lines[1] and "no cluster of ours" in lines[2]
+
+
+def test_a_full_disk_is_named(folder):
+    check_disk(folder, 1)
+    with pytest.raises(ClusterError, match="free some space or set TMPDIR"):
+        check_disk(folder, 2**62)
+
+
+def test_free_ports_differ_and_keep_the_one_asked_for():
+    ports = free_ports(4321)
+    assert ports.grpc == 4321
+    numbers = [getattr(ports, name) for name in Ports.__dataclass_fields__]
+    assert len(set(numbers)) == len(numbers)
+
+
+def test_a_cluster_whose_processes_are_gone_is_not_found(folder):
+    state = ClusterState(temp_dir=str(folder / "gone"), checkpoint="x", ports=PORTS)
+    ray_head._state_file(1).write_text(json.dumps(ray_head.dataclasses.asdict(state)))
+    assert ray_head.load_state(1) is None and ray_head.load_state(2) is None
+
+
+def test_the_state_folder_must_be_private(folder):
+    (folder / f"focusllava-state-{ray_head.os.getuid()}").mkdir(mode=0o777)
+    (folder / f"focusllava-state-{ray_head.os.getuid()}").chmod(0o777)
+    with pytest.raises(ClusterError, match="not a private folder"):
+        ray_head.load_state(1)
+
+
+def test_the_failure_line_is_the_cause():
+    message = (
+        "The deployment failed to start 3 times.\n  File \"/x.py\"\nservices.common.errors.InvalidInput: dtype: is 'x'\n\n"
+    )
+    application = {"message": "Failed to update the deployments", "deployments": {"Llm": {"message": message}}}
+    assert local.failure_line(application) == "services.common.errors.InvalidInput: dtype: is 'x'"
+    assert local.failure_line({"message": "plain\n", "deployments": {}}) == "plain"
