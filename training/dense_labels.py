@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import CLIPVisionConfig
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from services.encoder.anyres import normalise
 from services.encoder.vision_tower import build_vision_tower, patch_features
@@ -80,6 +80,21 @@ class DenseModel(nn.Module):
         return self.dense_heads(patch_features(self.vision_tower, pixels.to(weight.device, weight.dtype), -1), labels)
 
 
+@torch.no_grad()
+def scale_features(tower: CLIPVisionModel, factor: float) -> None:
+    """Multiplies the tower's features by `factor` and changes nothing else.
+
+    The layers normalise what they read, so scaling all that is written to the residual stream scales the stream.
+    Trained from nothing it grows far beyond a word embedding's size, and a language model learns badly from that.
+    """
+    writers = [tower.pre_layrnorm]
+    for layer in tower.encoder.layers:
+        writers += [layer.self_attn.out_proj, layer.mlp.fc2]
+    for module in writers:
+        module.weight.mul_(factor)
+        module.bias.mul_(factor)
+
+
 class DenseTask:
     """Task of `training/vision_pretrain.py`."""
 
@@ -92,6 +107,11 @@ class DenseTask:
         return labelled_batch(self.run.seed, step * world_size + rank, self.run.samples_per_worker)
 
     def export(self, folder: pathlib.Path) -> None:
+        self.module.float()
+        with torch.no_grad():
+            pixels, _ = self.batch(0, 0, 1)
+            spread = patch_features(self.module.vision_tower, pixels, -1).std().item()
+        scale_features(self.module.vision_tower, 1 / spread)
         folder.mkdir(parents=True, exist_ok=True)
         save_file(
             {k: v.float().contiguous() for k, v in self.module.state_dict().items()}, folder / "vision.safetensors"

@@ -12,7 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import redis.asyncio
 from redis.asyncio.retry import Retry
@@ -121,7 +121,7 @@ class RedisStore:
         with contextlib.suppress(Exception):
             await self._client.aclose()
 
-    async def _guard(self, call: Awaitable[bytes | None]) -> bytes | None:
+    async def _guard(self, call: Awaitable[Any]) -> Any:
         if self.is_open:
             call.close()  # type: ignore[attr-defined]  # a coroutine that is never awaited would warn
             raise StoreFailed("circuit open")

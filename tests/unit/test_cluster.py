@@ -125,9 +125,7 @@ def test_the_state_folder_must_be_private(folder):
 
 
 def test_the_failure_line_is_the_cause():
-    message = (
-        "The deployment failed to start 3 times.\n  File \"/x.py\"\nservices.common.errors.InvalidInput: dtype: is 'x'\n\n"
-    )
+    message = "It failed 3 times.\n  File \"/x.py\"\nservices.common.errors.InvalidInput: dtype: is 'x'\n\n"
     application = {"message": "Failed to update the deployments", "deployments": {"Llm": {"message": message}}}
     assert local.failure_line(application) == "services.common.errors.InvalidInput: dtype: is 'x'"
     assert local.failure_line({"message": "plain\n", "deployments": {}}) == "plain"

@@ -1,0 +1,49 @@
+"""Run configurations say what is wrong with them; the vision stage's rescaling changes a factor and nothing else."""
+
+import pathlib
+
+import pytest
+import torch
+
+from training.config import ConfigError, RunConfig, build, load
+from training.dense_labels import DenseModel, labelled_batch, scale_features
+
+CONFIGS = sorted((pathlib.Path(__file__).parents[2] / "training/configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_shipped_configurations_load(path):
+    run = load(path, ["steps=7", "cluster.workers=1", "optimizer.learning_rate=1e-4"])
+    assert (run.steps, run.cluster.workers, run.optimizer.learning_rate) == (7, 1, 1e-4)
+    assert run.output and run.stage
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stepz": 1}, "stepz: unknown field"),
+        ({"steps": "many"}, "steps: 'many' is not of type int"),
+        ({"optimizer": {"learning_rate": "fast"}}, "optimizer.learning_rate: 'fast' is not a number"),
+        ({"cluster": {"gpus": 8}}, "cluster.gpus: unknown field"),
+    ],
+)
+def test_mistakes_are_named(change, message):
+    with pytest.raises(ConfigError, match=message):
+        build(RunConfig, {"name": "n", "steps": 1, "samples_per_worker": 1, "output": "o", **change})
+
+
+def test_missing_field_and_bad_override_are_named():
+    with pytest.raises(ConfigError, match="output: is missing"):
+        build(RunConfig, {"name": "n", "steps": 1, "samples_per_worker": 1})
+    with pytest.raises(ConfigError, match="expected name=value"):
+        load(CONFIGS[0], ["steps"])
+
+
+def test_scaling_features_scales_them_exactly():
+    torch.manual_seed(0)
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = DenseModel({**vision, "image_size": 96, "patch_size": 12}, "conv")
+    batch = labelled_batch(0, 0, 4)
+    before = model(batch, 0)[0]
+    scale_features(model.vision_tower, 0.125)
+    torch.testing.assert_close(model(batch, 0)[0], before, rtol=1e-3, atol=1e-3)
