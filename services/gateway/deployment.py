@@ -21,7 +21,6 @@ from ray.serve.grpc_util import RayServegRPCContext
 from focusllava.v1 import focus_pb2
 from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.store import fingerprint
-from services.common.errors import InvalidInput
 from services.common.grpc_status import refuse
 from services.common.settings import build_settings, require
 from services.common.telemetry import Metrics
@@ -133,11 +132,3 @@ def _version() -> str:
         return importlib.metadata.version("focusllava")
     except importlib.metadata.PackageNotFoundError:
         return "source tree"
-
-
-def check_checkpoint(folder: str) -> str:
-    """The folder, made absolute. Raises InvalidInput when it holds no checkpoint."""
-    path = pathlib.Path(folder).expanduser().resolve()
-    if not (path / "config.json").is_file():
-        raise InvalidInput(f"{folder} has no config.json", field="checkpoint")
-    return str(path)
