@@ -87,8 +87,9 @@ def scale_features(tower: CLIPVisionModel, factor: float) -> None:
     The layers normalise what they read, so scaling all that is written to the residual stream scales the stream.
     Trained from nothing it grows far beyond a word embedding's size, and a language model learns badly from that.
     """
-    writers = [tower.pre_layrnorm]
-    for layer in tower.encoder.layers:
+    writers: list[Any] = [tower.pre_layrnorm]
+    layers: Any = tower.encoder.layers
+    for layer in layers:
         writers += [layer.self_attn.out_proj, layer.mlp.fc2]
     for module in writers:
         module.weight.mul_(factor)
