@@ -1,7 +1,8 @@
 """A grounding loss for pre-training from nothing: look where the answer is.
 
 Not in the paper, which starts from models that already ground words in images. -log of the attention mass that the
-last prompt token puts on the visual tokens of the evidence, averaged over heads.
+last prompt token, and the instruction's words, put on the visual tokens of the evidence, averaged
+over heads. Before that, in `reading_layers`, the last prompt token is to read the instruction.
 """
 
 from __future__ import annotations
@@ -32,33 +33,55 @@ def evidence_tokens(sample: Sample, encoded: EncodedImage) -> list[torch.Tensor 
     return found
 
 
-def grounding_loss(layer: nn.Module, hidden_BSD: torch.Tensor, cos_BSd: torch.Tensor, sin_BSd: torch.Tensor,
-                   mask_B1SS: torch.Tensor, text: TextBatch, prefix: int,
-                   evidence: list[list[torch.Tensor | None]]) -> torch.Tensor:  # fmt: skip
-    """Scalar float32 loss of one layer; `hidden` is what enters it."""
-    attention, before = layer.self_attn, len(text.prefix_ids)
-    length = text.token_ids_BQT.shape[2]
-    where = [(b, q) for b, of_image in enumerate(evidence) for q, tokens in enumerate(of_image) if tokens is not None]
-    if not where:
-        return hidden_BSD.new_zeros((), dtype=torch.float32)
-    rows = torch.tensor([b for b, _ in where])
-    last = torch.tensor([prefix + q * length + int(text.answer_start_BQ[b, q]) - 1 for b, q in where])
+def branch_attention(layer: nn.Module, hidden_BSD: torch.Tensor, cos_BSd: torch.Tensor, sin_BSd: torch.Tensor,
+                     mask_B1SS: torch.Tensor, text: TextBatch, prefix: int) -> list[torch.Tensor]:  # fmt: skip
+    """Attention of every branch token, float32 [Q, T, H, S] an image; computed apart, since SDPA does not tell.
+
+    `hidden` is what enters the layer; branches start at `prefix`.
+    """
+    attention, shape = layer.self_attn, text.token_ids_BQT.shape[1:]
     normed = layer.input_layernorm(hidden_BSD)
     key = apply_rotary(attention.k_proj(normed).unflatten(-1, (-1, attention.head_dim)), cos_BSd, sin_BSd)
-    query = attention.q_proj(normed[rows, last]).unflatten(-1, (-1, attention.head_dim))
-    query = apply_rotary(query, cos_BSd[rows, last], sin_BSd[rows, last])
-    key = key.repeat_interleave(query.shape[1] // key.shape[2], dim=2)
-    target = torch.zeros(len(where), hidden_BSD.shape[1], dtype=torch.bool)
-    for n, (b, q) in enumerate(where):
-        tokens = evidence[b][q]
-        assert tokens is not None
-        target[n, tokens + before] = True
+    query = attention.q_proj(normed[:, prefix:]).unflatten(-1, (-1, attention.head_dim))
+    query = apply_rotary(query, cos_BSd[:, prefix:], sin_BSd[:, prefix:])
+    key = key.repeat_interleave(query.shape[2] // key.shape[2], dim=2)
+    shares = []
+    for b in range(len(hidden_BSD)):
+        scores = torch.einsum("thd,shd->ths", query[b], key[b]).float() * attention.scaling
+        visible = mask_B1SS[b, 0, prefix:].unsqueeze(1)
+        shares.append(scores.masked_fill(~visible, -torch.inf).softmax(-1).unflatten(0, shape))
+    return shares
+
+
+def grounding_loss(
+    attention: list[torch.Tensor], text: TextBatch, evidence: list[list[torch.Tensor | None]]
+) -> torch.Tensor:
+    """-log mass on the evidence: of the last prompt token, and of the instruction's words on average."""
+    before, losses = len(text.prefix_ids), []
+    for b, of_image in enumerate(evidence):
+        target_QS = torch.zeros(attention[b].shape[0], attention[b].shape[-1])
+        for q, tokens in enumerate(of_image):
+            if tokens is not None:
+                target_QS[q, tokens + before] = 1
+        grounded = target_QS.any(1)
+        lost_QT = -torch.einsum("qths,qs->qth", attention[b], target_QS).clamp(min=1e-6).log().mean(-1)[grounded]
+        asked_QT = text.instruction_BQT[b, grounded]
+        losses.append(lost_QT[torch.arange(len(lost_QT)), text.answer_start_BQ[b, grounded] - 1])
+        losses.append((lost_QT * asked_QT).sum(1) / asked_QT.sum(1))
+    return torch.cat(losses).mean()
+
+
+def reading_loss(attention: list[torch.Tensor], text: TextBatch, prefix: int) -> torch.Tensor:
+    """-log mass of the last prompt token on the instruction's words: read the question before looking.
+
+    Hundreds of visual tokens drown a dozen words until a head has learned to tell them apart.
+    """
     losses = []
-    # One image at a time: the keys of an image serve all its branches without being copied.
-    for b in rows.unique().tolist():
-        of_image = rows == b
-        scores = torch.einsum("qhd,shd->qhs", query[of_image].float(), key[b].float()) * attention.scaling
-        scores = scores.masked_fill(~mask_B1SS[b, 0, last[of_image]].unsqueeze(1), -torch.inf)
-        mass = (scores.log_softmax(-1).masked_fill(~target[of_image].unsqueeze(1), -torch.inf)).logsumexp(-1)
-        losses.append(-mass.mean(1))
+    for b, share_QTHS in enumerate(attention):
+        real = text.answer_start_BQ[b] > 0
+        last = text.answer_start_BQ[b, real] - 1
+        own_QHTT = share_QTHS[real, last][..., prefix:].unflatten(-1, text.token_ids_BQT.shape[1:])
+        words_QT = text.instruction_BQT[b, real].float()
+        # A branch sees no other branch, so the sum over branches is its own.
+        losses.append(-torch.einsum("qhbt,qt->qh", own_QHTT, words_QT).clamp(min=1e-6).log().mean(-1))
     return torch.cat(losses).mean()

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from services.checkpoint.config import FocusLlavaConfig
 from services.encoder.model import EncodedImage, EncoderModel
 from services.sampler.balance import balance_loss
-from training.grounding import evidence_tokens, grounding_loss
+from training.grounding import branch_attention, evidence_tokens, grounding_loss, reading_loss
 from training.layout import Sample, TextBatch, attention_mask, pack_text, positions
 from training.stochastic_prune import PruneSchedule, decide, gather_index
 
@@ -25,6 +25,12 @@ class LossWeights:
     grounding: float = 0.0
     """Weight of the grounding loss (from-scratch pre-training only; not in the paper)."""
     grounding_layers: tuple[int, ...] = ()
+    reading_layers: tuple[int, ...] = ()
+    """Layers below them, in which the last prompt token is to read the question."""
+
+    @property
+    def taught_layers(self) -> set[int]:
+        return {*self.grounding_layers, *self.reading_layers}
 
 
 class JointModel(nn.Module):
@@ -96,9 +102,13 @@ class JointModel(nn.Module):
                 mask = None
                 shares = [len(k) / n for of_image, n in zip(kept, visual_lens, strict=True) for k in of_image]
                 extra["kept_share"] = torch.tensor(sum(shares) / len(shares))
-            if grounding is not None and index in self.weights.grounding_layers:
+            if grounding is not None and index in self.weights.taught_layers:
                 assert mask is not None
-                grounded.append(grounding_loss(layer, hidden, cos, sin, mask, text, prefix, grounding))
+                attention = branch_attention(layer, hidden, cos, sin, mask, text, prefix)
+                if index in self.weights.reading_layers:
+                    grounded.append(reading_loss(attention, text, prefix))
+                if index in self.weights.grounding_layers:
+                    grounded.append(grounding_loss(attention, text, grounding))
             hidden = layer(hidden, attention_mask=mask, position_embeddings=(cos, sin))
         if grounded:
             extra["grounding"] = torch.stack(grounded).mean()

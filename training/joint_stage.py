@@ -12,12 +12,14 @@ from transformers import AutoTokenizer
 
 from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.store import load_stage, save_checkpoint
+from services.encoder.model import EncoderModel
 from services.llm.prompt import PromptRenderer
 from training.config import ConfigError, RunConfig, build
 from training.data.branches import BranchBuilder
 from training.data.conversations import ConversationBatches
 from training.data.scene_batches import SceneBatches
 from training.data.tokenizer import build_tokenizer
+from training.dense_labels import labelled_batch
 from training.joint_model import JointModel, LossWeights
 from training.layout import Sample
 from training.stochastic_prune import PruneSchedule
@@ -69,6 +71,7 @@ class JointTask:
             load_joint(self.module, source)
         elif source:
             self.module.encoder.vision_tower.load_state_dict(load_vision(source))
+            standardise_projector(self.module.encoder, labelled_batch(run.seed, 0, 64)[0])
         renderer = PromptRenderer(
             self.tokenizer,
             image_token_id=self.config.image_token_id,
@@ -125,6 +128,19 @@ def load_joint(joint: JointModel, folder: pathlib.Path) -> None:
     joint.encoder.load_state_dict(fits, strict=False)
     language = {k.removeprefix("language_model."): v for k, v in load_stage(folder, "llm").items()}
     joint.language_model.load_state_dict(language)
+
+
+@torch.no_grad()
+def standardise_projector(encoder: EncoderModel, pixels_T3HW: torch.Tensor, size: float = 0.5) -> None:
+    """Gives a fresh projector's outputs zero mean and `size` standard deviation in every dimension.
+
+    Patch features share a large common part. Left in, it drowns what tells patches apart, and attention cannot choose.
+    """
+    last = encoder.multi_modal_projector.linear_2
+    outputs = encoder.multi_modal_projector(encoder.patch_features(pixels_T3HW)).flatten(0, 1)
+    scale_D = size / outputs.std(0)
+    last.weight.mul_(scale_D.unsqueeze(1))
+    last.bias.copy_((last.bias - outputs.mean(0)) * scale_D)
 
 
 def load_vision(source: pathlib.Path) -> dict[str, torch.Tensor]:

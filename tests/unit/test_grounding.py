@@ -1,0 +1,68 @@
+"""The grounding and reading losses against hand-computed attention; which tokens hold the evidence."""
+
+import math
+
+import pytest
+import torch
+
+from services.common.types import ImageTiles
+from services.encoder.model import EncodedImage
+from training.grounding import evidence_tokens, grounding_loss, reading_loss
+from training.layout import Branch, Sample, attention_mask, pack_text, positions
+
+WORDS, VISUAL = 2, 5
+
+
+def branch(words, evidence=None):
+    """`words` instruction tokens, the prompt's last token, one answer token."""
+    return Branch(
+        token_ids=(*range(10, 10 + words), 7, 8),
+        labels=(*[-100] * (words + 1), 8),
+        instruction=(*[True] * words, False, False),
+        answer_start=words + 1,
+        evidence_xyxy=evidence,
+    )
+
+
+def sample(*branches):
+    tiles = ImageTiles(pixels_T3HW=torch.zeros(1, 3, 2, 2), image_size_hw=(2, 2), grid_hw=(1, 1))
+    return Sample(image=tiles, prefix_ids=tuple(range(WORDS)), branches=branches)
+
+
+def uniform_attention(text, prefix):
+    """Every branch token attends evenly to all that it sees."""
+    batch, branches, length = text.token_ids_BQT.shape
+    visible = attention_mask(torch.full((batch,), prefix), prefix, branches, length)[:, 0, prefix:].float()
+    share = visible / visible.sum(-1, keepdim=True)
+    return [share[b].unflatten(0, (branches, length)).unsqueeze(2).expand(-1, -1, 3, -1) for b in range(batch)]
+
+
+def test_losses_by_hand():
+    text = pack_text([sample(branch(2), branch(3))], pad_id=0)
+    prefix = WORDS + VISUAL
+    attention = uniform_attention(text, prefix)
+    # The token at index t of a branch sees the prefix's 7 tokens and t + 1 of its own.
+    evidence = [[torch.tensor([1, 4]), None]]
+    last, words = -math.log(2 / 10), [-math.log(2 / 8), -math.log(2 / 9)]
+    expected = (last + sum(words) / 2) / 2
+    assert grounding_loss(attention, text, evidence).item() == pytest.approx(expected)
+    reading = (-math.log(2 / 10) - math.log(3 / 11)) / 2
+    assert reading_loss(attention, text, prefix).item() == pytest.approx(reading)
+
+
+def test_evidence_is_the_tokens_under_the_box():
+    height, width, base = 4, 6, 9
+    tokens = torch.zeros(base + height * (width + 1), 8)
+    encoded = EncodedImage(tokens_ND=tokens, map_hw=(height, width), uncompressed_tokens=len(tokens), sampled=None)
+    inside = evidence_tokens(sample(branch(1, (0.5, 0.25, 0.6, 0.49)), branch(1)), encoded)
+    # Row 1, column 3; each row ends with a newline.
+    assert inside[0].tolist() == [base + 1 * (width + 1) + 3] and inside[1] is None
+
+
+def test_a_branch_continues_where_its_own_image_ends():
+    ids = positions(torch.tensor([4, 7]), 7, 2, 3)
+    assert ids[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 4, 5, 6]
+    assert ids[1, 7:].tolist() == [7, 8, 9, 7, 8, 9]
+    mask = attention_mask(torch.tensor([4, 7]), 7, 2, 3)[:, 0]
+    assert mask[0, 10].tolist() == [True] * 4 + [False] * 3 + [False] * 3 + [True] + [False] * 2
+    assert mask[:, range(13), range(13)].all()
