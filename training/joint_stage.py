@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.store import load_stage, save_checkpoint
@@ -72,6 +72,7 @@ class JointTask:
         elif source:
             self.module.encoder.vision_tower.load_state_dict(load_vision(source))
             standardise_projector(self.module.encoder, labelled_batch(run.seed, 0, 64)[0])
+            initialise_decoder(self.module.language_model)
         renderer = PromptRenderer(
             self.tokenizer,
             image_token_id=self.config.image_token_id,
@@ -131,14 +132,28 @@ def load_joint(joint: JointModel, folder: pathlib.Path) -> None:
 
 
 @torch.no_grad()
-def standardise_projector(encoder: EncoderModel, pixels_T3HW: torch.Tensor, size: float = 0.5) -> None:
-    """Gives a fresh projector's outputs zero mean and `size` standard deviation in every dimension.
+def initialise_decoder(language_model: PreTrainedModel) -> None:
+    """Lets a token's own content outweigh what fresh layers add to it: unit embeddings, small writes to the stream.
+
+    With the library's initialisation two fresh layers bury it: of the colour that a question asks for, nothing could be
+    read from the last prompt token, and no pre-training step got a hold.
+    """
+    language_model.get_input_embeddings().weight.normal_()
+    layers: Any = language_model.model.layers
+    for layer in layers:
+        layer.self_attn.o_proj.weight.mul_((2 * len(layers)) ** -0.5)
+        layer.mlp.down_proj.weight.mul_((2 * len(layers)) ** -0.5)
+
+
+@torch.no_grad()
+def standardise_projector(encoder: EncoderModel, pixels_T3HW: torch.Tensor) -> None:
+    """Gives a fresh projector's outputs zero mean and unit standard deviation in every dimension.
 
     Patch features share a large common part. Left in, it drowns what tells patches apart, and attention cannot choose.
     """
     last = encoder.multi_modal_projector.linear_2
     outputs = encoder.multi_modal_projector(encoder.patch_features(pixels_T3HW)).flatten(0, 1)
-    scale_D = size / outputs.std(0)
+    scale_D = 1 / outputs.std(0)
     last.weight.mul_(scale_D.unsqueeze(1))
     last.bias.copy_((last.bias - outputs.mean(0)) * scale_D)
 
