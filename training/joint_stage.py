@@ -138,7 +138,8 @@ def initialise_decoder(language_model: PreTrainedModel) -> None:
     With the library's initialisation two fresh layers bury it: of the colour that a question asks for, nothing could be
     read from the last prompt token, and no pre-training step got a hold.
     """
-    language_model.get_input_embeddings().weight.normal_()
+    embeddings: Any = language_model.get_input_embeddings()
+    embeddings.weight.normal_()
     layers: Any = language_model.model.layers
     for layer in layers:
         layer.self_attn.o_proj.weight.mul_((2 * len(layers)) ** -0.5)
