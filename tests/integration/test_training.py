@@ -59,7 +59,7 @@ def test_a_killed_worker_resumes_and_the_export_answers(tmp_path):
                                    env={**environment, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"})  # fmt: skip
     try:
         # A checkpoint counts once it is registered, which the next one's being written makes certain.
-        wait_for(log, rf" 5\d/{STEPS} ", process, 240)
+        wait_for(log, rf" 5\d/{STEPS} ", process, 400)
         workers = [
             p
             for p in psutil.Process(process.pid).children(recursive=True)
@@ -67,9 +67,9 @@ def test_a_killed_worker_resumes_and_the_export_answers(tmp_path):
         ]
         assert workers
         workers[0].send_signal(signal.SIGKILL)
-        resumed = int(wait_for(log, rf"resumed at step (\d+) of {STEPS}", process, 120).group(1))
+        resumed = int(wait_for(log, rf"resumed at step (\d+) of {STEPS}", process, 300).group(1))
         assert resumed % 20 == 0 and 0 < resumed < STEPS
-        assert process.wait(timeout=180) == 0, log.read_text(encoding="utf8")[-3000:]
+        assert process.wait(timeout=400) == 0, log.read_text(encoding="utf8")[-3000:]
     finally:
         if process.poll() is None:
             process.terminate()
