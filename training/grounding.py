@@ -34,10 +34,10 @@ def evidence_tokens(sample: Sample, encoded: EncodedImage) -> list[torch.Tensor 
 
 
 def branch_attention(layer: nn.Module, hidden_BSD: torch.Tensor, cos_BSd: torch.Tensor, sin_BSd: torch.Tensor,
-                     mask_B1SS: torch.Tensor, text: TextBatch, prefix: int) -> list[torch.Tensor]:  # fmt: skip
+                     mask_B1RS: torch.Tensor, text: TextBatch, prefix: int) -> list[torch.Tensor]:  # fmt: skip
     """Attention of every branch token, float32 [Q, T, H, S] an image; computed apart, since SDPA does not tell.
 
-    `hidden` is what enters the layer; branches start at `prefix`.
+    `hidden` is what enters the layer; branches start at `prefix`, and the mask has their R rows only.
     """
     attention, shape = layer.self_attn, text.token_ids_BQT.shape[1:]
     normed = layer.input_layernorm(hidden_BSD)
@@ -48,7 +48,7 @@ def branch_attention(layer: nn.Module, hidden_BSD: torch.Tensor, cos_BSd: torch.
     shares = []
     for b in range(len(hidden_BSD)):
         scores = torch.einsum("thd,shd->ths", query[b], key[b]).float() * attention.scaling
-        visible = mask_B1SS[b, 0, prefix:].unsqueeze(1)
+        visible = mask_B1RS[b, 0].unsqueeze(1)
         shares.append(scores.masked_fill(~visible, -torch.inf).softmax(-1).unflatten(0, shape))
     return shares
 

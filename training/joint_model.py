@@ -14,7 +14,7 @@ from services.checkpoint.config import FocusLlavaConfig
 from services.encoder.model import EncodedImage, EncoderModel
 from services.sampler.balance import balance_loss
 from training.grounding import branch_attention, evidence_tokens, grounding_loss, reading_loss
-from training.layout import Sample, TextBatch, attention_mask, pack_text, positions
+from training.layout import ATTENTION_NAME, Sample, TextBatch, attention_mask, pack_text, positions
 from training.stochastic_prune import PruneSchedule, decide, gather_index
 
 
@@ -42,7 +42,7 @@ class JointModel(nn.Module):
         self.config, self.weights, self.schedule = config, weights, schedule
         self.vision_sampler, self.pad_id, self.seed = vision_sampler, pad_id, seed
         self.encoder = EncoderModel(config)
-        self.language_model = AutoModelForCausalLM.from_config(config.text_config, attn_implementation="sdpa")
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config, attn_implementation=ATTENTION_NAME)
         # Parameters that no forward pass reaches would make the optimizer wait for their gradients.
         self.encoder.vision_tower.post_layernorm.requires_grad_(False)
         if not vision_sampler:

@@ -17,7 +17,7 @@ from services.llm.prompt import PromptRenderer
 from training.config import ConfigError, RunConfig, build
 from training.data.branches import BranchBuilder
 from training.data.conversations import ConversationBatches
-from training.data.scene_batches import SceneBatches
+from training.data.scene_batches import Curriculum, SceneBatches
 from training.data.tokenizer import build_tokenizer
 from training.dense_labels import labelled_batch
 from training.joint_model import JointModel, LossWeights
@@ -42,6 +42,8 @@ class JointStage:
     questions_per_image: int = 6
     kind_weights: dict[str, float] = field(default_factory=dict)
     """How much likelier a kind of question is asked than one of weight 1."""
+    curriculum: dict[str, Any] = field(default_factory=dict)
+    """Fields of Curriculum (scenes only)."""
 
 
 class JointTask:
@@ -88,6 +90,7 @@ class JointTask:
                 images=run.samples_per_worker,
                 questions_per_image=stage.questions_per_image,
                 kind_weights=stage.kind_weights,
+                curriculum=build(Curriculum, stage.curriculum, "stage.curriculum."),
             )
         else:
             self.data = ConversationBatches(

@@ -11,10 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
+from transformers import AttentionInterface
 
 from services.common.types import ImageTiles
+
+ATTENTION_NAME = "focusllava_branches"
+BLOCK = 320
+"""Query rows of a causal block: what lies right of it is not computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,11 +95,46 @@ def positions(prefix_lens_B: torch.Tensor, prefix: int, branches: int, length: i
 
 
 def attention_mask(prefix_lens_B: torch.Tensor, prefix: int, branches: int, length: int) -> torch.Tensor:
-    """bool [B, 1, S, S]: causal; a branch sees the prefix's real tokens and itself. Padding sees itself."""
-    total = prefix + branches * length
-    branch_S = torch.cat((torch.full((prefix,), -1), torch.arange(branches).repeat_interleave(length)))
-    causal_SS = torch.ones(total, total, dtype=torch.bool).tril()
-    same_SS = (branch_S.unsqueeze(1) == branch_S) & (branch_S >= 0)
-    real_BS = (torch.arange(total) < prefix_lens_B.unsqueeze(1)) & (branch_S < 0)
-    mask = causal_SS & (same_SS | real_BS.unsqueeze(1))
-    return (mask | torch.eye(total, dtype=torch.bool)).unsqueeze(1)
+    """bool [B, 1, Q * T, S], rows of the branches' tokens: a branch sees the prefix's real tokens and, causally, itself.
+
+    The prefix's own rows are plainly causal: its padding is on the right, and nothing real sees it. Padding in a branch
+    sees itself.
+    """
+    rows = branches * length
+    branch_R = torch.arange(branches).repeat_interleave(length)
+    own_RR = (branch_R.unsqueeze(1) == branch_R) & torch.ones(rows, rows, dtype=torch.bool).tril()
+    real_BP = torch.arange(prefix) < prefix_lens_B.unsqueeze(1)
+    batch = len(prefix_lens_B)
+    mask_BRS = torch.cat((real_BP.unsqueeze(1).expand(-1, rows, -1), own_RR.expand(batch, -1, -1)), dim=2)
+    return mask_BRS.unsqueeze(1)
+
+
+def branched_attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                       attention_mask: torch.Tensor | None, *, scaling: float, **_: Any
+                       ) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """transformers' attention interface for a packed batch: [B, H, S, d] queries -> [B, S, H, d].
+
+    With the mask above only the branches' rows pay for a mask; without one all rows are causal.
+    """
+    repeats = query.shape[1] // key.shape[1]
+    query, key, value = query * scaling, key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    prefix = query.shape[2] - (attention_mask.shape[2] if attention_mask is not None else 0)
+    parts = []
+    for start in range(0, prefix, BLOCK):
+        stop = min(start + BLOCK, prefix)
+        visible = torch.ones(stop - start, stop, dtype=torch.bool, device=query.device).tril(start)
+        parts.append(_attend(query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop], visible))
+    if attention_mask is not None:
+        parts.append(_attend(query[:, :, prefix:], key, value, attention_mask))
+    return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    if query.is_cuda:
+        return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=1.0)
+    # Batched products beat the CPU's fused kernel: 75 ms against 132, forward and backward, for a layer of 6 images.
+    bias = torch.zeros_like(visible, dtype=query.dtype).masked_fill_(~visible, -torch.inf)
+    return (query @ key.transpose(-1, -2) + bias).softmax(-1) @ value
+
+
+AttentionInterface.register(ATTENTION_NAME, branched_attention)

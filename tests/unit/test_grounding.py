@@ -7,8 +7,9 @@ import torch
 
 from services.common.types import ImageTiles
 from services.encoder.model import EncodedImage
+from training import layout
 from training.grounding import evidence_tokens, grounding_loss, reading_loss
-from training.layout import Branch, Sample, attention_mask, pack_text, positions
+from training.layout import Branch, Sample, attention_mask, branched_attention, pack_text, positions
 
 WORDS, VISUAL = 2, 5
 
@@ -32,7 +33,7 @@ def sample(*branches):
 def uniform_attention(text, prefix):
     """Every branch token attends evenly to all that it sees."""
     batch, branches, length = text.token_ids_BQT.shape
-    visible = attention_mask(torch.full((batch,), prefix), prefix, branches, length)[:, 0, prefix:].float()
+    visible = attention_mask(torch.full((batch,), prefix), prefix, branches, length)[:, 0].float()
     share = visible / visible.sum(-1, keepdim=True)
     return [share[b].unflatten(0, (branches, length)).unsqueeze(2).expand(-1, -1, 3, -1) for b in range(batch)]
 
@@ -64,5 +65,21 @@ def test_a_branch_continues_where_its_own_image_ends():
     assert ids[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 4, 5, 6]
     assert ids[1, 7:].tolist() == [7, 8, 9, 7, 8, 9]
     mask = attention_mask(torch.tensor([4, 7]), 7, 2, 3)[:, 0]
-    assert mask[0, 10].tolist() == [True] * 4 + [False] * 3 + [False] * 3 + [True] + [False] * 2
-    assert mask[:, range(13), range(13)].all()
+    assert mask.shape == (2, 6, 13)
+    assert mask[0, 3].tolist() == [True] * 4 + [False] * 3 + [False] * 3 + [True] + [False] * 2
+    assert mask[:, range(6), range(7, 13)].all()
+
+
+def test_branched_attention_is_attention_with_the_whole_mask(monkeypatch):
+    monkeypatch.setattr(layout, "BLOCK", 3)
+    torch.manual_seed(0)
+    prefix, branches, length, heads = 7, 3, 4, 2
+    total = prefix + branches * length
+    query, key, value = (torch.randn(2, n, total, 8) for n in (2 * heads, heads, heads))
+    lens = torch.tensor([5, 7])
+    mask = attention_mask(lens, prefix, branches, length)
+    got, _ = branched_attention(torch.nn.Identity(), query, key, value, mask, scaling=0.3)
+    rows = torch.ones(2, prefix, total, dtype=torch.bool).tril()
+    scores = 0.3 * query @ key.repeat_interleave(2, 1).transpose(-1, -2)
+    scores = scores.masked_fill(~torch.cat((rows.unsqueeze(1), mask), 2), -torch.inf)
+    torch.testing.assert_close(got, (scores.softmax(-1) @ value.repeat_interleave(2, 1)).transpose(1, 2))

@@ -8,12 +8,14 @@ import re
 import numpy as np
 import pytest
 
+from tests.tiny_training import tiny_run
 from training.data.questions import QuestionAnswer, questions
 from training.data.rendering import render
 from training.data.scenes import Card, Scene, Shape, sample_scene
 from training.data.splits import canonical_spec, dataset_version, scene_at, scene_stream, split_of
 from training.data.tokenizer import build_tokenizer, closed_words
 from training.data.vocabulary import COLOURS, DETAIL_KINDS, KINDS, PHRASINGS, SHAPES
+from training.joint_stage import JointTask
 
 SCENES = [scene_at("train", 3, index) for index in range(200)]
 
@@ -29,6 +31,13 @@ def test_a_seed_gives_the_same_scene_question_and_pixels():
 def test_a_stream_resumes_at_any_index():
     resumed = scene_stream("heldout", seed=2, start=3)
     assert list(itertools.islice(scene_stream("heldout", seed=2), 6))[3:] == list(itertools.islice(resumed, 3))
+
+
+def test_a_curriculum_starts_with_small_images():
+    task = JointTask(tiny_run("unused", stage={"curriculum": {"steps": 8, "max_tiles": 2}}))
+    tiles = [[len(s.image.pixels_T3HW) - 1 for step in steps for s in task.batch(step, 0, 1)[1]]
+             for steps in (range(8), range(8, 16))]  # fmt: skip
+    assert max(tiles[0]) == 2 and max(tiles[1]) > 2
 
 
 def test_splits_do_not_overlap():

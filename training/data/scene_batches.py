@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 
 from services.checkpoint.config import FocusLlavaConfig
@@ -18,12 +19,24 @@ from training.layout import Sample
 STEPS_SORTED_TOGETHER = 8
 
 
+@dataclass(frozen=True, kw_only=True)
+class Curriculum:
+    """Small images first: among fewer patches, where to look is learned in fewer and cheaper steps."""
+
+    steps: int = 0
+    """How long; then images of every size."""
+    max_tiles: int = 4
+    """Most tiles of an image meanwhile, the base tile not counted."""
+
+
 class SceneBatches:
     """The same (step, rank) gives the same samples."""
 
     def __init__(self, config: FocusLlavaConfig, builder: BranchBuilder, *, seed: int, images: int,
-                 questions_per_image: int, kind_weights: Mapping[str, float], split: Split = "train"):  # fmt: skip
+                 questions_per_image: int, kind_weights: Mapping[str, float], split: Split = "train",
+                 curriculum: Curriculum | None = None):  # fmt: skip
         self.config, self.builder, self.split = config, builder, split
+        self.curriculum = curriculum or Curriculum()
         self.seed, self.images, self.questions_per_image = seed, images, questions_per_image
         self.kind_weights = dict(kind_weights)
         self._plan = lru_cache(maxsize=2)(self._make_plan)
@@ -31,10 +44,12 @@ class SceneBatches:
     def batch(self, step: int, rank: int, world_size: int) -> list[Sample]:
         block, within = divmod(step, STEPS_SORTED_TOGETHER)
         indices = self._plan(block, world_size)[within * world_size + rank]
-        return [self.sample(index) for index in indices]
+        small = self._starts_small(block)
+        return [self.sample(index, small) for index in indices]
 
-    def sample(self, index: int) -> Sample:
-        scene = scene_at(self.split, self.seed, index)
+    def sample(self, index: int, small: bool = False) -> Sample:
+        """The scene with this index and its questions; `small` takes it among those that the curriculum starts with."""
+        scene = self._scene(index, small)
         rng = random.Random(f"{self.seed}/{index}/questions")
         config = self.config
         image = tile_image(
@@ -60,12 +75,19 @@ class SceneBatches:
     def _make_plan(self, block: int, world_size: int) -> list[list[int]]:
         """Which scenes each batch of a block holds: sorted by tiles, neighbours to the ranks of one step."""
         count = STEPS_SORTED_TOGETHER * world_size * self.images
-        first = block * count
-        order = sorted(range(first, first + count), key=lambda i: self._size(scene_at(self.split, self.seed, i)))
+        first, small = block * count, self._starts_small(block)
+        order = sorted(range(first, first + count), key=lambda i: self._size(self._scene(i, small)))
         batches = [order[n : n + self.images] for n in range(0, count, self.images)]
         steps = [batches[n : n + world_size] for n in range(0, len(batches), world_size)]
         random.Random(f"{self.seed}/{block}/order").shuffle(steps)
         return [batch for of_step in steps for batch in of_step]
+
+    def _starts_small(self, block: int) -> bool:
+        return block * STEPS_SORTED_TOGETHER < self.curriculum.steps
+
+    def _scene(self, index: int, small: bool) -> Scene:
+        most = self.curriculum.max_tiles * self.config.tile_px**2
+        return scene_at(self.split, self.seed, index, lambda scene: not small or self._size(scene)[0] <= most)
 
     def _size(self, scene: Scene) -> tuple[int, int]:
         size_hw = (round(scene.size_wh[1] * scene.render_scale), round(scene.size_wh[0] * scene.render_scale))

@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Literal
 
@@ -29,14 +29,14 @@ def split_of(scene: Scene) -> Split:
     return "heldout" if int.from_bytes(digest[:8], "big") < HELDOUT_SHARE * 2**64 else "train"
 
 
-def scene_at(split: Split, seed: int, index: int) -> Scene:
-    """The scene with this index: the first of the split among the draws that (seed, index) gives."""
+def scene_at(split: Split, seed: int, index: int, accept: Callable[[Scene], bool] = lambda _: True) -> Scene:
+    """The scene with this index: the first of the split, and accepted, among the draws that (seed, index) gives."""
     if split not in ("train", "heldout"):
         raise ValueError(f"split must be 'train' or 'heldout', not {split!r}")
     for attempt in itertools.count():
         # A string seeds through SHA-512: the same on every machine and Python.
         scene = sample_scene(random.Random(f"{seed}/{index}/{attempt}"))
-        if split_of(scene) == split:
+        if accept(scene) and split_of(scene) == split:
             return scene
     raise AssertionError("unreachable: the count is endless")
 
