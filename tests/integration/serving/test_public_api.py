@@ -1,0 +1,158 @@
+"""The public API of a real Ray with the three Serve applications, asked over a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import json
+import os
+import pathlib
+import re
+import signal
+import time
+
+import grpc
+import pytest
+
+from focusllava.v1 import focus_pb2, focus_pb2_grpc, llm_pb2
+from services.common.media import content_hash
+from tests.serving_client import LEAKS, chat, gauge, ids_of, picture, question, replica_pids, scrape, until
+
+DASHBOARD = pathlib.Path(__file__).parents[3] / "cluster" / "grafana" / "focusllava.json"
+
+
+def test_an_answer_streams_and_accounts(channel, checkpoint):
+    image = picture(1)
+    events = chat(channel, question(image))
+    assert [event.WhichOneof("event") for event in events] == ["started", *["token"] * 12, "finished"]
+    info, usage = events[0].started.images[0], events[-1].finished.usage
+    assert info.content_hash == content_hash(image) and not info.cached
+    assert usage.completion_tokens == len(ids_of(events)) == 12
+    assert usage.visual_tokens_uncompressed == info.visual_tokens_uncompressed
+    assert usage.visual_tokens_kept < usage.visual_tokens_sampled == info.visual_tokens_sampled
+    assert info.visual_tokens_sampled < info.visual_tokens_uncompressed
+    assert 0 < usage.converted_share_percent < 100 and usage.kv_bytes < usage.kv_unpruned_bytes
+    assert usage.time_to_first_token_ms > 0 and events[-1].finished.reason == llm_pb2.FINISH_REASON_LENGTH
+
+
+def test_the_second_question_about_an_image_is_answered_from_the_cache(channel):
+    image = picture(2)
+    first, again = chat(channel, question(image)), chat(channel, question(image))
+    other = chat(channel, question(image, "How many circles are there?"))
+    unsampled = chat(channel, question(image, vision_sampler_off=True))
+    cached = [events[0].started.images[0].cached for events in (first, again, other, unsampled)]
+    assert cached == [False, True, True, False]
+    assert ids_of(again) == ids_of(first)
+
+
+def test_two_clients_stream_at_the_same_time(cluster):
+    """Their first tokens come before either's last: neither waits for the other to end."""
+
+    async def stream(seed: int) -> tuple[float, float, int]:
+        async with grpc.aio.insecure_channel(cluster.grpc_address) as channel:
+            stub = focus_pb2_grpc.FocusServiceStub(channel)
+            sampling = llm_pb2.SamplingParams(max_tokens=400, ignore_eos=True)
+            first = 0.0
+            count = 0
+            call = stub.Chat(
+                question(picture(seed), sampling=sampling), timeout=120, metadata=(("application", "gateway"),)
+            )
+            async for event in call:
+                if event.WhichOneof("event") == "token":
+                    first = first or time.monotonic()
+                    count += 1
+            return first, time.monotonic(), count
+
+    async def both():
+        return await asyncio.gather(stream(21), stream(22))
+
+    (first_a, last_a, count_a), (first_b, last_b, count_b) = asyncio.run(both())
+    assert (count_a, count_b) == (400, 400)
+    assert first_a < last_b and first_b < last_a
+
+
+def test_a_cancelled_call_frees_its_slot(cluster, channel):
+    stub = focus_pb2_grpc.FocusServiceStub(channel)
+    sampling = llm_pb2.SamplingParams(max_tokens=1000, ignore_eos=True)
+    calls = [
+        stub.Chat(question(picture(31), sampling=sampling), metadata=(("application", "gateway"),)) for _ in range(3)
+    ]
+    for call in calls:
+        while next(call).WhichOneof("event") != "token":
+            pass
+        assert not call.done()
+        call.cancel()
+    ended = r'focusllava_generate_requests_total\{[^\n]*outcome="cancelled"[^\n]*\} 3'
+    assert until(lambda: re.search(ended, scrape(cluster)) is not None), "the llm stage saw three calls cancelled"
+    assert until(lambda: gauge(cluster, "focusllava_kv_blocks_used") == 0), "KV blocks of a cancelled call stay taken"
+    assert gauge(cluster, "focusllava_running_requests") == 0
+    assert gauge(cluster, "focusllava_kv_blocks_total") > 0
+
+
+@pytest.mark.parametrize(
+    "request_, code, says",
+    [
+        (question(text=""), "INVALID_ARGUMENT", "the question is empty"),
+        (question(text="x" * 9000), "RESOURCE_EXHAUSTED", "9000 characters"),
+        (question(text="@" * 8000), "INVALID_ARGUMENT", "context"),
+        (question(b"", "x"), "INVALID_ARGUMENT", "0 bytes"),
+        (question(b"GIF89a", "x"), "INVALID_ARGUMENT", "not a readable image"),
+        (question(picture(41)[:2000], "x"), "INVALID_ARGUMENT", "turns[0].parts[0].image: is a truncated or damaged"),
+        (question(prune=llm_pb2.PruneParams(threshold=0)), "INVALID_ARGUMENT", "prune.threshold"),
+        (question(prune=llm_pb2.PruneParams(threshold=1.5)), "INVALID_ARGUMENT", "prune.threshold: is 1.5"),
+        (question(sampling=llm_pb2.SamplingParams(max_tokens=10**9)), "RESOURCE_EXHAUSTED", "sampling.max_tokens"),
+        (focus_pb2.ChatRequest(), "INVALID_ARGUMENT", "turns: is empty"),
+    ],
+)
+def test_a_bad_request_gets_a_status_and_the_server_lives_on(channel, request_, code, says):
+    with pytest.raises(grpc.RpcError) as caught:
+        chat(channel, request_)
+    details = caught.value.details()
+    assert (caught.value.code().name, says in details) == (code, True), details
+    assert not LEAKS.search(details), details
+    assert chat(channel, question())[-1].WhichOneof("event") == "finished"
+
+
+def test_many_clients_at_once_get_what_they_get_alone(cluster, channel):
+    requests = [question(picture(60 + n), prune=llm_pb2.PruneParams(off=n % 2 == 0)) for n in range(6)]
+    alone = [ids_of(chat(channel, request)) for request in requests]
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(lambda request: ids_of(chat(channel, request)), requests))
+    assert together == alone
+
+
+def test_model_info(channel, checkpoint):
+    stub = focus_pb2_grpc.FocusServiceStub(channel)
+    info = stub.GetModelInfo(focus_pb2.GetModelInfoRequest(), timeout=30, metadata=(("application", "gateway"),))
+    assert (info.name, info.model_fingerprint) == (checkpoint[0].name, checkpoint[1])
+    assert (info.num_layers, info.prune_layer, info.text_family) == (6, 2, "llama")
+    assert info.max_images == 8 and info.max_image_bytes == 20 * 2**20
+
+
+def test_an_answer_survives_the_death_of_its_llm_replica(cluster, channel):
+    request = question(picture(81), sampling=llm_pb2.SamplingParams(max_tokens=600, ignore_eos=True))
+    undisturbed = ids_of(chat(channel, request))
+    stub = focus_pb2_grpc.FocusServiceStub(channel)
+    call = stub.Chat(request, timeout=150, metadata=(("application", "gateway"),))
+    events = [next(call) for _ in range(4)]
+    (replica,) = replica_pids(cluster, "llm")
+    os.kill(replica, signal.SIGKILL)
+    events += list(call)
+    assert events[-1].WhichOneof("event") == "finished", events[-1]
+    assert ids_of(events) == undisturbed and len(undisturbed) == 600
+    assert until(lambda: "focusllava_stage_retries_total{" in scrape(cluster)), "it was lost, and called again"
+
+
+def test_the_endpoint_has_every_metric_that_the_dashboard_draws(cluster, channel):
+    """Runs last, when everything has been recorded."""
+    chat(channel, question(picture(71)))
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    text = " ".join(target["expr"] for panel in panels for target in panel.get("targets", ()))
+    drawn = set(re.findall(r"ray_[a-z_]+", text))
+
+    def missing() -> set[str]:
+        shown = set(re.findall(r"^(ray_[a-z_]+)[{ ]", scrape(cluster), re.M))
+        return drawn - shown
+
+    until(lambda: not missing(), 20)
+    assert not missing()

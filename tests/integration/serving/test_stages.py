@@ -1,0 +1,108 @@
+"""The two stages behind the gateway: what they refuse, and that together they are one model."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import grpc
+import pytest
+import torch
+
+from focusllava.v1 import encoder_pb2, focus_pb2, focus_pb2_grpc, llm_pb2
+from services.common import wire
+from services.common.types import ChatTurn, GenerateRequest, ImagePart, SamplingParams, TextPart, TokenEvent
+from services.encoder.pipeline import EncoderPipeline
+from services.llm.engine import Engine
+from tests.serving_client import LEAKS, chat, encoded, generated, ids_of, picture, question, text_of
+
+
+def test_split_over_grpc_equals_one_process(channel, checkpoint):
+    """Three images and both settings; the tokens are rounded to bfloat16 in both, as they are on the wire."""
+    pipeline = EncoderPipeline.from_checkpoint(checkpoint[0], dtype=torch.float32)
+    engine = Engine.from_checkpoint(
+        checkpoint[0], dtype=torch.float32, kv_cache_bytes=2**24, max_batch_tokens=4096, max_running=4
+    )
+    for seed, size, sampler in ((11, (120, 90), True), (12, (40, 200), True), (13, (90, 90), False)):
+        image = picture(seed, size)
+        tokens = pipeline.encode([pipeline.prepare(image)], [sampler])[0]
+        engine.submit(
+            GenerateRequest(
+                request_id="one-process",
+                turns=(ChatTurn(role="user", parts=(ImagePart(image=0), TextPart(text="What is on the card?"))),),
+                images=(dataclasses.replace(tokens, tokens_ND=tokens.tokens_ND.bfloat16()),),
+                sampling=SamplingParams(max_tokens=12, ignore_eos=True),
+            )
+        )
+        alone = []
+        while engine.has_work():
+            alone += [event for _, event in engine.step()]
+        events = chat(channel, question(image, vision_sampler_off=not sampler))
+        assert text_of(events) == "".join(e.text for e in alone if isinstance(e, TokenEvent))
+        assert ids_of(events) == [t for e in alone if isinstance(e, TokenEvent) for t in e.token_ids]
+        assert events[-1].finished.usage.visual_tokens_kept == alone[-1].usage.visual_tokens_kept
+
+
+@pytest.mark.parametrize("wrong", ["", "0" * 64, "f" * 10])
+def test_each_stage_refuses_another_fingerprint(channel, checkpoint, wrong):
+    right = checkpoint[1]
+    tokens = encoded(channel, right, picture(51))
+    foreign = encoder_pb2.CompressedVisualTokens()
+    foreign.CopyFrom(tokens)
+    foreign.model_fingerprint = "0" * 64
+    for call in (
+        lambda: encoded(channel, wrong, picture(51)),
+        lambda: generated(channel, wrong, tokens),
+        lambda: generated(channel, right, foreign),
+    ):
+        with pytest.raises(grpc.RpcError) as caught:
+            call()
+        assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+        assert "fingerprint" in caught.value.details() and not LEAKS.search(caught.value.details())
+    assert generated(channel, right, tokens)[-1].WhichOneof("event") == "finished"
+
+
+def test_the_llm_stage_refuses_broken_tensors_and_indices(channel, checkpoint):
+    right = checkpoint[1]
+    good = encoded(channel, right, picture(52))
+
+    def changed(**fields) -> encoder_pb2.CompressedVisualTokens:
+        copy = encoder_pb2.CompressedVisualTokens()
+        copy.CopyFrom(good)
+        for name, value in fields.items():
+            if name == "shape":
+                copy.tokens.shape[:] = value
+            else:
+                setattr(copy.tokens, name, value)
+        return copy
+
+    index = llm_pb2.PromptPart
+    nan = wire.tensor_to_proto(torch.full(tuple(good.tokens.shape), float("nan"), dtype=torch.bfloat16)).data
+    cases = [
+        ((changed(data=nan),), (), "NaN"),
+        ((changed(data=good.tokens.data[:-1]),), (), "bytes"),
+        ((changed(data_type=0),), (), "data_type"),
+        ((changed(data_type=99),), (), "data_type"),
+        ((changed(shape=[-1, 64]),), (), "shape"),
+        ((changed(shape=[2**62, 2**62]),), (), ""),
+        ((good,), (index(image_index=7),), "image"),
+        ((good,), (index(image_index=0), index(image_index=0)), ""),
+        ((good, good), (index(image_index=1), index(image_index=0)), ""),
+        ((good,), (index(text="no image named"),), ""),
+    ]
+    for images, parts, says in cases:
+        with pytest.raises(grpc.RpcError) as caught:
+            generated(channel, right, *images, parts=parts)
+        details = caught.value.details()
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, details
+        assert says in details and not LEAKS.search(details), details
+    assert generated(channel, right, good)[-1].WhichOneof("event") == "finished"
+
+
+def test_the_encoder_stage_and_an_unknown_application_answer_clearly(channel, checkpoint):
+    stub = focus_pb2_grpc.FocusServiceStub(channel)
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.GetModelInfo(focus_pb2.GetModelInfoRequest(), timeout=30, metadata=(("application", "nobody"),))
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    with pytest.raises(grpc.RpcError) as caught:
+        encoded(channel, checkpoint[1], b"not an image")
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT and not LEAKS.search(caught.value.details())

@@ -1,0 +1,102 @@
+"""Autoscaling from one LLM replica to two under load, and visual tokens in Redis that outlive the gateway."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import os
+import signal
+
+import grpc
+import pytest
+import redis
+import yaml
+
+from cluster.local import SERVE_CONFIG, LocalCluster, request_json
+from focusllava.v1 import llm_pb2
+from tests.redis_server import RedisServer
+from tests.serving_client import OPTIONS, chat, gauge, ids_of, picture, question, replica_pids, until
+from tests.tiny_checkpoints import make_random_checkpoint
+
+
+@pytest.fixture(scope="module")
+def redis_server(tmp_path_factory):
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory, redis_server):
+    folder = tmp_path_factory.mktemp("scaling")
+    make_random_checkpoint(folder / "random-tiny")
+    config = yaml.safe_load(SERVE_CONFIG.read_text())
+    (llm,) = (a for a in config["applications"] if a["name"] == "llm")
+    llm["deployments"][0]["autoscaling_config"] |= {"target_ongoing_requests": 1, "upscale_delay_s": 1}
+    (folder / "serve.yaml").write_text(yaml.safe_dump(config))
+    with LocalCluster(
+        checkpoint=folder / "random-tiny",
+        grpc_port=0,
+        config=folder / "serve.yaml",
+        env={"REDIS_URL": redis_server.url},
+        timeout_s=400,
+    ) as local:
+        local.start()
+        yield local
+
+
+@pytest.fixture(scope="module")
+def channel(cluster):
+    with grpc.insecure_channel(cluster.grpc_address, options=OPTIONS) as channel:
+        yield channel
+
+
+def llm_replicas(cluster) -> int:
+    """Running ones, as `serve status` counts them."""
+    details = request_json(cluster.dashboard_url + "/api/serve/applications/")
+    replicas = details["applications"]["llm"]["deployments"]["LanguageModel"]["replicas"]
+    return sum(replica["state"] == "RUNNING" for replica in replicas)
+
+
+def test_load_brings_a_second_llm_replica_and_both_answer(cluster, channel):
+    assert llm_replicas(cluster) == 1
+    request = question(picture(1), sampling=llm_pb2.SamplingParams(max_tokens=300, ignore_eos=True))
+    alone = ids_of(chat(channel, request))
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        answers = []
+
+        def scaled() -> bool:
+            answers.extend(pool.map(lambda _: ids_of(chat(channel, request)), range(6)))
+            return llm_replicas(cluster) == 2
+
+        assert until(scaled, 180), "the autoscaler did not start a second replica"
+        answers.extend(pool.map(lambda _: ids_of(chat(channel, request)), range(12)))
+    assert all(answer == alone for answer in answers)
+    assert len(replica_pids(cluster, "llm")) == 2
+    # The dashboard's panel of replicas draws this metric.
+    assert until(lambda: gauge(cluster, "serve_deployment_replica_healthy") >= 4)
+
+
+def test_a_new_gateway_finds_the_visual_tokens_in_redis(cluster, channel, redis_server):
+    image = picture(2)
+    assert not chat(channel, question(image))[0].started.images[0].cached
+    with redis.Redis.from_url(redis_server.url) as store:
+        assert any(image_key.startswith(b"focusllava:visual-tokens:") for image_key in store.keys())
+    (gateway,) = replica_pids(cluster, "gateway")
+    os.kill(gateway, signal.SIGKILL)
+
+    def cached() -> bool:
+        with contextlib.suppress(grpc.RpcError):  # until Serve has started another
+            return chat(channel, question(image))[0].started.images[0].cached
+        return False
+
+    assert until(cached, 120)
+    assert gateway not in replica_pids(cluster, "gateway")
+
+
+def test_a_dead_redis_is_a_miss_and_never_an_error(channel, redis_server):
+    redis_server.kill()
+    image = picture(3)
+    first, again = chat(channel, question(image)), chat(channel, question(image))
+    assert not first[0].started.images[0].cached and not again[0].started.images[0].cached
+    assert ids_of(first) == ids_of(again)
