@@ -44,7 +44,7 @@ protos: $(STAMP) ## Regenerate focusllava/v1 from protos/
 	@$(BIN)/python protos/generate.py && echo "focusllava/v1 is current"
 
 bench: $(STAMP) ## Latency with samplers off, vision, text, both, in one run
-	@$(BIN)/python benchmarks/pipeline.py $(CHECKPOINT)
+	@$(BIN)/python -m benchmarks.pipeline $(CHECKPOINT)
 
 lock: ## Resolve pyproject.toml afresh into requirements.lock
 	@scripts/lock.sh $(PYTHON)

@@ -4,7 +4,19 @@ from focusllava.async_client import AsyncAnswerStream, AsyncFocusClient
 from focusllava.client import AnswerStream, FocusClient
 from focusllava.connection import RetryPolicy
 from focusllava.errors import FocusClientError
-from focusllava.messages import Answer, ImageInfo, ImageSource, ModelInfo, Turn, Usage, assistant, system, user
+from focusllava.messages import (
+    Answer,
+    ImageInfo,
+    ImageSource,
+    ModelInfo,
+    TokenLogprob,
+    TokenLogprobs,
+    Turn,
+    Usage,
+    assistant,
+    system,
+    user,
+)
 
 __version__ = "0.1.0"
 
@@ -19,6 +31,8 @@ __all__ = [
     "ImageSource",
     "ModelInfo",
     "RetryPolicy",
+    "TokenLogprob",
+    "TokenLogprobs",
     "Turn",
     "Usage",
     "__version__",

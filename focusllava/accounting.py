@@ -1,6 +1,8 @@
-"""An answer's accounting in words, for terminals."""
+"""An answer's accounting and log probabilities in words, for terminals."""
 
 from __future__ import annotations
+
+import math
 
 from focusllava.messages import Answer
 
@@ -29,6 +31,14 @@ def accounting_lines(answer: Answer) -> list[str]:
         f"end: {answer.finish_reason}"
     )
     return lines
+
+
+def logprob_lines(answer: Answer) -> list[str]:
+    """One a token: how likely it was, then the alternatives; none unless they were asked for."""
+    return [
+        "  ".join(f"{token.text!r} {100 * math.exp(token.logprob):.1f} %" for token in (entry.chosen, *entry.top))
+        for entry in answer.logprobs
+    ]
 
 
 def _size(count: float) -> str:

@@ -17,7 +17,7 @@ import click
 from click.shell_completion import get_completion_class
 
 from focusllava import FocusClient, FocusClientError, ImageSource, RetryPolicy, __version__
-from focusllava.accounting import accounting_lines
+from focusllava.accounting import accounting_lines, logprob_lines
 from focusllava.connection import DEFAULT_ADDRESS
 from focusllava.messages import Settings
 
@@ -72,12 +72,19 @@ def cli() -> None:
 @click.argument("images", metavar="[IMAGE]...", nargs=-1, type=click.Path(allow_dash=True))
 @click.argument("question")
 @click.option("--threshold", type=float, help="gamma of Eq. 9, in (0, 1]; 1 keeps every visual token.")
+@click.option("--keep-ratio", type=float, help="Keep this share of visual tokens instead of by threshold, in (0, 1].")
 @click.option("--no-vision-sampler", is_flag=True, help="Leave the vision-guided sampler out.")
 @click.option("--no-text-sampler", is_flag=True, help="Leave the text-guided sampler out.")
 @click.option("--max-tokens", type=int, help="Most tokens to generate.")
-@click.option("--temperature", type=float, help="0 is greedy.")
+@click.option("--temperature", type=float, help="In [0, 2]; 0 is greedy.")
+@click.option("--top-k", type=int, help="Draw from so many of the likeliest tokens; 0 is all.")
 @click.option("--top-p", type=float, help="Nucleus, in (0, 1].")
+@click.option("--min-p", type=float, help="Leave out tokens below this share of the likeliest one, in [0, 1].")
+@click.option("--repetition-penalty", type=float, help="For tokens of prompt and answer, in (0, 2]; 1 is none.")
+@click.option("--presence-penalty", type=float, help="For each token of the answer, in [-2, 2].")
+@click.option("--frequency-penalty", type=float, help="For each time that a token is in the answer, in [-2, 2].")
 @click.option("--seed", type=int, help="Makes draws repeatable.")
+@click.option("--logprobs", type=int, help="Report each token's log probability and so many alternatives, 0 to 20.")
 @click.option("--stop", multiple=True, help="The answer ends before this; may be repeated.")
 @_as_json
 @_address
@@ -115,7 +122,7 @@ def ask(
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(answer), ensure_ascii=False))
     else:
-        click.echo("\n".join(accounting_lines(answer)), err=True)
+        click.echo("\n".join([*logprob_lines(answer), *accounting_lines(answer)]), err=True)
 
 
 @cli.command()

@@ -1,16 +1,19 @@
-"""What both clients share: how to reach the gateway, the deadline and the retries of a request, a stream's state."""
+"""What both clients share: the connection, the deadline and the retries of a request, a stream's state."""
 
 from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar, Unpack
 
 import grpc
 
 from focusllava.errors import from_rpc_error
-from focusllava.messages import AnswerState, ImageInfo, Usage
+from focusllava.messages import ImageInfo, Images, Settings, TokenLogprobs, Turn, Usage, question_turn
+from focusllava.v1 import focus_pb2, focus_pb2_grpc
+from focusllava.wire import AnswerState, build_request
 
 DEFAULT_ADDRESS = "127.0.0.1:9000"
 _MAX_MESSAGE_BYTES = 256 * 2**20
@@ -84,13 +87,23 @@ class Attempts:
 class StreamState:
     """What a stream has brought so far; the accounting is there once the iteration has ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, client: Client[Any], request: focus_pb2.ChatRequest, attempts: Attempts):
         self._state = AnswerState()
+        self._client = client
+        self._request = request
+        self._attempts = attempts
+        self._call: Any = None
+        self._closed = False
 
     @property
     def text(self) -> str:
         """The answer up to here."""
         return self._state.text
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprobs, ...]:
+        """Of the tokens up to here, where the setting `logprobs` was given."""
+        return tuple(self._state.logprobs)
 
     @property
     def images(self) -> tuple[ImageInfo, ...]:
@@ -106,3 +119,67 @@ class StreamState:
     def usage(self) -> Usage | None:
         """The accounting; None before the end."""
         return self._state.usage
+
+    def close(self) -> None:
+        """Ends the iteration and cancels the request. Safe to call twice and after the end."""
+        self._closed = True
+        self._cancel()
+
+    def _cancel(self) -> None:
+        if self._call is not None:
+            self._call.cancel()
+
+    def _start(self) -> None:
+        self._call = self._client._stub.Chat(self._request, **self._attempts.call_options())
+
+
+Stream = TypeVar("Stream", bound=StreamState)
+
+
+class Client(Generic[Stream]):
+    """What both clients do alike; how they are used stands at FocusClient."""
+
+    _grpc: ClassVar[Any]
+    """grpc or grpc.aio."""
+    _stream: type[Stream]
+
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        timeout_s: float | None = None,
+        token: str | None = None,
+        application: str = "gateway",
+        retry: RetryPolicy | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+    ):
+        self.address = address
+        self._timeout_s = timeout_s
+        self._retry = retry or RetryPolicy()
+        self._metadata = fixed_metadata(application, token)
+        self._channel: Any = (
+            self._grpc.secure_channel(address, credentials, CHANNEL_OPTIONS)
+            if credentials
+            else self._grpc.insecure_channel(address, CHANNEL_OPTIONS)
+        )
+        self._stub: Any = focus_pb2_grpc.FocusServiceStub(self._channel)
+
+    def ask(
+        self,
+        images: Images,
+        question: str,
+        *,
+        history: Sequence[Turn] = (),
+        timeout_s: float | None = None,
+        **settings: Unpack[Settings],
+    ) -> Stream:
+        """Asks about no, one or several images, after the turns of `history`."""
+        return self.chat([*history, question_turn(images, question)], timeout_s=timeout_s, **settings)
+
+    def chat(self, turns: Sequence[Turn], *, timeout_s: float | None = None, **settings: Unpack[Settings]) -> Stream:
+        """Answers the last of the turns, which is a user's."""
+        return self._stream(self, build_request(turns, **settings), self._new_attempts(timeout_s))
+
+    def _new_attempts(self, timeout_s: float | None) -> Attempts:
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        return Attempts(self.address, timeout_s, self._retry, self._metadata)

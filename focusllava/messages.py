@@ -1,4 +1,4 @@
-"""What goes into a question and comes out of an answer, and its translation to the wire."""
+"""What goes into a question and comes out of an answer."""
 
 from __future__ import annotations
 
@@ -8,23 +8,11 @@ from dataclasses import dataclass
 from typing import BinaryIO, TypedDict
 
 from focusllava.errors import FocusClientError
-from focusllava.v1 import focus_pb2, llm_pb2
 
 ImageSource = str | os.PathLike[str] | bytes | BinaryIO
 """A path, the bytes of an image file, or an open binary file."""
 Images = ImageSource | list[ImageSource] | tuple[ImageSource, ...] | None
 """One image, several, or none."""
-
-_ROLES = {
-    "system": llm_pb2.ROLE_SYSTEM,
-    "user": llm_pb2.ROLE_USER,
-    "assistant": llm_pb2.ROLE_ASSISTANT,
-}
-_FINISH_REASONS = {
-    llm_pb2.FINISH_REASON_STOP: "stop",
-    llm_pb2.FINISH_REASON_LENGTH: "length",
-    llm_pb2.FINISH_REASON_ABORT: "abort",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +72,24 @@ class Usage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenLogprob:
+    """A token and the natural logarithm of its probability, before penalties, temperature and limits of the draw."""
+
+    token_id: int
+    text: str
+    """The token by itself; U+FFFD where it is only a part of a character."""
+    logprob: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLogprobs:
+    """One token of the answer and the likeliest ones at its place, most likely first."""
+
+    chosen: TokenLogprob
+    top: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Answer:
     """A whole answer."""
 
@@ -93,6 +99,8 @@ class Answer:
     images: tuple[ImageInfo, ...]
     usage: Usage
     request_id: str
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One a token generated, the end-of-answer token included, where the setting `logprobs` was given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,127 +147,39 @@ def question_turn(images: Images, question: str) -> Turn:
 
 
 class Settings(TypedDict, total=False):
-    """How to answer: keyword arguments of `ask` and `chat`. What is left out takes the server's default."""
+    """How to answer: keyword arguments of `ask` and `chat`. What is left out or None takes the server's default.
 
-    max_tokens: int
-    temperature: float
-    """0 is greedy."""
-    top_p: float
-    seed: int
+    A draw goes through the penalties, temperature, top_k, top_p and min_p, in this order.
+    """
+
+    max_tokens: int | None
+    temperature: float | None
+    """In [0, 2]; 0 is greedy."""
+    top_k: int | None
+    """Draws from so many of the likeliest tokens; 0 is all."""
+    top_p: float | None
+    """In (0, 1]: draws from the fewest likeliest tokens whose probability reaches this."""
+    min_p: float | None
+    """In [0, 1]: leaves out tokens less likely than this share of the likeliest one's probability."""
+    repetition_penalty: float | None
+    """In (0, 2]: divides positive and multiplies negative logits of tokens in the prompt or the answer; 1 is off."""
+    presence_penalty: float | None
+    """In [-2, 2]: subtracted once from the logit of each token that the answer holds."""
+    frequency_penalty: float | None
+    """In [-2, 2]: subtracted from a token's logit for each time that the answer holds it."""
+    seed: int | None
     """Makes draws repeatable."""
+    logprobs: int | None
+    """0 to 20: reports each token's log probability, and those of so many likeliest tokens beside it."""
     stop: Sequence[str]
     """The answer ends before any of these."""
-    threshold: float
+    threshold: float | None
     """gamma of Eq. 9, in (0, 1]; 1 keeps every visual token."""
+    keep_ratio: float | None
+    """In (0, 1], in place of threshold: keeps this share of the visual tokens, the most important ones."""
     vision_sampler: bool
     text_sampler: bool
     ignore_eos: bool
     """For benchmarks: generate exactly max_tokens."""
     request_id: str
     """For the caller's own logs; the server makes one when empty."""
-
-
-def build_request(
-    turns: Sequence[Turn],
-    *,
-    max_tokens: int | None = None,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    seed: int | None = None,
-    stop: Sequence[str] = (),
-    threshold: float | None = None,
-    vision_sampler: bool = True,
-    text_sampler: bool = True,
-    ignore_eos: bool = False,
-    request_id: str = "",
-) -> focus_pb2.ChatRequest:
-    """The request on the wire; the arguments are those of Settings.
-
-    Only what the wire cannot carry is refused here (INVALID_ARGUMENT); the server judges the rest.
-    """
-    for turn in turns:
-        if turn.role not in _ROLES:
-            raise FocusClientError("INVALID_ARGUMENT", f"turns.role: is {turn.role!r}, expected {', '.join(_ROLES)}")
-    try:
-        return focus_pb2.ChatRequest(
-            turns=[
-                focus_pb2.ChatTurn(
-                    role=_ROLES[turn.role],
-                    parts=[
-                        focus_pb2.ChatPart(image=part) if isinstance(part, bytes) else focus_pb2.ChatPart(text=part)
-                        for part in turn.parts
-                    ],
-                )
-                for turn in turns
-            ],
-            sampling=llm_pb2.SamplingParams(
-                max_tokens=max_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                seed=seed,
-                stop=stop,
-                ignore_eos=ignore_eos,
-            ),
-            prune=llm_pb2.PruneParams(off=not text_sampler, threshold=threshold),
-            vision_sampler_off=not vision_sampler,
-            request_id=request_id,
-        )
-    except (ValueError, TypeError) as error:  # a negative seed, a number where words belong
-        raise FocusClientError("INVALID_ARGUMENT", str(error)) from None
-
-
-class AnswerState:
-    """What a stream has brought so far: both clients feed it every event."""
-
-    def __init__(self) -> None:
-        self.request_id = ""
-        self.text = ""
-        self.images: tuple[ImageInfo, ...] = ()
-        self.finish_reason = ""
-        self.usage: Usage | None = None
-
-    def take(self, event: focus_pb2.ChatResponse) -> str:
-        """The event's new text, which may be empty. Raises FocusClientError on an error event."""
-        kind = event.WhichOneof("event")
-        if kind == "token":
-            self.text += event.token.text
-            return event.token.text
-        if kind == "started":
-            self.request_id = event.started.request_id
-            self.images = tuple(_image_info(image) for image in event.started.images)
-        elif kind == "finished":
-            self.finish_reason = _FINISH_REASONS.get(event.finished.reason, "unspecified")
-            self.usage = _usage(event.finished.usage)
-        elif kind == "error":
-            raise FocusClientError(event.error.code or "INTERNAL", event.error.message)
-        return ""
-
-    def answer(self) -> Answer:
-        """The whole answer. Raises FocusClientError (INTERNAL) where the stream broke off."""
-        if self.usage is None:
-            raise FocusClientError("INTERNAL", "the stream broke off before its finished event")
-        return Answer(
-            text=self.text,
-            finish_reason=self.finish_reason,
-            images=self.images,
-            usage=self.usage,
-            request_id=self.request_id,
-        )
-
-
-def _image_info(image: focus_pb2.ImageInfo) -> ImageInfo:
-    return ImageInfo(
-        content_hash=image.content_hash,
-        cached=image.cached,
-        visual_tokens_uncompressed=image.visual_tokens_uncompressed,
-        visual_tokens_sampled=image.visual_tokens_sampled,
-        notes=tuple(image.notes),
-    )
-
-
-def _usage(usage: llm_pb2.Usage) -> Usage:
-    return Usage(**{field: getattr(usage, field) for field in Usage.__dataclass_fields__})
-
-
-def model_info(response: focus_pb2.GetModelInfoResponse) -> ModelInfo:
-    return ModelInfo(**{field: getattr(response, field) for field in ModelInfo.__dataclass_fields__})

@@ -42,6 +42,16 @@ def token(text: str) -> focus_pb2.ChatResponse:
     return focus_pb2.ChatResponse(token=llm_pb2.Token(text=text, token_ids=[1]))
 
 
+def likely(text: str) -> focus_pb2.ChatResponse:
+    """A token with its log probability and those of two alternatives."""
+    chosen, other = (
+        llm_pb2.TokenLogprob(token_id=1, logprob=-0.25, text=text),
+        llm_pb2.TokenLogprob(token_id=2, logprob=-1.5, text="z"),
+    )
+    logprobs = llm_pb2.TokenLogprobs(chosen=chosen, top=[chosen, other])
+    return focus_pb2.ChatResponse(token=llm_pb2.Token(text=text, token_ids=[1], logprobs=[logprobs]))
+
+
 def finished() -> focus_pb2.ChatResponse:
     return focus_pb2.ChatResponse(finished=llm_pb2.Finished(reason=llm_pb2.FINISH_REASON_STOP, usage=USAGE))
 

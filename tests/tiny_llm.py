@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import pathlib
 import tempfile
 from collections.abc import Sequence
@@ -63,7 +64,7 @@ def image(made_by: str, tokens: int = 40, seed: int = 0, **changes: Any) -> Comp
         branch_ids_M=torch.empty(0, dtype=torch.uint8),
         map_hw=(4, 4),
         uncompressed_tokens=2 * tokens,
-        content_hash="0" * 64,
+        content_hash=hashlib.sha256(features.numpy().tobytes()).hexdigest(),  # as good as that of the image's bytes
         model_fingerprint=made_by,
     )
     return replace(plain, **changes)
@@ -77,6 +78,7 @@ def request(
     images: Sequence[int] = (40,),
     image_seed: int = 0,
     threshold: float | None = None,
+    keep_ratio: float | None = None,
     prune: bool = True,
     **sampling: Any,
 ) -> GenerateRequest:
@@ -88,8 +90,34 @@ def request(
         turns=(ChatTurn(role="user", parts=parts),),
         images=tuple(image(target.fingerprint, count, 100 * image_seed + index) for index, count in enumerate(images)),
         sampling=SamplingParams(**sampling),
-        prune=PruneParams(threshold=threshold, enabled=prune),
+        prune=PruneParams(threshold=threshold, keep_ratio=keep_ratio, enabled=prune),
     )
+
+
+def mixed_requests(target: Engine, count: int) -> list[GenerateRequest]:
+    """Many lengths; no, one and two images, some asked about before; off, thresholds and ratios; some sampled."""
+    images = ((40,), (), (), (25, 31), (), (64,), (9,), (), (120,))
+    prunes: tuple[dict[str, Any], ...] = (
+        {}, {"prune": False}, {"threshold": 0.3}, {"keep_ratio": 0.25}, {"threshold": 0.95}, {"threshold": 1.0},
+        {"keep_ratio": 0.6},
+    )  # fmt: skip
+    draws: tuple[dict[str, Any], ...] = ({}, {}, {}, {"temperature": 1.0, "seed": 7}, {})
+    made = [
+        request(
+            target,
+            f"r{i}",
+            question=QUESTIONS[(i // 2) % 4],
+            images=images[i % 9],
+            image_seed=i % 27,
+            # A short prompt with a long answer is what outgrows the KV cache while it runs.
+            **{"max_tokens": 70 if not images[i % 9] else 3 + (7 * i) % 19, **prunes[i % 7], **draws[i % 5]},
+        )
+        for i in range(count)
+    ]
+    # Those come in bursts.
+    return [
+        r for start in range(0, count, 50) for r in sorted(made[start : start + 50], key=lambda r: len(r.images) > 0)
+    ]
 
 
 def run(target: Engine, requests: Sequence[GenerateRequest] = ()) -> dict[str, tuple[list[int], str, FinishedEvent]]:

@@ -95,7 +95,7 @@ def positions(prefix_lens_B: torch.Tensor, prefix: int, branches: int, length: i
 
 
 def attention_mask(prefix_lens_B: torch.Tensor, prefix: int, branches: int, length: int) -> torch.Tensor:
-    """bool [B, 1, Q * T, S], rows of the branches' tokens: a branch sees the prefix's real tokens and, causally, itself.
+    """bool [B, 1, Q * T, S], the branches' rows: a branch sees the prefix's real tokens and, causally, itself.
 
     The prefix's own rows are plainly causal: its padding is on the right, and nothing real sees it. Padding in a branch
     sees itself.

@@ -26,35 +26,39 @@ from focusllava.v1 import encoder_pb2 as focusllava_dot_v1_dot_encoder__pb2
 from focusllava.v1 import error_pb2 as focusllava_dot_v1_dot_error__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66ocusllava/v1/llm.proto\x12\rfocusllava.v1\x1a\x1b\x66ocusllava/v1/encoder.proto\x1a\x19\x66ocusllava/v1/error.proto\";\n\nPromptPart\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x15\n\x0bimage_index\x18\x02 \x01(\rH\x00\x42\x06\n\x04part\"Y\n\nPromptTurn\x12!\n\x04role\x18\x01 \x01(\x0e\x32\x13.focusllava.v1.Role\x12(\n\x05parts\x18\x02 \x03(\x0b\x32\x19.focusllava.v1.PromptPart\"\xbe\x01\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x12\n\nignore_eos\x18\x06 \x01(\x08\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seed\"@\n\x0bPruneParams\x12\x0b\n\x03off\x18\x01 \x01(\x08\x12\x16\n\tthreshold\x18\x02 \x01(\x02H\x00\x88\x01\x01\x42\x0c\n\n_threshold\"\xfd\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12(\n\x05turns\x18\x03 \x03(\x0b\x32\x19.focusllava.v1.PromptTurn\x12\x35\n\x06images\x18\x04 \x03(\x0b\x32%.focusllava.v1.CompressedVisualTokens\x12/\n\x08sampling\x18\x05 \x01(\x0b\x32\x1d.focusllava.v1.SamplingParams\x12)\n\x05prune\x18\x06 \x01(\x0b\x32\x1a.focusllava.v1.PruneParams\"\x9c\x01\n\x10GenerateResponse\x12%\n\x05token\x18\x01 \x01(\x0b\x32\x14.focusllava.v1.TokenH\x00\x12+\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x17.focusllava.v1.FinishedH\x00\x12+\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x1a.focusllava.v1.StreamErrorH\x00\x42\x07\n\x05\x65vent\"(\n\x05Token\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\\\n\x08\x46inished\x12+\n\x06reason\x18\x01 \x01(\x0e\x32\x1b.focusllava.v1.FinishReason\x12#\n\x05usage\x18\x02 \x01(\x0b\x32\x14.focusllava.v1.Usage\"\xaf\x02\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\"\n\x1avisual_tokens_uncompressed\x18\x03 \x01(\r\x12\x1d\n\x15visual_tokens_sampled\x18\x04 \x01(\r\x12\x1a\n\x12visual_tokens_kept\x18\x05 \x01(\r\x12\x13\n\x0bprune_layer\x18\x06 \x01(\r\x12\x12\n\nnum_layers\x18\x07 \x01(\r\x12\x1f\n\x17\x63onverted_share_percent\x18\x08 \x01(\x02\x12\x10\n\x08kv_bytes\x18\t \x01(\x04\x12\x19\n\x11kv_unpruned_bytes\x18\n \x01(\x04\x12\x1e\n\x16time_to_first_token_ms\x18\x0b \x01(\x02*P\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_ASSISTANT\x10\x03*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x32\x65\n\x14LanguageModelService\x12M\n\x08Generate\x12\x1e.focusllava.v1.GenerateRequest\x1a\x1f.focusllava.v1.GenerateResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66ocusllava/v1/llm.proto\x12\rfocusllava.v1\x1a\x1b\x66ocusllava/v1/encoder.proto\x1a\x19\x66ocusllava/v1/error.proto\";\n\nPromptPart\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x15\n\x0bimage_index\x18\x02 \x01(\rH\x00\x42\x06\n\x04part\"Y\n\nPromptTurn\x12!\n\x04role\x18\x01 \x01(\x0e\x32\x13.focusllava.v1.Role\x12(\n\x05parts\x18\x02 \x03(\x0b\x32\x19.focusllava.v1.PromptPart\"\xc0\x03\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x12\n\nignore_eos\x18\x06 \x01(\x08\x12\x12\n\x05top_k\x18\x07 \x01(\rH\x04\x88\x01\x01\x12\x12\n\x05min_p\x18\x08 \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\t \x01(\x02H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\n \x01(\x02H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0b \x01(\x02H\x08\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0c \x01(\rH\t\x88\x01\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seedB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x0b\n\t_logprobs\"h\n\x0bPruneParams\x12\x0b\n\x03off\x18\x01 \x01(\x08\x12\x16\n\tthreshold\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x17\n\nkeep_ratio\x18\x03 \x01(\x02H\x01\x88\x01\x01\x42\x0c\n\n_thresholdB\r\n\x0b_keep_ratio\"\xfd\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12(\n\x05turns\x18\x03 \x03(\x0b\x32\x19.focusllava.v1.PromptTurn\x12\x35\n\x06images\x18\x04 \x03(\x0b\x32%.focusllava.v1.CompressedVisualTokens\x12/\n\x08sampling\x18\x05 \x01(\x0b\x32\x1d.focusllava.v1.SamplingParams\x12)\n\x05prune\x18\x06 \x01(\x0b\x32\x1a.focusllava.v1.PruneParams\"\x9c\x01\n\x10GenerateResponse\x12%\n\x05token\x18\x01 \x01(\x0b\x32\x14.focusllava.v1.TokenH\x00\x12+\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x17.focusllava.v1.FinishedH\x00\x12+\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x1a.focusllava.v1.StreamErrorH\x00\x42\x07\n\x05\x65vent\"X\n\x05Token\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12.\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1c.focusllava.v1.TokenLogprobs\"f\n\rTokenLogprobs\x12+\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x1b.focusllava.v1.TokenLogprob\x12(\n\x03top\x18\x02 \x03(\x0b\x32\x1b.focusllava.v1.TokenLogprob\"?\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04text\x18\x03 \x01(\t\"\\\n\x08\x46inished\x12+\n\x06reason\x18\x01 \x01(\x0e\x32\x1b.focusllava.v1.FinishReason\x12#\n\x05usage\x18\x02 \x01(\x0b\x32\x14.focusllava.v1.Usage\"\xaf\x02\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\"\n\x1avisual_tokens_uncompressed\x18\x03 \x01(\r\x12\x1d\n\x15visual_tokens_sampled\x18\x04 \x01(\r\x12\x1a\n\x12visual_tokens_kept\x18\x05 \x01(\r\x12\x13\n\x0bprune_layer\x18\x06 \x01(\r\x12\x12\n\nnum_layers\x18\x07 \x01(\r\x12\x1f\n\x17\x63onverted_share_percent\x18\x08 \x01(\x02\x12\x10\n\x08kv_bytes\x18\t \x01(\x04\x12\x19\n\x11kv_unpruned_bytes\x18\n \x01(\x04\x12\x1e\n\x16time_to_first_token_ms\x18\x0b \x01(\x02*P\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_ASSISTANT\x10\x03*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x32\x65\n\x14LanguageModelService\x12M\n\x08Generate\x12\x1e.focusllava.v1.GenerateRequest\x1a\x1f.focusllava.v1.GenerateResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'focusllava.v1.llm_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=1366
-  _globals['_ROLE']._serialized_end=1446
-  _globals['_FINISHREASON']._serialized_start=1448
-  _globals['_FINISHREASON']._serialized_end=1568
+  _globals['_ROLE']._serialized_start=1881
+  _globals['_ROLE']._serialized_end=1961
+  _globals['_FINISHREASON']._serialized_start=1963
+  _globals['_FINISHREASON']._serialized_end=2083
   _globals['_PROMPTPART']._serialized_start=98
   _globals['_PROMPTPART']._serialized_end=157
   _globals['_PROMPTTURN']._serialized_start=159
   _globals['_PROMPTTURN']._serialized_end=248
   _globals['_SAMPLINGPARAMS']._serialized_start=251
-  _globals['_SAMPLINGPARAMS']._serialized_end=441
-  _globals['_PRUNEPARAMS']._serialized_start=443
-  _globals['_PRUNEPARAMS']._serialized_end=507
-  _globals['_GENERATEREQUEST']._serialized_start=510
-  _globals['_GENERATEREQUEST']._serialized_end=763
-  _globals['_GENERATERESPONSE']._serialized_start=766
-  _globals['_GENERATERESPONSE']._serialized_end=922
-  _globals['_TOKEN']._serialized_start=924
-  _globals['_TOKEN']._serialized_end=964
-  _globals['_FINISHED']._serialized_start=966
-  _globals['_FINISHED']._serialized_end=1058
-  _globals['_USAGE']._serialized_start=1061
-  _globals['_USAGE']._serialized_end=1364
-  _globals['_LANGUAGEMODELSERVICE']._serialized_start=1570
-  _globals['_LANGUAGEMODELSERVICE']._serialized_end=1671
+  _globals['_SAMPLINGPARAMS']._serialized_end=699
+  _globals['_PRUNEPARAMS']._serialized_start=701
+  _globals['_PRUNEPARAMS']._serialized_end=805
+  _globals['_GENERATEREQUEST']._serialized_start=808
+  _globals['_GENERATEREQUEST']._serialized_end=1061
+  _globals['_GENERATERESPONSE']._serialized_start=1064
+  _globals['_GENERATERESPONSE']._serialized_end=1220
+  _globals['_TOKEN']._serialized_start=1222
+  _globals['_TOKEN']._serialized_end=1310
+  _globals['_TOKENLOGPROBS']._serialized_start=1312
+  _globals['_TOKENLOGPROBS']._serialized_end=1414
+  _globals['_TOKENLOGPROB']._serialized_start=1416
+  _globals['_TOKENLOGPROB']._serialized_end=1479
+  _globals['_FINISHED']._serialized_start=1481
+  _globals['_FINISHED']._serialized_end=1573
+  _globals['_USAGE']._serialized_start=1576
+  _globals['_USAGE']._serialized_end=1879
+  _globals['_LANGUAGEMODELSERVICE']._serialized_start=2085
+  _globals['_LANGUAGEMODELSERVICE']._serialized_end=2186
 # @@protoc_insertion_point(module_scope)

@@ -1,1 +1,1 @@
-"""What every stage shares: types that cross a stage, the wire, media limits, errors, metric names."""
+"""What every stage shares: types that cross a stage, their ranges, the wire, media limits, errors, metric names."""

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from services.common.errors import InvalidInput, TooLarge
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """The only decoders that are ever tried. Pillow opens a phone's multi-picture JPEG with its JPEG plug-in too."""
+_JPEG = ("JPEG", "MPO")
 FORMATS_TEXT = "JPEG, PNG, WebP, GIF, BMP or TIFF"
 
 
@@ -34,6 +36,8 @@ class OpenedImage:
     """A decoded image: mode RGB, upright."""
 
     image: Image.Image
+    size_hw: tuple[int, int]
+    """Height and width of the picture as stored, upright; `image` is smaller when it was decoded at reduced scale."""
     notes: tuple[str, ...] = ()
     """What the user should know of how it was read."""
 
@@ -53,10 +57,19 @@ def check_image(data: bytes, limits: MediaLimits | None = None, field: str = "im
     _open_header(data, limits or MediaLimits(), field).close()
 
 
-def open_image(data: bytes, limits: MediaLimits | None = None, field: str = "image") -> OpenedImage:
+def open_image(
+    data: bytes,
+    limits: MediaLimits | None = None,
+    field: str = "image",
+    *,
+    enough_hw: Callable[[tuple[int, int]], tuple[int, int]] | None = None,
+) -> OpenedImage:
     """Decodes an image file: first frame, EXIF rotation applied, 16-bit scaled to 8, transparency drawn on white.
 
-    Thread-safe; CPU-bound, so call it off an event loop.
+    Thread-safe; CPU-bound, so call it off an event loop: Pillow lets go of the GIL while it decodes.
+
+    enough_hw: given the upright height and width, the ones that suffice. A JPEG is then decoded at the smallest of 1/1,
+    1/2, 1/4 and 1/8 that has at least so many pixels either way: an inverse transform of fewer coefficients.
 
     Raises:
         InvalidInput: as `check_image`, and when the pixels are truncated or damaged.
@@ -65,6 +78,7 @@ def open_image(data: bytes, limits: MediaLimits | None = None, field: str = "ima
     limits = limits or MediaLimits()
     with _open_header(data, limits, field) as image:
         notes = _frame_notes(image)
+        stored_hw = _reduce(image, enough_hw) if enough_hw and image.format in _JPEG else None
         try:
             image.load()
         except MemoryError:
@@ -77,7 +91,25 @@ def open_image(data: bytes, limits: MediaLimits | None = None, field: str = "ima
             rgb, more = _to_rgb(upright, field)
         except (ValueError, OSError) as error:
             raise InvalidInput(f"has pixels of mode {image.mode}, which cannot be read", field=field) from error
-    return OpenedImage(image=rgb, notes=(*notes, *more))
+    return OpenedImage(image=rgb, size_hw=stored_hw or (rgb.height, rgb.width), notes=(*notes, *more))
+
+
+def _reduce(image: Image.Image, enough_hw: Callable[[tuple[int, int]], tuple[int, int]]) -> tuple[int, int]:
+    """Has a JPEG decoded at reduced scale where that is enough; returns its upright height and width."""
+    width, height = image.size
+    turned = _is_turned(image)
+    upright_hw = (width, height) if turned else (height, width)
+    needed = enough_hw(upright_hw)
+    image.draft(None, needed if turned else needed[::-1])  # type: ignore[arg-type]
+    return upright_hw
+
+
+def _is_turned(image: Image.Image) -> bool:
+    """Whether EXIF has it stored on its side."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    except Exception:  # as in `_upright`
+        return False
 
 
 def _open_header(data: bytes, limits: MediaLimits, field: str) -> Image.Image:

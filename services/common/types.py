@@ -58,28 +58,80 @@ class PruneDecision:
     importance: torch.Tensor
     """float32 [N]: S_j of Eq. 8."""
     layer: int
-    threshold: float
+    threshold: float | None
+    """gamma of Eq. 9; None when the request set a keep ratio instead."""
+    keep_ratio: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How the next token is drawn; the defaults are greedy decoding."""
+    """How the next token is drawn; the defaults are greedy decoding.
+
+    In this order: penalties, temperature, top_k, top_p, min_p (`services/llm/sampling.py`); ranges in
+    `services/common/ranges.py`.
+    """
 
     max_tokens: int = 256
     temperature: float = 0.0
+    """0 takes the likeliest token; the other limits on a draw have no effect then."""
+    top_k: int = 0
+    """Draws from so many of the likeliest tokens; 0 from all."""
     top_p: float = 1.0
+    """Nucleus: the fewest likeliest tokens whose probability reaches this share of what top_k left."""
+    min_p: float = 0.0
+    """Leaves out tokens less likely than this share of the likeliest one's probability."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens in the prompt or the answer are divided by it where positive, multiplied where negative."""
+    presence_penalty: float = 0.0
+    """Subtracted once from the logit of each token that the answer holds."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit for each time that the answer holds it."""
     seed: int | None = None
+    """Makes draws repeatable, whatever else is served beside; None is a random one."""
+    logprobs: int | None = None
+    """Reports the log probability of each chosen token and of so many likeliest ones beside it; None reports none."""
     stop: tuple[str, ...] = ()
+    """The answer ends before any of these."""
     ignore_eos: bool = False
     """For benchmarks: generate exactly `max_tokens`."""
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenLogprob:
+    """Natural logarithm of a token's probability under the model itself: before penalties, temperature and limits."""
+
+    token_id: int
+    logprob: float
+    text: str = ""
+    """The token by itself; empty inside the LLM stage, filled in at its edge."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLogprobs:
+    """The chosen token and the likeliest ones at its place, the chosen one perhaps among them."""
+
+    chosen: TokenLogprob
+    top: tuple[TokenLogprob, ...] = ()
+    """Most likely first; of equals the smaller id."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledToken:
+    """One sequence's next token."""
+
+    token_id: int
+    logprob: TokenLogprobs | None = None
+    """None unless the request asked for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PruneParams:
-    """Per-request settings of the text-guided sampler."""
+    """Per-request settings of the text-guided sampler; at most one of `threshold` and `keep_ratio` is set."""
 
     threshold: float | None = None
-    """gamma of Eq. 9 in (0, 1]; None takes the checkpoint's."""
+    """gamma of Eq. 9 in (0, 1]; with keep_ratio None too, the checkpoint's."""
+    keep_ratio: float | None = None
+    """In (0, 1]: keeps this share of a prompt's visual tokens, rounded up, whatever their importance adds up to."""
     enabled: bool = True
 
 
@@ -157,6 +209,8 @@ class TokenEvent:
 
     text: str
     token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One a token id when the request asked for them, otherwise empty."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,34 +25,53 @@ class _Waiting:
 
 
 class TileBatcher:
-    """Decodes on a small thread pool, encodes on one thread of its own; a batch is what waits when the thread is free.
+    """Decodes on a small thread pool, encodes on one thread of its own; a batch is what waits when that thread is free.
 
-    max_tiles bounds a batch (one larger image goes alone). max_wait_s is how long a first request waits for company.
-    on_batch hears the tiles of each batch.
+    First come, first served. The images of the next batches are decoded while the model runs, but only two batches
+    ahead: a file is small, its tiles are not.
     """
 
     def __init__(self, pipeline: EncoderPipeline, *, max_tiles: int = 40, max_wait_s: float = 0.002,
                  decode_threads: int = 2, on_batch: Callable[[int], None] | None = None):  # fmt: skip
+        """max_tiles: most tiles of a batch (one larger image goes alone). max_wait_s: how long an image waits for
+        others that are being decoded; with none on its way it does not wait. on_batch: hears each batch's tiles."""
         self.pipeline = pipeline
         self.max_tiles, self.max_wait_s = max_tiles, max_wait_s
         self._on_batch = on_batch
         self._decode = ThreadPoolExecutor(decode_threads, thread_name_prefix="decode")
         self._encode = ThreadPoolExecutor(1, thread_name_prefix="encode")
-        self._queue: asyncio.Queue[_Waiting] = asyncio.Queue()
+        self._ready: deque[_Waiting] = deque()
+        self._ready_tiles = 0
+        self._coming = 0
+        """Requests that are not ready yet."""
+        self._decoders = asyncio.Semaphore(decode_threads)
+        self._changed = asyncio.Event()
+        """Something became ready, or will not."""
+        self._room = asyncio.Event()
+        self._room.set()
         self._loop_task: asyncio.Task[None] | None = None
 
     @property
     def waiting(self) -> int:
-        return self._queue.qsize()
+        """Images decoded and not in a batch yet."""
+        return len(self._ready)
 
     async def encode(self, image: bytes, vision_sampler: bool) -> CompressedVisualTokens:
         """Raises what `EncoderPipeline.prepare` raises; a bad image never reaches a batch."""
         loop = asyncio.get_running_loop()
         if self._loop_task is None or self._loop_task.done():
             self._loop_task = loop.create_task(self._run())
-        prepared = await loop.run_in_executor(self._decode, self.pipeline.prepare, image)
-        waiting = _Waiting(prepared, vision_sampler, loop.create_future())
-        self._queue.put_nowait(waiting)
+        self._coming += 1
+        try:
+            async with self._decoders:  # its waiters are served in order
+                await self._room.wait()
+                prepared = await loop.run_in_executor(self._decode, self.pipeline.prepare, image)
+                waiting = _Waiting(prepared, vision_sampler, loop.create_future())
+                self._ready.append(waiting)
+                self._count(waiting.tiles)
+        finally:
+            self._coming -= 1
+            self._changed.set()
         return await waiting.result
 
     async def close(self) -> None:
@@ -62,22 +82,17 @@ class TileBatcher:
         self._decode.shutdown(wait=False)
         self._encode.shutdown(wait=False)
 
+    def _count(self, tiles: int) -> None:
+        self._ready_tiles += tiles
+        if self._ready_tiles < 2 * self.max_tiles:
+            self._room.set()
+        else:
+            self._room.clear()
+
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
-        held: _Waiting | None = None
         while True:
-            batch = [held or await self._queue.get()]
-            held = None
-            if self._queue.empty():
-                await asyncio.sleep(self.max_wait_s)
-            while not self._queue.empty():
-                waiting = self._queue.get_nowait()
-                if sum(w.tiles for w in batch) + waiting.tiles > self.max_tiles:
-                    held = waiting
-                    break
-                batch.append(waiting)
-            # A caller that went away is not encoded.
-            batch = [w for w in batch if not w.result.done()]
+            batch = await self._next_batch()
             if not batch:
                 continue
             if self._on_batch:
@@ -94,3 +109,27 @@ class TileBatcher:
             for waiting, result in zip(batch, results, strict=True):
                 if not waiting.result.done():
                     waiting.result.set_result(result)
+
+    async def _next_batch(self) -> list[_Waiting]:
+        """Waits for an image, then a moment for those that are being decoded; takes what fits, in order."""
+        while not self._ready:
+            await self._change(None)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self.max_wait_s
+        while self._coming and self._ready_tiles < self.max_tiles and loop.time() < deadline:
+            await self._change(deadline - loop.time())
+        batch: list[_Waiting] = []
+        tiles = 0
+        while self._ready and (not batch or tiles + self._ready[0].tiles <= self.max_tiles):
+            waiting = self._ready.popleft()
+            self._count(-waiting.tiles)
+            # A caller that went away is not encoded.
+            if not waiting.result.done():
+                batch.append(waiting)
+                tiles += waiting.tiles
+        return batch
+
+    async def _change(self, timeout_s: float | None) -> None:
+        self._changed.clear()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), timeout_s)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import time
 from dataclasses import dataclass, field
@@ -17,37 +16,34 @@ from focusllava.v1 import encoder_pb2
 from services.common import wire
 from services.common.grpc_status import check_fingerprint, refuse
 from services.common.media import MediaLimits
+from services.common.replica import ModelSettings, Reporter
 from services.common.settings import require
 from services.common.telemetry import Metrics
 from services.encoder.batcher import TileBatcher
 from services.encoder.pipeline import EncoderPipeline
 
-_REPORT_PERIOD_S = 1.0
-
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderSettings:
+class EncoderSettings(ModelSettings):
     """`args` of the encoder application."""
 
-    checkpoint: str
-    device: str = "auto"
-    """"auto" takes a GPU when there is one."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Unset: bfloat16 on a GPU, float32 on a CPU."""
     wire_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """What the visual tokens are sent as."""
     max_tiles: int = 40
     """Most tiles in one pass of the vision tower."""
     max_wait_s: float = 0.002
     """How long a first image waits for company."""
-    torch_threads: int | None = None
-    """Unset: torch's own choice, one a core."""
+    reduced_jpeg: bool = True
+    """Large JPEGs are decoded at reduced scale; false decodes every pixel, as Hugging Face does."""
+    decode_threads: int = 2
+    """Threads that decode and tile images while the model runs."""
     media: MediaLimits = field(default_factory=MediaLimits)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.max_tiles >= 1, "max_tiles", self.max_tiles, "1 or more")
         require(self.max_wait_s >= 0, "max_wait_s", self.max_wait_s, "0 or more seconds")
-        require(self.torch_threads is None or self.torch_threads >= 1, "torch_threads", self.torch_threads, "1 or more")
+        require(self.decode_threads >= 1, "decode_threads", self.decode_threads, "1 or more")
 
 
 @serve.deployment(name="Encoder")
@@ -55,13 +51,13 @@ class Encoder:
     """One replica of stage 1; takes no LLM weight into memory."""
 
     def __init__(self, settings: EncoderSettings):
-        if settings.torch_threads:
-            torch.set_num_threads(settings.torch_threads)
-        device = "cuda" if settings.device == "auto" and torch.cuda.is_available() else settings.device
-        device = "cpu" if device == "auto" else device
-        dtype = getattr(torch, settings.dtype or ("float32" if device == "cpu" else "bfloat16"))
+        device, dtype = settings.place()
         self._pipeline = EncoderPipeline.from_checkpoint(
-            settings.checkpoint, dtype=dtype, device=device, limits=settings.media
+            settings.checkpoint,
+            dtype=dtype,
+            device=device,
+            limits=settings.media,
+            reduced_jpeg=settings.reduced_jpeg,
         )
         self._wire_dtype: torch.dtype = getattr(torch, settings.wire_dtype)
         self._metrics = Metrics("encoder", ray.serve.metrics)
@@ -69,9 +65,10 @@ class Encoder:
             self._pipeline,
             max_tiles=settings.max_tiles,
             max_wait_s=settings.max_wait_s,
+            decode_threads=settings.decode_threads,
             on_batch=lambda tiles: self._metrics.observe("focusllava_tiles_per_batch", tiles),
         )
-        self._report = asyncio.get_running_loop().create_task(self._report_forever())
+        self._reporter = Reporter(self._report)
 
     async def Encode(
         self, request: encoder_pb2.EncodeRequest, grpc_context: RayServegRPCContext
@@ -95,10 +92,7 @@ class Encoder:
 
     def check_health(self) -> None:
         """Called by Serve; raising has the replica replaced."""
-        if self._report.done():
-            raise RuntimeError("the metrics task ended") from self._report.exception()
+        self._reporter.check()
 
-    async def _report_forever(self) -> None:
-        while True:
-            self._metrics.set("focusllava_encoder_waiting_images", self._batcher.waiting)
-            await asyncio.sleep(_REPORT_PERIOD_S)
+    def _report(self) -> None:
+        self._metrics.set("focusllava_encoder_waiting_images", self._batcher.waiting)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -12,7 +13,7 @@ from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.store import fingerprint, load_stage
 from services.common.media import MediaLimits, content_hash, open_image
 from services.common.types import CompressedVisualTokens, ImageTiles
-from services.encoder.anyres import tile_image
+from services.encoder.anyres import decoded_hw, tile_image
 from services.encoder.model import EncoderModel
 
 
@@ -28,15 +29,18 @@ class PreparedImage:
 class EncoderPipeline:
     """One checkpoint's encoder stage on one device. `prepare` may run on many threads, `encode` on one at a time."""
 
-    def __init__(self, model: EncoderModel, model_fingerprint: str, limits: MediaLimits | None = None):
+    def __init__(self, model: EncoderModel, model_fingerprint: str, limits: MediaLimits | None = None, *,
+                 reduced_jpeg: bool = True):  # fmt: skip
+        """reduced_jpeg: large JPEGs are decoded at reduced scale; False decodes every pixel, as Hugging Face does."""
         self.model = model.eval()
         self.config = model.config
         self.fingerprint = model_fingerprint
         self.limits = limits or MediaLimits()
+        self.reduced_jpeg = reduced_jpeg
 
     @classmethod
     def from_checkpoint(cls, folder: str | pathlib.Path, *, dtype: torch.dtype | None = None, device: str = "cpu",
-                        limits: MediaLimits | None = None) -> EncoderPipeline:  # fmt: skip
+                        limits: MediaLimits | None = None, reduced_jpeg: bool = True) -> EncoderPipeline:  # fmt: skip
         """Loads the encoder's shards only. dtype None keeps the checkpoint's."""
         config = FocusLlavaConfig.load(folder)
         dtype = dtype or getattr(torch, config.dtype)
@@ -50,15 +54,18 @@ class EncoderPipeline:
         embeddings.register_buffer(
             "position_ids", torch.arange(embeddings.num_positions, device=device).expand((1, -1)), persistent=False
         )
-        return cls(model, fingerprint(folder), limits)
+        return cls(model, fingerprint(folder), limits, reduced_jpeg=reduced_jpeg)
 
     def prepare(self, image: bytes) -> PreparedImage:
         """Decodes and tiles an image file. Raises InvalidInput or TooLarge naming what is wrong with it."""
-        opened = open_image(image, self.limits)
+        tile_px, pinpoints = self.config.tile_px, self.config.image_grid_pinpoints
+        enough = partial(decoded_hw, tile_px=tile_px, pinpoints=pinpoints) if self.reduced_jpeg else None
+        opened = open_image(image, self.limits, enough_hw=enough)
         tiles = tile_image(
             opened.image,
-            tile_px=self.config.tile_px,
-            pinpoints=self.config.image_grid_pinpoints,
+            size_hw=opened.size_hw,
+            tile_px=tile_px,
+            pinpoints=pinpoints,
             mean=self.config.image_mean,
             std=self.config.image_std,
         )

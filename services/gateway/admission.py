@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import re
 import uuid
 from dataclasses import dataclass, field
 
 from focusllava.v1 import focus_pb2, llm_pb2
+from services.common import wire
 from services.common.errors import InvalidInput, TooLarge
 from services.common.media import MediaLimits, check_image, content_hash
 from services.common.settings import require
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:\-]{0,127}")
-_MAX_STOPS, _MAX_STOP_CHARS = 8, 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +73,11 @@ def admit(request: focus_pb2.ChatRequest, limits: AdmissionLimits, request_id: s
         raise InvalidInput(
             "expected up to 128 letters, digits, '.', '_', ':' or '-', a letter or digit first", field="request_id"
         )
-    _check_sampling(request.sampling, limits)
-    if request.prune.HasField("threshold"):
-        gamma = request.prune.threshold
-        require(0 < gamma <= 1, "prune.threshold", round(gamma, 6), "a number in (0, 1]")
+    wire.sampling_from_proto(request.sampling)
+    wire.prune_from_proto(request.prune)
+    max_tokens = request.sampling.max_tokens  # 0 when unset
+    if max_tokens > limits.max_tokens:
+        raise TooLarge(f"is {max_tokens}, the limit is {limits.max_tokens}", field="sampling.max_tokens")
     turns, images = _turns(request, limits)
     return AdmittedChat(
         request_id=request_id,
@@ -87,24 +87,6 @@ def admit(request: focus_pb2.ChatRequest, limits: AdmissionLimits, request_id: s
         prune=request.prune,
         vision_sampler=not request.vision_sampler_off,
     )
-
-
-def _check_sampling(sampling: llm_pb2.SamplingParams, limits: AdmissionLimits) -> None:
-    if sampling.HasField("max_tokens"):
-        require(sampling.max_tokens >= 1, "sampling.max_tokens", sampling.max_tokens, "1 or more")
-        if sampling.max_tokens > limits.max_tokens:
-            raise TooLarge(f"is {sampling.max_tokens}, the limit is {limits.max_tokens}", field="sampling.max_tokens")
-    if sampling.HasField("temperature"):
-        value = sampling.temperature
-        require(math.isfinite(value) and 0 <= value <= 2, "sampling.temperature", value, "a number in [0, 2]")
-    if sampling.HasField("top_p"):
-        require(0 < sampling.top_p <= 1, "sampling.top_p", round(sampling.top_p, 6), "a number in (0, 1]")
-    require(len(sampling.stop) <= _MAX_STOPS, "sampling.stop", len(sampling.stop), f"at most {_MAX_STOPS} strings")
-    for index, stop in enumerate(sampling.stop):
-        name = f"sampling.stop[{index}]"
-        if not stop:
-            raise InvalidInput("is empty", field=name)
-        require(len(stop) <= _MAX_STOP_CHARS, name, f"{len(stop)} characters", f"at most {_MAX_STOP_CHARS}")
 
 
 def _turns(

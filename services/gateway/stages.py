@@ -152,6 +152,10 @@ class _Sent:
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
+    logprobs: tuple[llm_pb2.TokenLogprobs, ...] = ()
+
+    def plus(self, token: llm_pb2.Token) -> _Sent:
+        return _Sent(self.text + token.text, (*self.token_ids, *token.token_ids), (*self.logprobs, *token.logprobs))
 
 
 class LanguageModelClient(_Stage):
@@ -203,10 +207,10 @@ class LanguageModelClient(_Stage):
             async for event in call:
                 kind = event.WhichOneof("event")
                 if kind == "token":
-                    replay = _Sent(replay.text + event.token.text, (*replay.token_ids, *event.token.token_ids))
+                    replay = replay.plus(event.token)
                     fresh = _unsent(sent, replay)
                     if fresh is not None:
-                        sent.text, sent.token_ids = replay.text, replay.token_ids
+                        sent.text, sent.token_ids, sent.logprobs = replay.text, replay.token_ids, replay.logprobs
                         yield llm_pb2.GenerateResponse(token=fresh)
                     continue
                 if kind == "error" and event.error.code == "UNAVAILABLE":
@@ -226,7 +230,11 @@ def _unsent(sent: _Sent, replay: _Sent) -> llm_pb2.Token | None:
         raise FocusError("the llm stage was lost and its answer could not be continued; ask again")
     if len(replay.token_ids) <= len(sent.token_ids) and len(replay.text) <= len(sent.text):
         return None
-    return llm_pb2.Token(text=replay.text[len(sent.text) :], token_ids=replay.token_ids[len(sent.token_ids) :])
+    return llm_pb2.Token(
+        text=replay.text[len(sent.text) :],
+        token_ids=replay.token_ids[len(sent.token_ids) :],
+        logprobs=replay.logprobs[len(sent.logprobs) :],
+    )
 
 
 def with_field(error: FocusError, field: str) -> FocusError:

@@ -1,8 +1,8 @@
 """Packed attention over the paged KV cache, registered with transformers under the name "focusllava".
 
-Legend: H query heads, G key heads, d head width, S tokens of a packed pass (several sequences end to end, no padding).
-The decoder layers of transformers run as they are; the pass reaches the function below as the layers' keyword
-argument `focus_step`, an `AttentionStep`. A faster kernel is one more class with the method `attend`.
+Legend: H query heads, G key heads, d head width, S tokens of a packed step (first one token of each of n sequences that
+decode, then prefill chunks end to end, no padding), K keys of all chunks, B blocks, L layers of a KV cache group.
+The step reaches the function below as the layers' keyword argument `focus_step`.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface
 
-from services.llm.kv_cache import KVCache
+from services.llm.kernels import Kernels
+from services.llm.kv_cache import BlockTables, KVCache
+from services.llm.scheduler import Chunk
 
 ATTENTION_NAME = "focusllava"
+SPARE_BLOCKS = 8
 
 
 class AttentionStep(Protocol):
@@ -30,75 +32,104 @@ class AttentionStep(Protocol):
         ...
 
 
-def _store(cache: KVCache, slots_S: torch.Tensor, key_GSd: torch.Tensor, value_GSd: torch.Tensor) -> None:
-    cache.key.flatten(0, 1).index_copy_(0, slots_S, key_GSd.transpose(0, 1))
-    cache.value.flatten(0, 1).index_copy_(0, slots_S, value_GSd.transpose(0, 1))
+class DecodeBatch:
+    """Padded block tables of the sequences that decode; while the batch stays, only new blocks are added."""
 
-
-class PrefillStep:
-    """Whole prompts: each sequence attends causally to its own slice of the pass."""
-
-    def __init__(self, cache: KVCache, group: int, request_ids: Sequence[str], lengths: Sequence[int]):
+    def __init__(self, cache: KVCache):
         self.cache = cache
+        self._tables: list[BlockTables] = []
+        self._filled: tuple[list[int], list[int]] = ([], [])
+        self._rows_LnB: list[torch.Tensor] = []
+
+    def rows(self, request_ids: Sequence[str]) -> list[torch.Tensor]:
+        """A group: int64 [L, n, B], padded with the null row."""
+        tables = [self.cache.table(request_id) for request_id in request_ids]
+        # BlockTables compare by identity: a sequence that was preempted in between has another one.
+        if tables != self._tables or any(
+            len(table.blocks[group]) > rows_LnB.shape[2] for table in tables for group, rows_LnB in self._groups()
+        ):
+            self._tables, self._filled = tables, ([0] * len(tables), [0] * len(tables))
+            self._rows_LnB = [
+                torch.full(
+                    (spec.num_layers, len(tables), SPARE_BLOCKS + max(len(table.blocks[group]) for table in tables)),
+                    self.cache.null_row,
+                    device=self.cache.key.device,
+                )
+                for group, spec in enumerate(self.cache.groups)
+            ]
+        for group, rows_LnB in self._groups():
+            filled = self._filled[group]
+            for index, table in enumerate(tables):
+                blocks = len(table.blocks[group])
+                if blocks > filled[index]:
+                    rows_LnB[:, index, filled[index] : blocks] = table.rows[group][:, filled[index] :]
+                    filled[index] = blocks
+        return self._rows_LnB
+
+    def _groups(self) -> list[tuple[int, torch.Tensor]]:
+        return list(enumerate(self._rows_LnB))
+
+
+class PackedStep:
+    """Decoding tokens and prefill chunks through one KV cache group."""
+
+    def __init__(
+        self,
+        cache: KVCache,
+        kernels: Kernels,
+        group: int,
+        *,
+        rows_LnB: torch.Tensor | None = None,
+        lengths_n: torch.Tensor | None = None,
+        chunks: Sequence[Chunk] = (),
+    ):
+        """rows_LnB: block tables of the n decoding sequences; lengths_n: int64 tokens of each, the new one included."""
+        self.cache, self.kernels = cache, kernels
         self.first_layer = cache.groups[group].first_layer
-        self.lengths = list(lengths)
-        self.slots_LS = torch.cat([cache.slots(r, group, n) for r, n in zip(request_ids, lengths, strict=True)], dim=1)
+        self.rows_LnB, self.lengths_n = rows_LnB, lengths_n
+        self.decoding = 0
+        slots = []
+        if rows_LnB is not None and lengths_n is not None:
+            self.decoding = len(lengths_n)
+            last_n = lengths_n - 1
+            block_Ln1 = (last_n // cache.block_size).expand(rows_LnB.shape[0], -1)[:, :, None]
+            slots.append(rows_LnB.gather(2, block_Ln1).squeeze(2) * cache.block_size + last_n % cache.block_size)
+        self.query_lens = [chunk.count for chunk in chunks]
+        self.key_lens = [chunk.start + chunk.count for chunk in chunks]
+        ids = [chunk.sequence.request_id for chunk in chunks]
+        slots += [cache.slots(i, group, c.start, c.start + c.count) for i, c in zip(ids, chunks, strict=True)]
+        self.slots_LS = torch.cat(slots, dim=1)
+        self.key_slots_LK = None  # chunks without a past need not read back what they have just computed
+        if self.query_lens != self.key_lens:
+            past = [cache.slots(i, group, 0, length) for i, length in zip(ids, self.key_lens, strict=True)]
+            self.key_slots_LK = torch.cat(past, dim=1)
 
     def attend(
         self, layer: int, query_HSd: torch.Tensor, key_GSd: torch.Tensor, value_GSd: torch.Tensor, scaling: float
     ) -> torch.Tensor:
-        _store(self.cache, self.slots_LS[layer - self.first_layer], key_GSd, value_GSd)
-        # Heads are repeated so that every SDPA backend takes its flash path; no S x S matrix is ever stored.
-        repeats = query_HSd.shape[0] // key_GSd.shape[0]
-        key_HSd, value_HSd = key_GSd.repeat_interleave(repeats, 0), value_GSd.repeat_interleave(repeats, 0)
-        packed = [tensor.split(self.lengths, dim=1) for tensor in (query_HSd, key_HSd, value_HSd)]
-        outputs = [
-            F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scaling)[0]
-            for q, k, v in zip(*packed, strict=True)
-        ]
-        return torch.cat(outputs, dim=1).transpose(0, 1)
-
-
-class DecodeStep:
-    """One new token of each of n sequences: K and V are gathered through the block tables into one padded batch."""
-
-    def __init__(self, cache: KVCache, group: int, rows_LnB: torch.Tensor, lengths_n: torch.Tensor, longest: int):
-        """rows_LnB: padded block tables of the group; lengths_n: tokens held before this pass, `longest` their max."""
-        self.cache = cache
-        self.first_layer = cache.groups[group].first_layer
-        size = cache.block_size
-        blocks = longest // size + 1
-        self.rows_LnB = rows_LnB[:, :, :blocks]
-        block_Ln1 = (lengths_n // size).expand(rows_LnB.shape[0], -1)[:, :, None]
-        self.slots_Ln = rows_LnB.gather(2, block_Ln1).squeeze(2) * size + lengths_n % size
-        position_S = torch.arange(blocks * size, device=lengths_n.device)
-        self.mask_n11S = (position_S <= lengths_n[:, None])[:, None, None, :]
-
-    def attend(
-        self, layer: int, query_HSd: torch.Tensor, key_GSd: torch.Tensor, value_GSd: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
-        local = layer - self.first_layer
-        _store(self.cache, self.slots_Ln[local], key_GSd, value_GSd)
-        rows_nB = self.rows_LnB[local]
-        key_nGSd, value_nGSd = (
-            pool.index_select(0, rows_nB.flatten()).unflatten(0, rows_nB.shape).flatten(1, 2).transpose(1, 2)
-            for pool in (self.cache.key, self.cache.value)
-        )
-        # The query heads of one key head take the place of query tokens, so K and V are not repeated.
-        query_nGRd = query_HSd.transpose(0, 1).unflatten(1, (key_GSd.shape[0], -1))
-        out_nGRd = F.scaled_dot_product_attention(
-            query_nGRd, key_nGSd, value_nGSd, attn_mask=self.mask_n11S, scale=scaling
-        )
-        return out_nGRd.flatten(1, 2)
-
-
-def decode_rows(cache: KVCache, group: int, request_ids: Sequence[str]) -> torch.Tensor:
-    """int64 [layers of the group, n, most blocks]: the sequences' block tables, padded with the null row."""
-    tables = [cache.rows(request_id, group) for request_id in request_ids]
-    padded = tables[0].new_full((tables[0].shape[0], len(tables), max(t.shape[1] for t in tables)), cache.null_row)
-    for index, table in enumerate(tables):
-        padded[:, index, : table.shape[1]] = table
-    return padded
+        """See AttentionStep."""
+        local, n, cache = layer - self.first_layer, self.decoding, self.cache
+        query_SHd, key_SGd, value_SGd = (tensor.transpose(0, 1) for tensor in (query_HSd, key_GSd, value_GSd))
+        pools = cache.key.flatten(0, 1), cache.value.flatten(0, 1)
+        # All is stored before any is read: a chunk may read what another chunk of this step brings.
+        pools[0].index_copy_(0, self.slots_LS[local], key_SGd)
+        pools[1].index_copy_(0, self.slots_LS[local], value_SGd)
+        outputs = []
+        if n:
+            assert self.rows_LnB is not None and self.lengths_n is not None
+            outputs.append(
+                self.kernels.decode(
+                    query_SHd[:n], cache.key, cache.value, self.rows_LnB[local], self.lengths_n, scaling
+                )
+            )
+        if self.query_lens:
+            key_KGd, value_KGd = key_SGd[n:], value_SGd[n:]
+            if self.key_slots_LK is not None:
+                key_KGd, value_KGd = (pool.index_select(0, self.key_slots_LK[local]) for pool in pools)
+            outputs.append(
+                self.kernels.prefill(query_SHd[n:], key_KGd, value_KGd, self.query_lens, self.key_lens, scaling)
+            )
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def focus_attention(

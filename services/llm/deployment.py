@@ -10,45 +10,43 @@ from dataclasses import dataclass
 from typing import Literal
 
 import ray.serve.metrics
-import torch
 from ray import serve
 from ray.serve.grpc_util import RayServegRPCContext
 
 from focusllava.v1 import error_pb2, llm_pb2
 from services.common import wire
 from services.common.grpc_status import check_fingerprint, refuse, status_of
+from services.common.replica import ModelSettings, Reporter
 from services.common.settings import require
 from services.common.telemetry import Metrics
 from services.common.types import FinishedEvent
 from services.llm.async_engine import AsyncEngine
 from services.llm.engine import Engine
-
-_REPORT_PERIOD_S = 1.0
+from services.llm.token_texts import TokenTexts
 
 
 @dataclass(frozen=True, kw_only=True)
-class LanguageModelSettings:
+class LanguageModelSettings(ModelSettings):
     """`args` of the llm application."""
 
-    checkpoint: str
-    device: str = "auto"
-    """"auto" takes a GPU when there is one."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Unset: bfloat16 on a GPU, float32 on a CPU."""
     kv_cache_bytes: int = 256 * 2**20
-    max_batch_tokens: int = 8_192
-    """Most prompt tokens of one prefill pass."""
+    """Pays for keys and values, and for the hidden states beside those that may be used again."""
+    max_batch_tokens: int = 1_024
+    """Tokens of one step: running answers wait no longer than this for a prompt that arrives."""
     max_running: int = 16
-    """Most requests that decode together."""
-    torch_threads: int | None = None
-    """Unset: torch's own choice, one a core."""
+    """Most requests in work together."""
+    prefix_reuse: bool = True
+    """Equal beginnings of prompts, images included, go through the lower layers once."""
+    quantize: Literal["int8"] | None = None
+    """"int8" quantises weights and inputs of the decoder's linear layers, on a CPU with AVX-512 VNNI."""
     stall_s: float = 300.0
     """A replica whose requests made no progress for this long is replaced."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("kv_cache_bytes", "max_batch_tokens", "max_running"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        require(self.torch_threads is None or self.torch_threads >= 1, "torch_threads", self.torch_threads, "1 or more")
+        require(self.quantize in (None, "int8"), "quantize", self.quantize, '"int8" or nothing')
 
 
 @serve.deployment(name="LanguageModel")
@@ -56,23 +54,23 @@ class LanguageModel:
     """One replica of stage 2; takes no encoder weight into memory."""
 
     def __init__(self, settings: LanguageModelSettings):
-        if settings.torch_threads:
-            torch.set_num_threads(settings.torch_threads)
-        device = "cuda" if settings.device == "auto" and torch.cuda.is_available() else settings.device
-        device = "cpu" if device == "auto" else device
+        device, dtype = settings.place()
         self._model = Engine.from_checkpoint(
             settings.checkpoint,
-            dtype=getattr(torch, settings.dtype or ("float32" if device == "cpu" else "bfloat16")),
+            dtype=dtype,
             device=device,
             kv_cache_bytes=settings.kv_cache_bytes,
             max_batch_tokens=settings.max_batch_tokens,
             max_running=settings.max_running,
+            prefix_reuse=settings.prefix_reuse,
+            quantize=settings.quantize,
         )
         self._engine = AsyncEngine(self._model)
         self._metrics = Metrics("llm", ray.serve.metrics)
         self._stall_s = settings.stall_s
         self._progress = (0, time.monotonic())  # passes so far, and when that last changed or nothing ran
-        self._report = asyncio.get_running_loop().create_task(self._report_forever())
+        self._token_texts = TokenTexts(self._model.renderer.tokenizer)
+        self._reporter = Reporter(self._report)
 
     async def Generate(
         self, request: llm_pb2.GenerateRequest, grpc_context: RayServegRPCContext
@@ -89,7 +87,7 @@ class LanguageModel:
                         self._metrics.observe("focusllava_llm_time_to_first_token_seconds", time.monotonic() - received)
                     if isinstance(event, FinishedEvent):
                         outcome = "ok"
-                    yield wire.event_to_proto(event)
+                    yield wire.event_to_proto(self._token_texts.filled_in(event))
         except Exception as error:
             if not started:
                 refused = refuse(grpc_context, error, request.request_id)
@@ -103,19 +101,16 @@ class LanguageModel:
 
     def check_health(self) -> None:
         """Called by Serve; raising has the replica replaced."""
-        if self._report.done():
-            raise RuntimeError("the metrics task ended") from self._report.exception()
+        self._reporter.check()
         if time.monotonic() - self._progress[1] > self._stall_s:
             raise RuntimeError("requests are running, but no pass has ended")
 
-    async def _report_forever(self) -> None:
-        while True:
-            stats = self._engine.stats()
-            passes = stats.prefill_passes + stats.decode_passes
-            if passes != self._progress[0] or not stats.running:
-                self._progress = (passes, time.monotonic())
-            self._metrics.set("focusllava_running_requests", stats.running)
-            self._metrics.set("focusllava_waiting_requests", stats.waiting)
-            self._metrics.set("focusllava_kv_blocks_used", stats.kv_blocks_used)
-            self._metrics.set("focusllava_kv_blocks_total", stats.kv_blocks_total)
-            await asyncio.sleep(_REPORT_PERIOD_S)
+    def _report(self) -> None:
+        stats = self._engine.stats()
+        passes = stats.prefill_passes + stats.decode_passes
+        if passes != self._progress[0] or not stats.running:
+            self._progress = (passes, time.monotonic())
+        self._metrics.set("focusllava_running_requests", stats.running)
+        self._metrics.set("focusllava_waiting_requests", stats.waiting)
+        self._metrics.set("focusllava_kv_blocks_used", stats.kv_blocks_used)
+        self._metrics.set("focusllava_kv_blocks_total", stats.kv_blocks_total)

@@ -14,13 +14,16 @@ import torch
 from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.store import fingerprint
 from services.common.errors import InternalError, InvalidInput, TooLarge, WrongFingerprint
-from services.common.types import FinishedEvent, GenerateRequest, TokenEvent, Usage
+from services.common.ranges import check_prune, check_sampling
+from services.common.types import FinishedEvent, GenerateRequest, SampledToken, TokenEvent, Usage
 from services.llm.detokenizer import Detokenizer
+from services.llm.kernels.linear import Quantize
 from services.llm.kv_cache import KVCache
 from services.llm.model import Decoder
 from services.llm.model_runner import ModelRunner
-from services.llm.prompt import PromptRenderer
-from services.llm.sampling import check_sampling, new_generator, sample
+from services.llm.prefix import block_keys
+from services.llm.prompt import Prompt, PromptRenderer
+from services.llm.sampling import new_generator, sample
 from services.llm.scheduler import Scheduler
 from services.llm.sequence import Sequence, SequenceState
 
@@ -42,14 +45,20 @@ class EngineStats:
     kv_blocks_used: int
     kv_blocks_total: int
     """Pages of the pool that both KV cache groups share."""
+    kv_blocks_cached: int
+    """Pages that no request holds, kept for a later request with the same beginning; not among those used."""
     kv_block_bytes: int
     prompt_tokens: int
     """This and the following: totals since the start."""
     completion_tokens: int
     visual_tokens_sampled: int
     visual_tokens_kept: int
+    prompt_tokens_reused: int
+    """Prompt tokens whose lower layers an earlier request had computed."""
     prefill_passes: int
+    """Steps that computed prefill chunks; a step may count here and below."""
     decode_passes: int
+    preemptions: int
 
 
 class Engine:
@@ -66,9 +75,11 @@ class Engine:
         max_batch_tokens: int = 8192,
         max_running: int = 64,
         block_size: int = 16,
+        prefix_reuse: bool = True,
     ):
-        """kv_cache_bytes: size of the KV cache pool; max_batch_tokens: prompt tokens of one prefill pass;
-        max_running: most sequences that decode at once."""
+        """kv_cache_bytes: size of the KV cache, the hidden states beside it included; max_batch_tokens: tokens of one
+        step, each counted by the share of the layers that it goes through; max_running: most sequences in work at once;
+        prefix_reuse: equal beginnings of prompts (images included) go through layers 0..k-1 once."""
         self.decoder, self.renderer, self.config = decoder, renderer, config
         self.fingerprint = model_fingerprint
         self.prune_layer = config.text_sampler.layer
@@ -78,17 +89,19 @@ class Engine:
             prune_layer=self.prune_layer,
             kv_heads=decoder.kv_heads,
             head_dim=decoder.head_dim,
+            hidden_size=decoder.config.hidden_size,
             dtype=decoder.dtype,
             device=decoder.device,
             kv_cache_bytes=kv_cache_bytes,
             block_size=block_size,
+            prefix_reuse=prefix_reuse,
         )
         self.scheduler = Scheduler(self.cache, max_batch_tokens=max_batch_tokens, max_running=max_running)
         self._sequences: dict[str, Sequence] = {}
         self.runner = ModelRunner(decoder, self.cache, self.prune_layer)
         self._totals = dict.fromkeys(
-            ("prompt_tokens", "completion_tokens", "visual_tokens_sampled", "visual_tokens_kept", "prefill_passes",
-             "decode_passes"), 0,
+            ("prompt_tokens", "completion_tokens", "visual_tokens_sampled", "visual_tokens_kept",
+             "prompt_tokens_reused", "prefill_passes", "decode_passes"), 0,
         )  # fmt: skip
 
     @classmethod
@@ -101,10 +114,13 @@ class Engine:
         kv_cache_bytes: int,
         max_batch_tokens: int = 8192,
         max_running: int = 64,
+        prefix_reuse: bool = True,
+        quantize: Quantize | None = None,
     ) -> Engine:
-        """Loads the LLM's shards and the tokenizer; no encoder weight is read. dtype None keeps the checkpoint's."""
+        """Loads the LLM's shards and the tokenizer; no encoder weight is read. dtype None keeps the checkpoint's;
+        quantize: see `services.llm.kernels.linear.prepare_linears`."""
         config = FocusLlavaConfig.load(folder)
-        decoder = Decoder.from_checkpoint(folder, dtype=dtype, device=device)
+        decoder = Decoder.from_checkpoint(folder, dtype=dtype, device=device, quantize=quantize)
         renderer = PromptRenderer.from_checkpoint(folder, image_token_id=config.image_token_id, context=decoder.context)
         return cls(
             decoder,
@@ -114,6 +130,7 @@ class Engine:
             kv_cache_bytes=kv_cache_bytes,
             max_batch_tokens=max_batch_tokens,
             max_running=max_running,
+            prefix_reuse=prefix_reuse,
         )
 
     # Requests in and out.
@@ -126,30 +143,23 @@ class Engine:
         """Everything that can be refused of a request, with no change to the engine. Thread-safe."""
         received_at = time.monotonic()
         check_sampling(request.sampling)
-        threshold = self._threshold(request)
+        check_prune(request.prune)
         visual_ND = self._visual_tokens(request)
         prompt = self.renderer.render(request.turns, [len(image.tokens_ND) for image in request.images])
-        if not prompt.visual_spans or not prompt.instruction_positions:
-            threshold = 1.0
+        threshold, keep_ratio = self._pruning(request, prompt)
         sequence = Sequence(
             request=request,
             prompt=prompt,
             visual_ND=visual_ND,
             threshold=threshold,
+            keep_ratio=keep_ratio,
             max_new_tokens=min(request.sampling.max_tokens, self.decoder.context - len(prompt.input_ids)),
             generator=new_generator(request.sampling),
             detokenizer=Detokenizer(self.renderer.tokenizer, request.sampling.stop),
+            block_keys=block_keys(prompt, request.images, self.cache.block_size) if self.cache.prefix_reuse else (),
             received_at=received_at,
         )
-        needed = self.cache.pages_needed(sequence.max_kv_len)
-        if needed > self.cache.num_pages:
-            raise TooLarge(
-                f"a prompt of {sequence.prompt_len} tokens and up to {sequence.max_new_tokens} new ones need "
-                f"{needed * self.cache.page_bytes} bytes of KV cache ({needed} blocks), this server has "
-                f"{self.cache.num_pages * self.cache.page_bytes} ({self.cache.num_pages}); "
-                "ask for fewer max_tokens or send smaller images",
-                field="request",
-            )
+        self._check_room(sequence)
         return sequence
 
     def enqueue(self, sequence: Sequence) -> None:
@@ -171,9 +181,11 @@ class Engine:
         return EngineStats(
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting),
-            kv_blocks_used=self.cache.num_pages - self.cache.free_pages,
+            kv_blocks_used=self.cache.num_pages - self.cache.free_pages - self.cache.idle_pages,
             kv_blocks_total=self.cache.num_pages,
+            kv_blocks_cached=self.cache.idle_pages,
             kv_block_bytes=self.cache.page_bytes,
+            preemptions=self.scheduler.preemptions,
             **self._totals,
         )
 
@@ -182,29 +194,42 @@ class Engine:
         self.scheduler.check_integrity()
         assert set(self._sequences.values()) == {*self.scheduler.waiting, *self.scheduler.running}
 
-    # One pass.
+    # One step.
 
     @torch.inference_mode()
     def step(self) -> list[tuple[str, Event]]:
-        """One prefill or decode pass; returns its events in order. Raises StepFailed (see there)."""
-        sequences, is_prefill = self.scheduler.schedule()
-        if not sequences:
+        """One packed pass: a token of every answer that runs, and prefill; returns its events. Raises StepFailed."""
+        step = self.scheduler.schedule()
+        if not step.sequences:
             return []
         try:
-            logits_nV = self.runner.prefill(sequences) if is_prefill else self.runner.decode(sequences)
-            self._totals["prefill_passes" if is_prefill else "decode_passes"] += 1
-            tokens = sample(logits_nV, [s.request.sampling for s in sequences], [s.generator for s in sequences])
+            half = self.runner.lower(step)
+            self.scheduler.extend(step)
+            logits_mV, sequences = self.runner.upper(step, half)
+            self._totals["prefill_passes"] += bool(step.lower or step.upper)
+            self._totals["decode_passes"] += bool(step.decode)
+            if not sequences:
+                return []
+            tokens = sample(
+                logits_mV,
+                [s.request.sampling for s in sequences],
+                [s.generator for s in sequences],
+                [s.prompt.input_ids for s in sequences],
+                [s.output_ids for s in sequences],
+            )
             events: list[tuple[str, Event]] = []
             for sequence, token in zip(sequences, tokens, strict=True):
                 events += [(sequence.request_id, event) for event in self._accept(sequence, token)]
             return events
         except Exception as error:
-            for sequence in sequences:
-                self._finish(sequence, "abort")
-            raise StepFailed(tuple(sequence.request_id for sequence in sequences)) from error
+            failed = step.sequences
+            for sequence in failed:
+                self._finish(sequence, "abort", broken=True)
+            raise StepFailed(tuple(sequence.request_id for sequence in failed)) from error
 
-    def _accept(self, sequence: Sequence, token: int) -> list[Event]:
+    def _accept(self, sequence: Sequence, sampled: SampledToken) -> list[Event]:
         """A new token's events, the end of the sequence included."""
+        token = sampled.token_id
         if sequence.first_token_at is None:
             sequence.first_token_at = time.monotonic()
         sequence.output_ids.append(token)
@@ -217,28 +242,44 @@ class Engine:
         if reason and not text.stopped:
             new += text.finish()
             reason = "stop" if text.stopped else reason
-        events: list[Event] = [TokenEvent(text=new, token_ids=(token,))]
+        events: list[Event] = [
+            TokenEvent(text=new, token_ids=(token,), logprobs=(sampled.logprob,) if sampled.logprob else ())
+        ]
         return [*events, self._finish(sequence, reason)] if reason else events
 
-    def _finish(self, sequence: Sequence, reason: str) -> FinishedEvent:
+    def _finish(self, sequence: Sequence, reason: str, *, broken: bool = False) -> FinishedEvent:
         usage = self._usage(sequence)
         if sequence.state is not SequenceState.FINISHED:
-            self.scheduler.finish(sequence)
+            self.scheduler.finish(sequence, broken=broken)
             del self._sequences[sequence.request_id]
-            self.runner.forget_batch()
             for name in ("prompt_tokens", "completion_tokens", "visual_tokens_sampled", "visual_tokens_kept"):
                 self._totals[name] += getattr(usage, name)
+            self._totals["prompt_tokens_reused"] += sequence.reused_tokens
         return FinishedEvent(reason=reason, usage=usage)
 
     # Checks and accounting.
 
-    def _threshold(self, request: GenerateRequest) -> float:
-        threshold = request.prune.threshold
-        if threshold is None:
-            threshold = self.config.text_sampler.threshold
-        if not 0 < threshold <= 1:  # false for NaN too
-            raise InvalidInput(f"is {threshold}, expected (0, 1]", field="prune.threshold")
-        return threshold if request.prune.enabled and self.config.text_sampler.enabled else 1.0
+    def _pruning(self, request: GenerateRequest, prompt: Prompt) -> tuple[float | None, float | None]:
+        """The threshold or the keep ratio that decides; neither when every token goes on."""
+        asked, ours = request.prune, self.config.text_sampler
+        if not (asked.enabled and ours.enabled and prompt.visual_spans and prompt.instruction_positions):
+            return None, None
+        if asked.keep_ratio is not None:
+            return None, asked.keep_ratio if asked.keep_ratio < 1 else None
+        threshold = ours.threshold if asked.threshold is None else asked.threshold
+        return threshold if threshold < 1 else None, None
+
+    def _check_room(self, sequence: Sequence) -> None:
+        """Raises TooLarge for what could not run even if it had the whole KV cache."""
+        cache, (lower, upper) = self.cache, sequence.max_kv_lens
+        if cache.pages_needed(lower, upper) > cache.num_pages or cache.blocks(lower) > cache.num_slots:
+            needed = max(cache.blocks(lower) * cache.block_bytes, cache.pages_needed(lower, upper) * cache.page_bytes)
+            raise TooLarge(
+                f"a prompt of {sequence.prompt_len} tokens and up to {sequence.max_new_tokens} new ones need "
+                f"{needed} bytes of KV cache, this server has {cache.num_slots * cache.block_bytes}; "
+                "ask for fewer max_tokens or send smaller images",
+                field="request",
+            )
 
     def _visual_tokens(self, request: GenerateRequest) -> torch.Tensor | None:
         width = self.decoder.config.hidden_size
@@ -256,7 +297,7 @@ class Engine:
             if not tokens.to(self.decoder.dtype).isfinite().all():
                 raise InvalidInput(f"has values that are not finite in {self.decoder.dtype}", field=field)
         parts = [image.tokens_ND.to(self.decoder.dtype) for image in request.images]
-        return torch.cat(parts) if parts else None
+        return torch.cat(parts) if len(parts) > 1 else next(iter(parts), None)
 
     def _usage(self, sequence: Sequence) -> Usage:
         layers, k = self.decoder.num_layers, self.prune_layer

@@ -1,16 +1,27 @@
 """Paged KV cache in two groups (layers before the prune layer, layers from it on) that share one pool of pages.
 
-Legend: G key heads, d head width. A *page* holds `block_size` tokens for `layers_per_page` layers; a *block* holds
-`block_size` tokens for every layer of one group, so it takes several pages. `layers_per_page` divides both groups'
-layer counts, so a page freed by either group serves both. A *row* is one page's share of one layer: [block_size, G, d].
+Legend: G key heads, d head width, D hidden width. A *page* holds `block_size` tokens for `layers_per_page` layers; a
+*block* holds `block_size` tokens for every layer of one group, so it takes several pages. `layers_per_page` divides
+both groups' layer counts, so a page freed by either group serves both. A *row* is one page's share of one layer:
+[block_size, G, d].
+
+Full blocks of prompt tokens in the lower group are known by a key (prefix.py), and a later prompt with the same
+beginning adopts them. The layers above need the hidden states that left the lower group, so beside each lower block
+of a prompt lies a *slot* with them, [block_size, D], from a pool that the same budget pays for. There a split prompt
+waits for its upper layers; after its prefill a slot stays only with a known block. The upper group is never shared.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+
+from services.llm.block_pool import Block, BlockPool
+
+LOWER, UPPER = 0, 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,18 +32,18 @@ class CacheGroup:
     num_layers: int
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class BlockTables:
     """The blocks that one sequence holds, one table a group."""
 
-    pages: list[torch.Tensor] = field(default_factory=list)
-    """A group: int64 [blocks, pages a block], on the CPU."""
-    rows: list[torch.Tensor] = field(default_factory=list)
+    blocks: tuple[list[Block], list[Block]] = field(default_factory=lambda: ([], []))
+    rows: list[torch.Tensor]
     """A group: int64 [layers of the group, blocks], on the cache's device: what attention reads."""
+    in_prefill: bool = True
 
 
 class KVCache:
-    """K and V of every running sequence. All methods are called from the engine's thread."""
+    """K and V of every sequence. All methods are called from the engine's thread."""
 
     def __init__(
         self,
@@ -41,94 +52,173 @@ class KVCache:
         prune_layer: int,
         kv_heads: int,
         head_dim: int,
+        hidden_size: int,
         dtype: torch.dtype,
         device: torch.device | str,
         kv_cache_bytes: int,
         block_size: int = 16,
+        prefix_reuse: bool = True,
     ):
+        """kv_cache_bytes pays for pages and slots together; prefix_reuse False lets no block be known."""
         self.groups = (
             CacheGroup(first_layer=0, num_layers=prune_layer),
             CacheGroup(first_layer=prune_layer, num_layers=num_layers - prune_layer),
         )
-        self.block_size = block_size
+        self.block_size, self.prefix_reuse = block_size, prefix_reuse
         self.layers_per_page = math.gcd(prune_layer, num_layers - prune_layer)
+        self.pages_a_block = tuple(group.num_layers // self.layers_per_page for group in self.groups)
         self.bytes_per_token_layer = 2 * kv_heads * head_dim * dtype.itemsize
         self.page_bytes = self.layers_per_page * block_size * self.bytes_per_token_layer
-        self.num_pages = kv_cache_bytes // self.page_bytes
+        # As many slots as there would be blocks if no token were ever pruned; pages take the rest.
+        slot_bytes = block_size * hidden_size * dtype.itemsize
+        self.block_bytes = sum(self.pages_a_block) * self.page_bytes + slot_bytes
+        self.num_slots = kv_cache_bytes // self.block_bytes
+        self.num_pages = (kv_cache_bytes - self.num_slots * slot_bytes) // self.page_bytes
+        self.pool = BlockPool(num_pages=self.num_pages, num_slots=self.num_slots)
         # The last page belongs to nobody and stays zero: padded block tables point at it.
         rows = (self.num_pages + 1) * self.layers_per_page
         self.null_row = self.num_pages * self.layers_per_page
         self.key = torch.zeros(rows, block_size, kv_heads, head_dim, dtype=dtype, device=device)
         self.value = torch.zeros_like(self.key)
-        self._free: list[int] = list(range(self.num_pages))
+        self.hidden = torch.zeros(self.num_slots, block_size, hidden_size, dtype=dtype, device=device)
         self._tables: dict[str, BlockTables] = {}
 
-    def group_of(self, layer: int) -> int:
-        return int(layer >= self.groups[1].first_layer)
+    # What fits.
 
-    def pages_needed(self, tokens: int, group: int | None = None) -> int:
-        """Pages that hold `tokens` tokens of one group, or of both."""
-        blocks = -(-tokens // self.block_size)
-        groups = self.groups if group is None else (self.groups[group],)
-        return sum(blocks * g.num_layers // self.layers_per_page for g in groups)
+    def blocks(self, tokens: int) -> int:
+        return -(-tokens // self.block_size)
+
+    def pages_needed(self, lower_tokens: int, upper_tokens: int) -> int:
+        """Pages that hold so many tokens of each group, none of them shared."""
+        tokens = (lower_tokens, upper_tokens)
+        return sum(self.blocks(count) * pages for count, pages in zip(tokens, self.pages_a_block, strict=True))
+
+    def pages_missing(self, request_id: str, lower_tokens: int, upper_tokens: int) -> int:
+        """Pages that a sequence lacks to hold so many tokens of each group."""
+        held = [len(blocks) for blocks in self._tables[request_id].blocks]
+        wanted = (self.blocks(lower_tokens), self.blocks(upper_tokens))
+        return sum(max(0, w - h) * pages for w, h, pages in zip(wanted, held, self.pages_a_block, strict=True))
 
     @property
     def free_pages(self) -> int:
-        return len(self._free)
+        return self.pool.free_pages
 
-    def can_allocate(self, tokens: int) -> bool:
-        """Whether both groups can hold `tokens` tokens of a new sequence now."""
-        return self.pages_needed(tokens) <= len(self._free)
+    @property
+    def idle_pages(self) -> int:
+        """Pages of blocks that no sequence holds and a later one may find."""
+        return self.pool.idle_pages
 
-    def allocate(self, request_id: str, tokens: int) -> None:
-        """Takes zeroed pages for `tokens` tokens in both groups."""
-        assert request_id not in self._tables and self.can_allocate(tokens)
-        tables = BlockTables()
-        for group, spec in enumerate(self.groups):
-            count = self.pages_needed(tokens, group)
-            taken = torch.tensor(self._free[len(self._free) - count :], dtype=torch.int64)
-            del self._free[len(self._free) - count :]
-            table = taken.view(-1, spec.num_layers // self.layers_per_page)
-            layers = torch.arange(spec.num_layers)
-            rows = table[:, layers // self.layers_per_page] * self.layers_per_page + layers % self.layers_per_page
-            tables.pages.append(table)
-            tables.rows.append(rows.t().contiguous().to(self.key.device))
+    def can_open(self, keys: Sequence[bytes], lower_tokens: int, upper_tokens: int, spare_pages: int) -> bool:
+        """Whether a new sequence with these keys can hold so many tokens now, and leave spare_pages."""
+        found = self.pool.find(keys)
+        shared = sum(block.holders > 0 for block in found)  # an idle one is counted as room, so it is needed too
+        pages = self.pages_needed(lower_tokens, upper_tokens) - shared * self.pages_a_block[LOWER] + spare_pages
+        slots = self.blocks(lower_tokens) - sum(block.readers > 0 for block in found)
+        return pages <= self.free_pages + self.idle_pages and slots <= self.pool.slots_to_have
+
+    def can_grow(self, request_id: str, group: int, tokens: int) -> bool:
+        """Whether the sequence can hold `tokens` tokens of one group now."""
+        table = self._tables[request_id]
+        new = self.blocks(tokens) - len(table.blocks[group])
+        slots = new if group == LOWER and table.in_prefill else 0
+        return new * self.pages_a_block[group] <= self.free_pages + self.idle_pages and slots <= self.pool.slots_to_have
+
+    # A sequence's way: open, adopt and grow in turns, end_prefill, grow, free.
+
+    def open(self, request_id: str) -> None:
+        """A table with no blocks."""
+        assert request_id not in self._tables
+        empty = [torch.empty(group.num_layers, 0, dtype=torch.int64, device=self.key.device) for group in self.groups]
+        self._tables[request_id] = BlockTables(rows=empty)
+
+    def adopt(self, request_id: str, keys: Sequence[bytes]) -> int:
+        """Takes the known blocks that go on where the lower table ends; returns the tokens that they hold."""
+        table = self._tables[request_id]
+        found = self.pool.find(keys[len(table.blocks[LOWER]) :])
+        for block in found:
+            self.pool.adopt(block)
+        self._append(table, LOWER, found)
+        return len(found) * self.block_size
+
+    def grow(self, request_id: str, group: int, tokens: int) -> None:
+        """Makes room for `tokens` tokens in one group, all of which the coming step fills."""
+        assert self.can_grow(request_id, group, tokens)
+        table = self._tables[request_id]
+        count = self.blocks(tokens) - len(table.blocks[group])
+        with_slot = group == LOWER and table.in_prefill
+        self._append(
+            table, group, [self.pool.take(self.pages_a_block[group], with_slot=with_slot) for _ in range(count)]
+        )
+        if count > 0 and tokens % self.block_size:
             # A request never reads what another left in the unused end of a block, not even through a masked NaN.
             for pool in (self.key, self.value):
-                pool.index_fill_(0, tables.rows[group].flatten(), 0)
-        self._tables[request_id] = tables
+                pool.index_fill_(0, table.rows[group][:, -1], 0)
 
-    def trim(self, request_id: str, group: int, tokens: int) -> None:
-        """Gives back the blocks of one group beyond `tokens` tokens."""
-        tables, blocks = self._tables[request_id], -(-tokens // self.block_size)
-        assert blocks <= len(tables.pages[group])
-        self._free += tables.pages[group][blocks:].flatten().tolist()
-        tables.pages[group] = tables.pages[group][:blocks]
-        tables.rows[group] = tables.rows[group][:, :blocks].contiguous()
+    def name(self, request_id: str, keys: Sequence[bytes], tokens: int) -> None:
+        """From now on later requests find those of the first `tokens` tokens' blocks that are full and have a key."""
+        if self.prefix_reuse:
+            full = self._tables[request_id].blocks[LOWER][: min(tokens // self.block_size, len(keys))]
+            for key, block in zip(keys[: len(full)], full, strict=True):
+                self.pool.name(block, key)
 
-    def free(self, request_id: str) -> None:
-        """Gives back everything; a request that holds nothing is fine."""
-        tables = self._tables.pop(request_id, None)
-        for table in tables.pages if tables else ():
-            self._free += table.flatten().tolist()
+    def end_prefill(self, request_id: str) -> None:
+        """The upper layers have read the hidden states: slots of blocks that nobody can find are free."""
+        table = self._tables[request_id]
+        table.in_prefill = False
+        for block in table.blocks[LOWER]:
+            self.pool.stop_reading(block)
 
-    def rows(self, request_id: str, group: int) -> torch.Tensor:
-        """int64 [layers of the group, blocks]: the sequence's rows of `key` and `value`."""
-        return self._tables[request_id].rows[group]
+    def free(self, request_id: str, *, broken: bool = False) -> None:
+        """Gives back everything; a request that holds nothing is fine. broken: nobody may find its blocks any more."""
+        table = self._tables.pop(request_id, None)
+        if table is not None:
+            for group in (UPPER, LOWER):
+                reading = group == LOWER and table.in_prefill
+                # A prefix's end first: it is of no use without what comes before it, so it is to be evicted before.
+                for block in reversed(table.blocks[group]):
+                    self.pool.release(block, reading=reading, broken=broken)
 
-    def slots(self, request_id: str, group: int, tokens: int) -> torch.Tensor:
-        """int64 [layers of the group, tokens]: where tokens 0..tokens-1 live in the flat [slots, G, d] cache."""
-        rows = self.rows(request_id, group)[:, : -(-tokens // self.block_size)]
+    # Where a sequence's tokens are.
+
+    def table(self, request_id: str) -> BlockTables:
+        return self._tables[request_id]
+
+    def slots(self, request_id: str, group: int, start: int, end: int) -> torch.Tensor:
+        """int64 [layers of the group, end - start]: where tokens start..end-1 live in the flat [., G, d] pools."""
+        first = start // self.block_size
+        rows = self._tables[request_id].rows[group][:, first : self.blocks(end)]
         slots = rows[:, :, None] * self.block_size + torch.arange(self.block_size, device=rows.device)
-        return slots.flatten(1)[:, :tokens]
+        return slots.flatten(1)[:, start - first * self.block_size : end - first * self.block_size]
+
+    def hidden_slots(self, request_id: str, index_S: torch.Tensor) -> torch.Tensor:
+        """int64 [S], on the cache's device: where tokens index_S (CPU) of a prompt in prefill live in flat `hidden`."""
+        table = self._tables[request_id]
+        assert table.in_prefill
+        slot_B = torch.tensor([block.slot for block in table.blocks[LOWER]], dtype=torch.int64)
+        slots_S = slot_B[index_S // self.block_size] * self.block_size + index_S % self.block_size
+        return slots_S.to(self.hidden.device)
 
     def capacity(self, request_id: str, group: int) -> int:
         """Tokens that the sequence's blocks of one group can hold; 0 when it holds none."""
-        tables = self._tables.get(request_id)
-        return len(tables.pages[group]) * self.block_size if tables else 0
+        table = self._tables.get(request_id)
+        return len(table.blocks[group]) * self.block_size if table else 0
 
     def check_integrity(self, holders: set[str]) -> None:
-        """Asserts that every page is free or held exactly once, and held only by `holders`."""
+        """Asserts that only `holders` hold blocks, and that every page and slot is accounted for (see BlockPool)."""
         assert set(self._tables) == holders, (set(self._tables), holders)
-        held = [page for tables in self._tables.values() for table in tables.pages for page in table.flatten().tolist()]
-        assert sorted(held + self._free) == list(range(self.num_pages)), "a page is lost, or held twice"
+        held: dict[Block, tuple[int, int]] = {}
+        for table in self._tables.values():
+            for group, blocks in enumerate(table.blocks):
+                assert len(blocks) == table.rows[group].shape[1]
+                for block in blocks:
+                    assert group == LOWER or block not in held and block.key is None, "the upper group is never shared"
+                    count, readers = held.get(block, (0, 0))
+                    held[block] = count + 1, readers + (group == LOWER and table.in_prefill)
+        self.pool.check_integrity(held)
+
+    def _append(self, table: BlockTables, group: int, blocks: list[Block]) -> None:
+        if blocks:
+            table.blocks[group].extend(blocks)
+            pages = torch.tensor([block.pages for block in blocks], dtype=torch.int64)
+            rows = pages[:, :, None] * self.layers_per_page + torch.arange(self.layers_per_page)
+            table.rows[group] = torch.cat([table.rows[group], rows.flatten(1).t().to(self.key.device)], dim=1)

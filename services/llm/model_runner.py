@@ -1,107 +1,199 @@
-"""The two passes over the decoder: prefill (layers 0..k-1, text-guided pruning, layers k..L-1) and decode.
+"""One step over the decoder in two halves: layers 0..k-1, text-guided selection, layers k..L-1.
 
-Legend: S tokens of a packed pass, n sequences, N visual tokens, K of them kept, T instruction tokens, D width,
-V vocabulary.
+Legend: S tokens of a packed half step, n sequences that decode, N visual tokens, K of them kept, T instruction tokens,
+D width, V vocabulary, m sequences that get a next token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
+import functools
+from dataclasses import dataclass
 
 import torch
 
 from services.common.types import PruneDecision
-from services.llm.attention import DecodeStep, PrefillStep, decode_rows
-from services.llm.kv_cache import KVCache
+from services.llm.attention import DecodeBatch, PackedStep
+from services.llm.kernels import choose_kernels
+from services.llm.kernels.decode_graphs import Capture, DecodeGraphs, DecodePass, capture_cuda
+from services.llm.kv_cache import LOWER, UPPER, KVCache
 from services.llm.model import Decoder, Rotary
+from services.llm.scheduler import Chunk, Step
 from services.llm.sequence import Sequence
+from services.sampler.text_guided import keep_by_ratio
+
+
+@dataclass(frozen=True, kw_only=True)
+class HalfStep:
+    """What the upper half needs of the lower one."""
+
+    hidden_nD: torch.Tensor
+    """Decoding tokens between the halves."""
+    position_n: torch.Tensor
+    rows_LnB: list[torch.Tensor]
+    upper_lengths_n: torch.Tensor
 
 
 class ModelRunner:
-    """Runs passes for sequences that hold their pages already. Called in inference mode."""
+    """Runs steps for sequences that hold their pages already. Called in inference mode."""
 
     def __init__(self, decoder: Decoder, cache: KVCache, prune_layer: int):
         self.decoder, self.cache, self.prune_layer = decoder, cache, prune_layer
-        self._batch: tuple[tuple[Sequence, ...], list[torch.Tensor]] = ((), [])
+        self.kernels = choose_kernels(decoder.device, decoder.dtype)
+        self._batch = DecodeBatch(cache)
+        self._decode_lower: DecodePass = functools.partial(self._decode, LOWER)
+        self._decode_upper: DecodePass = functools.partial(self._decode, UPPER)
+        if decoder.device.type == "cuda":  # GPU only
+            self.use_graphs(capture_cuda)
 
-    def prefill(self, sequences: Seq[Sequence]) -> torch.Tensor:
-        """Whole prompts, packed: fills the KV cache and returns the last tokens' logits [n, V]."""
-        decoder, device = self.decoder, self.decoder.device
-        lengths = [sequence.prompt_len for sequence in sequences]
-        starts = [sum(lengths[:index]) for index in range(len(lengths))]
-        request_ids = [sequence.request_id for sequence in sequences]
-
-        ids_S = torch.tensor([token for s in sequences for token in s.prompt.input_ids], device=device)
-        position_S = torch.cat([torch.arange(length) for length in lengths]).to(device)
-        visual = [s.prompt.visual_positions() + start for s, start in zip(sequences, starts, strict=True)]
-        visual_S = torch.cat(visual).to(device)
-        # A placeholder's id may lie outside the embedding table.
-        hidden_SD = decoder.embed(ids_S.index_fill(0, visual_S, 0))
-        features = [sequence.visual_ND for sequence in sequences if sequence.visual_ND is not None]
-        if features:
-            hidden_SD[visual_S] = torch.cat(features).to(device, hidden_SD.dtype)
-
-        rotary = decoder.rotary(position_S)
-        step: PrefillStep = PrefillStep(self.cache, 0, request_ids, lengths)
-        hidden_SD = decoder.run_layers(hidden_SD, rotary, 0, self.prune_layer, step)
-
-        keep_S = torch.ones(len(ids_S), dtype=torch.bool, device=device)
-        for sequence, start, visual_N in zip(sequences, starts, visual, strict=True):
-            if sequence.threshold < 1:
-                visual_N = visual_N.to(device)
-                kept_K = self._prune(sequence, start, visual_N, hidden_SD, rotary)
-                keep_S[visual_N] = False
-                keep_S[visual_N[kept_K]] = True
-            sequence.kv_lens = [sequence.prompt_len, sequence.kept_prompt_len]
-            sequence.next_position = sequence.prompt_len
-            sequence.visual_ND = None
-
-        kept_lengths = [sequence.kept_prompt_len for sequence in sequences]
-        if kept_lengths != lengths:
-            hidden_SD = hidden_SD[keep_S]
-            rotary = (rotary[0][:, keep_S], rotary[1][:, keep_S])
-        step = PrefillStep(self.cache, 1, request_ids, kept_lengths)
-        hidden_SD = decoder.run_layers(hidden_SD, rotary, self.prune_layer, decoder.num_layers, step)
-        last_n = torch.tensor(kept_lengths).cumsum(0).to(device) - 1
-        return decoder.logits(hidden_SD[last_n])
-
-    def _prune(
-        self, sequence: Sequence, start: int, visual_N: torch.Tensor, hidden_SD: torch.Tensor, rotary: Rotary
-    ) -> torch.Tensor:
-        """Decides which visual tokens go on (int64 [K], indices into visual_N) and gives back the others' KV cache."""
-        instruction_T = torch.tensor(sequence.prompt.instruction_positions, device=self.decoder.device) + start
-        kept_K, importance_N = self.decoder.select_visual_tokens(
-            hidden_SD, rotary, self.prune_layer, instruction_T, visual_N, sequence.threshold
+    def use_graphs(self, capture: Capture) -> None:
+        """From now on, half steps that only decode are recorded once a shape, then replayed."""
+        self._decode_lower, self._decode_upper = (
+            DecodeGraphs(functools.partial(self._decode, group), capture, null_row=self.cache.null_row)
+            for group in (LOWER, UPPER)
         )
-        sequence.decision = PruneDecision(
-            kept=kept_K.cpu(), importance=importance_N.cpu(), layer=self.prune_layer, threshold=sequence.threshold
-        )
-        removed = sequence.prompt_len - sequence.kept_prompt_len
-        self.cache.trim(sequence.request_id, 1, sequence.max_kv_len - removed)
-        return kept_K
 
-    def decode(self, sequences: Seq[Sequence]) -> torch.Tensor:
-        """One more token of each sequence: returns logits [n, V]."""
-        decoder, device = self.decoder, self.decoder.device
-        if self._batch[0] != tuple(sequences):
-            # Block tables do not change while a sequence decodes: padded once for as long as the batch stays.
-            request_ids = [sequence.request_id for sequence in sequences]
-            rows = [decode_rows(self.cache, group, request_ids) for group in range(2)]
-            self._batch = (tuple(sequences), rows)
-        held = [[sequence.kv_lens[group] for sequence in sequences] for group in range(2)]
-        numbers = torch.tensor(
-            [[s.output_ids[-1] for s in sequences], [s.next_position for s in sequences], *held], device=device
+    def lower(self, step: Step) -> HalfStep:
+        """Layers 0..k-1 of the step, then the selection of what goes on in prompts that are complete."""
+        decoder, device, n = self.decoder, self.decoder.device, len(step.decode)
+        numbers_3n = torch.tensor(
+            [[s.output_ids[-1] for s in step.decode], *([s.kv_lens[g] for s in step.decode] for g in (LOWER, UPPER))],
+            dtype=torch.int64,
         )
-        hidden_nD, rotary = decoder.embed(numbers[0]), decoder.rotary(numbers[1])
-        layers = (0, self.prune_layer, decoder.num_layers)
-        for group in range(2):
-            step = DecodeStep(self.cache, group, self._batch[1][group], numbers[2 + group], max(held[group]))
-            hidden_nD = decoder.run_layers(hidden_nD, rotary, layers[group], layers[group + 1], step)
-        for sequence in sequences:
+        ids = [numbers_3n[0], *(c.sequence.tokens(c.start, c.start + c.count) for c in step.lower)]
+        positions = [numbers_3n[1], *(torch.arange(c.start, c.start + c.count) for c in step.lower)]
+        position_S = torch.cat(positions).to(device)
+        upper_lengths_n = numbers_3n[2].to(device) + 1
+        rows_LnB = self._batch.rows([s.request_id for s in step.decode]) if n else []
+        hidden_SD = self.cache.hidden.new_empty(0, decoder.config.hidden_size)  # no token may be left for these layers
+        if n and not step.lower:
+            hidden_SD = self._decode_lower(numbers_3n[0].to(device), position_S, position_S + 1, rows_LnB[LOWER])
+        elif len(position_S):
+            hidden_SD = decoder.embed(torch.cat(ids).to(device))
+            self._put_visual_tokens(hidden_SD, n, step.lower)
+            packed = PackedStep(
+                self.cache,
+                self.kernels,
+                LOWER,
+                rows_LnB=rows_LnB[LOWER] if n else None,
+                lengths_n=position_S[:n] + 1 if n else None,
+                chunks=step.lower,
+            )
+            hidden_SD = decoder.run_layers(hidden_SD, decoder.rotary(position_S), 0, self.prune_layer, packed)
+        if step.lower:
+            slots = [
+                self.cache.hidden_slots(chunk.sequence.request_id, index_S)
+                for chunk, index_S in zip(step.lower, positions[1:], strict=True)
+            ]
+            self.cache.hidden.flatten(0, 1).index_copy_(0, torch.cat(slots), hidden_SD[n:])
+        for chunk in step.lower:
+            chunk.sequence.kv_lens[LOWER] += chunk.count
+        for sequence in step.selecting:
+            if sequence.is_pruned and sequence.decision is None:
+                sequence.decision = self._decide(sequence)
+            sequence.select()
+        return HalfStep(
+            hidden_nD=hidden_SD[:n], position_n=position_S[:n], rows_LnB=rows_LnB, upper_lengths_n=upper_lengths_n
+        )
+
+    def upper(self, step: Step, half: HalfStep) -> tuple[torch.Tensor, list[Sequence]]:
+        """Layers k..L-1; returns logits [m, V] and their m sequences: all that decode or end their prefill here."""
+        decoder, device, n = self.decoder, self.decoder.device, len(step.decode)
+        if n and not step.upper:
+            logits_nV = self._decode_upper(half.hidden_nD, half.position_n, half.upper_lengths_n, half.rows_LnB[UPPER])
+            for sequence in step.decode:
+                sequence.kv_lens = [length + 1 for length in sequence.kv_lens]
+            return logits_nV, list(step.decode)
+        index = [chunk.sequence.upper_index[chunk.start : chunk.start + chunk.count] for chunk in step.upper]  # type: ignore[index]
+        hidden, positions = [half.hidden_nD], [half.position_n]
+        for chunk, index_S in zip(step.upper, index, strict=True):
+            slots_S = self.cache.hidden_slots(chunk.sequence.request_id, index_S)
+            hidden.append(self.cache.hidden.flatten(0, 1)[slots_S])
+            positions.append(index_S.to(device))
+        rows_m, sequences = list(range(n)), list(step.decode)
+        end = n
+        for chunk in step.upper:
+            end += chunk.count
+            if chunk.start + chunk.count == len(chunk.sequence.upper_index):  # type: ignore[arg-type]
+                rows_m.append(end - 1)
+                sequences.append(chunk.sequence)
+        if not end:
+            return torch.empty(0, 0), []
+        packed = PackedStep(
+            self.cache,
+            self.kernels,
+            UPPER,
+            rows_LnB=half.rows_LnB[UPPER] if n else None,
+            lengths_n=half.upper_lengths_n if n else None,
+            chunks=step.upper,
+        )
+        rotary = decoder.rotary(torch.cat(positions))
+        hidden_SD = decoder.run_layers(torch.cat(hidden), rotary, self.prune_layer, decoder.num_layers, packed)
+        for sequence in step.decode:
             sequence.kv_lens = [length + 1 for length in sequence.kv_lens]
-            sequence.next_position += 1
-        return decoder.logits(hidden_nD)
+        for chunk in step.upper:
+            chunk.sequence.kv_lens[UPPER] += chunk.count
+        for sequence in sequences[n:]:
+            sequence.in_prefill = False
+            self.cache.end_prefill(sequence.request_id)
+        if not sequences:
+            return torch.empty(0, 0), []
+        return decoder.logits(hidden_SD[torch.tensor(rows_m, device=device)]), sequences
 
-    def forget_batch(self) -> None:
-        """Must follow every release of block tables."""
-        self._batch = ((), [])
+    def _decode(
+        self,
+        group: int,
+        tokens: torch.Tensor,
+        position_n: torch.Tensor,
+        lengths_n: torch.Tensor,
+        rows_LnB: torch.Tensor,
+    ) -> torch.Tensor:
+        """Half a step without chunks. Lower group: token ids [n] to hidden [n, D]; upper: hidden to logits [n, V]."""
+        decoder, cache = self.decoder, self.cache
+        packed = PackedStep(cache, self.kernels, group, rows_LnB=rows_LnB, lengths_n=lengths_n)
+        rotary = decoder.rotary(position_n)
+        if group == LOWER:
+            out = decoder.run_layers(decoder.embed(tokens), rotary, 0, self.prune_layer, packed)
+        else:
+            hidden_nD = decoder.run_layers(tokens, rotary, self.prune_layer, decoder.num_layers, packed)
+            out = decoder.logits(hidden_nD)
+        for pool in (cache.key, cache.value):  # sequences that fill a graph up have written there
+            pool[cache.null_row].zero_()
+        return out
+
+    def _put_visual_tokens(self, hidden_SD: torch.Tensor, start: int, chunks: list[Chunk]) -> None:
+        """Visual tokens take the place of their placeholders' embeddings; the chunks begin at row `start`."""
+        rows, features = [], []
+        for chunk in chunks:
+            sequence = chunk.sequence
+            bounds = torch.tensor([chunk.start, chunk.start + chunk.count])
+            first, last = torch.searchsorted(sequence.visual_N, bounds).tolist()
+            if first < last:
+                assert sequence.visual_ND is not None
+                rows.append(sequence.visual_N[first:last] - chunk.start + start)
+                features.append(sequence.visual_ND[first:last])
+            start += chunk.count
+        if rows:
+            device, dtype = hidden_SD.device, hidden_SD.dtype
+            hidden_SD.index_copy_(0, torch.cat(rows).to(device), torch.cat(features).to(device, dtype))
+
+    def _decide(self, sequence: Sequence) -> PruneDecision:
+        """Eq. 6-9 on the hidden states entering layer k of the instruction and of every visual token."""
+        device = self.decoder.device
+        instruction = torch.tensor(sequence.prompt.instruction_positions)
+        position_S = torch.cat([instruction, sequence.visual_N])
+        rotary: Rotary = self.decoder.rotary(position_S.to(device))
+        hidden_SD = self.cache.hidden.flatten(0, 1)[self.cache.hidden_slots(sequence.request_id, position_S)]
+        index_S = torch.arange(len(position_S), device=device)
+        threshold = 1.0 if sequence.threshold is None else sequence.threshold
+        kept_K, importance_N = self.decoder.select_visual_tokens(
+            hidden_SD, rotary, self.prune_layer, index_S[: len(instruction)], index_S[len(instruction) :], threshold
+        )
+        if sequence.keep_ratio is not None:
+            kept_K = keep_by_ratio(importance_N, sequence.keep_ratio)
+        return PruneDecision(
+            kept=kept_K.cpu(),
+            importance=importance_N.cpu(),
+            layer=self.prune_layer,
+            threshold=sequence.threshold,
+            keep_ratio=sequence.keep_ratio,
+        )

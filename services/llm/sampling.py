@@ -1,6 +1,10 @@
-"""The next token of every running sequence: greedy, temperature, top-p, each with a seed of its own.
+"""The next token of every running sequence, each drawn by its own request's settings and seed.
 
-Legend: n sequences, V vocabulary.
+A row goes through these in transformers' order: repetition penalty, frequency and presence penalty, temperature, top_k,
+top_p, min_p. (vLLM differs in min_p alone, which it takes before top_k.) Repetition counts prompt and answer, the other
+two penalties the answer alone, as in vLLM and the OpenAI API. Log probabilities are the model's, before all of this.
+
+Legend: n sequences, m of them with some feature, V vocabulary, C candidates, K tokens of prompts and answers.
 """
 
 from __future__ import annotations
@@ -10,27 +14,11 @@ from collections.abc import Sequence
 
 import torch
 
-from services.common.errors import InvalidInput
-from services.common.types import SamplingParams
+from services.common.ranges import MAX_LOGPROBS
+from services.common.types import SampledToken, SamplingParams, TokenLogprob, TokenLogprobs
 
-MAX_STOP_STRINGS = 8
-MAX_TEMPERATURE = 2.0
-
-
-def check_sampling(params: SamplingParams) -> None:
-    """Raises InvalidInput naming the first field out of range."""
-    if params.max_tokens < 1:
-        raise InvalidInput(f"is {params.max_tokens}, expected 1 or more", field="sampling.max_tokens")
-    if not 0 <= params.temperature <= MAX_TEMPERATURE:  # false for NaN too
-        raise InvalidInput(f"is {params.temperature}, expected [0, {MAX_TEMPERATURE}]", field="sampling.temperature")
-    if not 0 < params.top_p <= 1:
-        raise InvalidInput(f"is {params.top_p}, expected (0, 1]", field="sampling.top_p")
-    if params.seed is not None and not 0 <= params.seed < 2**64:
-        raise InvalidInput(f"is {params.seed}, expected [0, 2^64)", field="sampling.seed")
-    if len(params.stop) > MAX_STOP_STRINGS:
-        raise InvalidInput(f"has {len(params.stop)} strings, at most {MAX_STOP_STRINGS}", field="sampling.stop")
-    if not all(params.stop):
-        raise InvalidInput("has an empty string", field="sampling.stop")
+CANDIDATES = 256
+"""So many likeliest tokens are looked at before a row's whole vocabulary is sorted, which takes 20 times as long."""
 
 
 def new_generator(params: SamplingParams) -> torch.Generator:
@@ -39,32 +27,176 @@ def new_generator(params: SamplingParams) -> torch.Generator:
 
 
 def sample(
-    logits_nV: torch.Tensor, params: Sequence[SamplingParams], generators: Sequence[torch.Generator]
-) -> list[int]:
-    """One token id a row. temperature 0 is greedy; top_p keeps the likeliest tokens whose mass reaches it.
+    logits_nV: torch.Tensor,
+    params: Sequence[SamplingParams],
+    generators: Sequence[torch.Generator],
+    prompt_ids: Sequence[Sequence[int]],
+    output_ids: Sequence[Sequence[int]],
+) -> list[SampledToken]:
+    """One token a row of float logits [n, V], which are left as they are.
 
-    Every draw takes exactly one uniform number from its row's generator.
+    prompt_ids and output_ids are read for rows with penalties only; ids outside the vocabulary (image placeholders)
+    count for nothing. A row with a temperature takes exactly one uniform number from its generator, a greedy row none,
+    and nothing of a row's outcome depends on the other rows.
     """
-    drawn = [index for index, p in enumerate(params) if p.temperature > 0]
-    tokens = logits_nV.argmax(dim=-1)
-    if drawn:
-        rows = torch.tensor(drawn, device=logits_nV.device)
+    changed = [index for index, p in enumerate(params) if p.temperature > 0 or _has_penalty(p)]
+    tokens_n = logits_nV.argmax(dim=-1)
+    if changed:
+        rows_m = torch.tensor(changed, device=logits_nV.device)
+        scores_mV = logits_nV[rows_m].float()
+        changed_params = [params[index] for index in changed]
+        _penalise(scores_mV, changed_params, [prompt_ids[i] for i in changed], [output_ids[i] for i in changed])
+        tokens_m = scores_mV.argmax(dim=-1)
+        drawn = [index for index, p in enumerate(changed_params) if p.temperature > 0]
+        if drawn:
+            uniforms = [torch.rand((), generator=generators[changed[i]], dtype=torch.float64).item() for i in drawn]
+            _draw(scores_mV, drawn, [changed_params[i] for i in drawn], uniforms, tokens_m)
+        tokens_n[rows_m] = tokens_m
+    tokens = tokens_n.tolist()
+    logprobs = _logprobs(logits_nV, params, tokens)
+    return [SampledToken(token_id=token, logprob=logprobs.get(row)) for row, token in enumerate(tokens)]
 
-        def column(values: list[float]) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=logits_nV.device)[:, None]
 
-        temperature = column([params[i].temperature for i in drawn])
-        top_p = column([params[i].top_p for i in drawn])
-        uniform = column([torch.rand((), generator=generators[i]).item() for i in drawn])
+def _has_penalty(params: SamplingParams) -> bool:
+    return params.repetition_penalty != 1 or bool(params.presence_penalty or params.frequency_penalty)
+
+
+def _penalise(
+    scores_mV: torch.Tensor,
+    params: Sequence[SamplingParams],
+    prompt_ids: Sequence[Sequence[int]],
+    output_ids: Sequence[Sequence[int]],
+) -> None:
+    """Changes the logits of tokens seen, in place."""
+    rows = [row for row, p in enumerate(params) if _has_penalty(p)]
+    if not rows:
+        return
+    vocabulary, device = scores_mV.shape[1], scores_mV.device
+    flat_scores = scores_mV.view(-1)
+
+    def flat_ids(sequences: list[Sequence[int]]) -> torch.Tensor:
+        """Where the ids of row rows[i] stand in the flat scores (on the CPU); ids may repeat."""
+        ids_K = torch.tensor([token for ids in sequences for token in ids], dtype=torch.int64)
+        row_K = torch.tensor(rows).repeat_interleave(torch.tensor([len(ids) for ids in sequences]))
+        inside = (ids_K >= 0) & (ids_K < vocabulary)
+        return (row_K * vocabulary + ids_K)[inside]
+
+    def per_token(name: str, flat_K: torch.Tensor) -> torch.Tensor:
+        values_m = torch.tensor([getattr(p, name) for p in params], dtype=torch.float32)
+        return values_m[flat_K // vocabulary].to(device)
+
+    answers_K = flat_ids([output_ids[row] for row in rows])
+    prompts_K = flat_ids([prompt_ids[row] if params[row].repetition_penalty != 1 else () for row in rows])
+    # A token met twice is read and written twice with the same value.
+    seen_K = torch.cat([answers_K, prompts_K])
+    repetition_K, seen_K = per_token("repetition_penalty", seen_K), seen_K.to(device)
+    score_K = flat_scores[seen_K]
+    flat_scores[seen_K] = torch.where(score_K > 0, score_K / repetition_K, score_K * repetition_K)
+
+    answers_K, count_K = answers_K.unique(return_counts=True)
+    penalty_K = per_token("frequency_penalty", answers_K) * count_K.to(device) + per_token(
+        "presence_penalty", answers_K
+    )
+    flat_scores[answers_K.to(device)] -= penalty_K
+
+
+def _draw(
+    scores_mV: torch.Tensor,
+    drawn: list[int],
+    params: Sequence[SamplingParams],
+    uniforms: list[float],
+    tokens_m: torch.Tensor,
+) -> None:
+    """Draws for the rows `drawn`, whose params and uniform numbers are given, into tokens_m."""
+    limited = [i for i, p in enumerate(params) if p.top_k or p.top_p < 1 or p.min_p]
+    free = [i for i, p in enumerate(params) if not (p.top_k or p.top_p < 1 or p.min_p)]
+    for some, limits in ((free, False), (limited, True)):
+        if not some:
+            continue
+        rows = torch.tensor([drawn[i] for i in some], device=scores_mV.device)
+        temperature = _column([params[i].temperature for i in some], scores_mV.device)
+        scores = scores_mV[rows]
         # The largest logit is moved to 0 first: a tiny temperature then cannot overflow to inf - inf.
-        logits = logits_nV[rows].float()
-        probability, order = (
-            ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1).sort(descending=True, stable=True)
+        probability = ((scores - scores.amax(-1, keepdim=True)) / temperature.float().clamp(min=1e-30)).softmax(-1)
+        uniform = _column([uniforms[i] for i in some], scores_mV.device)
+        if limits:
+            tokens_m[rows] = _draw_limited(probability, [params[i] for i in some], uniform, CANDIDATES)
+        else:
+            cumulative = probability.cumsum(-1, dtype=torch.float64)
+            tokens_m[rows] = _pick(cumulative, cumulative[:, -1:], uniform)
+
+
+def _column(values: Sequence[float], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
+
+
+def _pick(cumulative: torch.Tensor, mass: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The first place of each row [m] whose cumulative probability exceeds uniform * mass."""
+    # Below the mass even where the product rounds up to it: a token of probability 0 is never chosen.
+    target = torch.minimum(uniform * mass, mass.nextafter(torch.zeros_like(mass)))
+    # A row of NaN must not fail its batch.
+    return torch.searchsorted(cumulative, target, right=True).clamp(max=cumulative.shape[1] - 1).squeeze(1)
+
+
+def _draw_limited(
+    probability_mV: torch.Tensor, params: Sequence[SamplingParams], uniform: torch.Tensor, candidates: int
+) -> torch.Tensor:
+    """Draws where top_k, top_p or min_p apply: each keeps the beginning of the tokens ordered by probability.
+
+    Equal tokens stand in order of their ids. Rows whose kept tokens are not sure to lie among the `candidates`
+    likeliest are done again with the whole vocabulary.
+    """
+    vocabulary, device = probability_mV.shape[1], probability_mV.device
+    whole = 4 * candidates >= vocabulary
+    if whole:
+        value_mC, id_mC = probability_mV.sort(descending=True, stable=True)
+    else:
+        # topk leaves equals in any order.
+        id_mC = probability_mV.topk(candidates, dim=-1, sorted=False).indices.sort(-1).values
+        value_mC, order = probability_mV.gather(1, id_mC).sort(descending=True, stable=True)
+        id_mC = id_mC.gather(1, order)
+    width = value_mC.shape[1]
+    cumulative = value_mC.cumsum(-1, dtype=torch.float64)
+
+    top_k = torch.tensor([p.top_k or vocabulary for p in params], device=device)[:, None]
+    # top_p is a share of what top_k left; with no top_k that is 1.
+    left = cumulative.gather(1, top_k.clamp(max=width) - 1).where(top_k < vocabulary, 1.0)
+    nucleus = _column([p.top_p if p.top_p < 1 else torch.inf for p in params], device) * left
+    floor = _column([p.min_p for p in params], device) * value_mC[:, :1].double()
+    # The token that crosses top_p is kept.
+    kept = ((cumulative - value_mC < nucleus) & (value_mC >= floor)).sum(-1, keepdim=True).minimum(top_k).clamp(min=1)
+    tokens = id_mC.gather(1, _pick(cumulative, cumulative.gather(1, kept - 1), uniform)[:, None]).squeeze(1)
+    if whole:
+        return tokens
+    # Those above the last candidate are in place; of its equals some may be missing.
+    sure = (value_mC > value_mC[:, -1:]).sum(-1, keepdim=True)
+    again = ((kept > sure) | ((top_k > width) & (top_k < vocabulary))).squeeze(1).nonzero().squeeze(1)
+    if len(again):
+        some = [params[i] for i in again.tolist()]
+        tokens[again] = _draw_limited(probability_mV[again], some, uniform[again], vocabulary)
+    return tokens
+
+
+def _logprobs(
+    logits_nV: torch.Tensor, params: Sequence[SamplingParams], tokens: Sequence[int]
+) -> dict[int, TokenLogprobs]:
+    """By row, for those rows that asked."""
+    rows = [index for index, p in enumerate(params) if p.logprobs is not None]
+    if not rows:
+        return {}
+    logprob_mV = logits_nV[torch.tensor(rows, device=logits_nV.device)].float().log_softmax(-1)
+    chosen_m = logprob_mV.gather(1, torch.tensor([[tokens[row]] for row in rows], device=logits_nV.device)).squeeze(1)
+    # Always as many as anyone may ask for: which of equals come out must not depend on what others asked.
+    ids = logprob_mV.topk(min(MAX_LOGPROBS, logprob_mV.shape[1]), dim=-1).indices.sort(-1).values
+    values, order = logprob_mV.gather(1, ids).sort(descending=True, stable=True)
+    found = zip(rows, chosen_m.tolist(), ids.gather(1, order).tolist(), values.tolist(), strict=True)
+    return {
+        row: TokenLogprobs(
+            chosen=TokenLogprob(token_id=tokens[row], logprob=chosen),
+            top=tuple(
+                TokenLogprob(token_id=token, logprob=value)
+                for token, value in list(zip(top_ids, top_values, strict=True))[: params[row].logprobs]
+            ),
         )
-        cumulative = probability.cumsum(-1)
-        # The token that crosses top_p is kept; the draw is over the kept mass. (A row of NaN must not fail its batch.)
-        kept = (cumulative - probability < top_p).sum(-1, keepdim=True).clamp(min=1)
-        mass = cumulative.gather(1, kept - 1)
-        chosen = torch.searchsorted(cumulative, uniform * mass, right=True).minimum(kept - 1)
-        tokens[rows] = order.gather(1, chosen).squeeze(1)
-    return tokens.tolist()
+        for row, chosen, top_ids, top_values in found
+    }

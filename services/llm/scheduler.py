@@ -1,24 +1,62 @@
-"""What the next pass is: prefill of requests that fit, or decode of all that run."""
+"""What the next step computes: a token of every answer that runs, and as much prefill as the budget has room for.
+
+A prompt's prefill is split by tokens and by layers. The lower layers take it in chunks, whose hidden states wait beside
+the KV cache; when the last chunk is in, every visual token and every word of the instruction is there, so the selection
+is that of a whole prompt; then the upper layers take the kept tokens in chunks. The budget counts one token through all
+layers as 1, through some as their share. An older request's chunk always comes before a younger one's.
+"""
 
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass, field
 
-from services.llm.kv_cache import KVCache
+from services.llm.kv_cache import LOWER, UPPER, KVCache
 from services.llm.sequence import Sequence, SequenceState
 
 
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """`count` tokens of a prefill from `start` on, in one KV cache group: indices of that group's own tokens."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+
+@dataclass(kw_only=True)
+class Step:
+    """One pass over the decoder."""
+
+    decode: list[Sequence] = field(default_factory=list)
+    lower: list[Chunk] = field(default_factory=list)
+    selecting: list[Sequence] = field(default_factory=list)
+    """Their lower layers are complete with this step's chunks: the next thing is to select what goes on."""
+    upper: list[Chunk] = field(default_factory=list)
+    budget: int = 0
+    """What is left of it, in tokens times layers."""
+    reserved: int = 0
+    """For upper chunks of `selecting`, which only the selection can tell the length of."""
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        chunks = [chunk.sequence for chunk in (*self.lower, *self.upper)]
+        return list(dict.fromkeys([*self.decode, *chunks, *self.selecting]))
+
+
 class Scheduler:
-    """First come, first served. A request is admitted once the KV cache can hold its worst case, so none runs out."""
+    """First come, first served. Pages are taken as tokens come; when none is left, the youngest sequence gives way."""
 
     def __init__(self, cache: KVCache, *, max_batch_tokens: int, max_running: int):
-        """max_batch_tokens: most prompt tokens of one prefill pass; a single longer prompt runs alone."""
+        """max_batch_tokens: the budget of a step; decoding sequences may exceed it, prefill gets what they leave and
+        at least one block."""
         self.cache = cache
-        self.max_batch_tokens = max_batch_tokens
         self.max_running = max_running
         self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
-        self._prefilled_last = False
+        self.running: list[Sequence] = []  # the oldest first
+        self.preemptions = 0
+        self._layers = [group.num_layers for group in cache.groups]
+        self._budget = max_batch_tokens * sum(self._layers)
 
     def add(self, sequence: Sequence) -> None:
         assert sequence.state is SequenceState.WAITING
@@ -27,42 +65,36 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
-    def schedule(self) -> tuple[list[Sequence], bool]:
-        """The sequences of the next pass and whether it is a prefill; what a prefill admits holds its pages already.
-
-        Prefill comes first, but never twice in a row while others decode: a rush of prompts slows streams, it does
-        not stop them.
-        """
-        if not (self._prefilled_last and self.running):
-            admitted = self._admit()
-            if admitted:
-                self._prefilled_last = True
-                return admitted, True
-        self._prefilled_last = False
-        return list(self.running), False
-
-    def _admit(self) -> list[Sequence]:
-        admitted: list[Sequence] = []
-        tokens = 0
-        while self.waiting and len(self.running) < self.max_running:
-            sequence = self.waiting[0]
-            tokens += sequence.prompt_len
-            if admitted and tokens > self.max_batch_tokens or not self.cache.can_allocate(sequence.max_kv_len):
-                break
-            self.waiting.popleft()
-            self.cache.allocate(sequence.request_id, sequence.max_kv_len)
-            sequence.state = SequenceState.RUNNING
+    def schedule(self) -> Step:
+        """The next step, with pages for all that it writes but the upper chunks that `extend` adds."""
+        decoding = sum(not sequence.in_prefill for sequence in self.running)
+        least = self.cache.block_size * sum(self._layers)
+        step = Step(budget=max(self._budget - decoding * sum(self._layers), least))
+        for sequence in list(self.running):
+            if sequence.state is SequenceState.RUNNING:  # not preempted by an older one just now
+                self._plan(sequence, step)
+        while self.waiting and len(self.running) < self.max_running and step.budget >= least and self._has_room():
+            sequence = self.waiting.popleft()
+            self.cache.open(sequence.request_id)
+            sequence.start()
             self.running.append(sequence)
-            admitted.append(sequence)
-        return admitted
+            self._plan(sequence, step)
+        assert step.sequences or not self.has_work(), "the oldest sequence can always go on"
+        return step
 
-    def finish(self, sequence: Sequence) -> None:
-        """Takes a sequence out, in whatever state it is, and frees its pages."""
+    def extend(self, step: Step) -> None:
+        """Adds first upper chunks of the sequences that have just selected. Nobody is preempted: all are under way."""
+        step.budget += step.reserved
+        for sequence in step.selecting:
+            self._plan_upper(sequence, step, preempt=False)
+
+    def finish(self, sequence: Sequence, *, broken: bool = False) -> None:
+        """Takes a sequence out, in whatever state it is, and frees its pages. broken: its KV cache may be wrong."""
         if sequence.state is SequenceState.WAITING:
             self.waiting.remove(sequence)
         elif sequence.state is SequenceState.RUNNING:
             self.running.remove(sequence)
-            self.cache.free(sequence.request_id)
+            self.cache.free(sequence.request_id, broken=broken)
         sequence.state = SequenceState.FINISHED
         sequence.visual_ND = None
 
@@ -74,3 +106,68 @@ class Scheduler:
             assert sequence.state is SequenceState.RUNNING
             for group, held in enumerate(sequence.kv_lens):
                 assert held <= self.cache.capacity(sequence.request_id, group)
+
+    def _plan(self, sequence: Sequence, step: Step) -> None:
+        if not sequence.in_prefill:
+            if all(self._grow(sequence, group, sequence.kv_lens[group] + 1) for group in (LOWER, UPPER)):
+                step.decode.append(sequence)
+        elif sequence.upper_index is None:
+            self._plan_lower(sequence, step)
+        else:
+            self._plan_upper(sequence, step, preempt=True)
+
+    def _plan_lower(self, sequence: Sequence, step: Step) -> None:
+        request_id, held = sequence.request_id, sequence.kv_lens
+        # Also what another sequence computes in this very step: layer by layer, keys are stored before they are read.
+        adopted = self.cache.adopt(request_id, sequence.block_keys)
+        sequence.reused_tokens += adopted
+        held[LOWER] += adopted
+        left = sequence.prefill_len - held[LOWER]
+        count = min(left, step.budget // self._layers[LOWER])
+        if count < left:
+            count -= count % self.cache.block_size
+        if left:
+            if not count or not self._grow(sequence, LOWER, held[LOWER] + count):
+                return
+            step.lower.append(Chunk(sequence=sequence, start=held[LOWER], count=count))
+            step.budget -= count * self._layers[LOWER]
+            self.cache.name(request_id, sequence.block_keys, held[LOWER] + count)
+        if count == left:
+            step.selecting.append(sequence)
+            reserved = min(step.budget, (sequence.prefill_len - sequence.removed) * self._layers[UPPER])
+            step.budget -= reserved
+            step.reserved += reserved
+
+    def _plan_upper(self, sequence: Sequence, step: Step, *, preempt: bool) -> None:
+        assert sequence.upper_index is not None
+        held = sequence.kv_lens[UPPER]
+        count = min(len(sequence.upper_index) - held, step.budget // self._layers[UPPER])
+        if count and self._grow(sequence, UPPER, held + count, preempt=preempt):
+            step.upper.append(Chunk(sequence=sequence, start=held, count=count))
+            step.budget -= count * self._layers[UPPER]
+
+    def _grow(self, sequence: Sequence, group: int, tokens: int, *, preempt: bool = True) -> bool:
+        """Room for `tokens` tokens, if need be at the cost of younger sequences; False: it must wait for older ones."""
+        while not self.cache.can_grow(sequence.request_id, group, tokens):
+            youngest = self.running[-1]
+            if youngest is sequence or not preempt:
+                return False
+            self.running.pop()
+            self.cache.free(youngest.request_id)
+            youngest.preempt()
+            self.waiting.appendleft(youngest)
+            self.preemptions += 1
+        self.cache.grow(sequence.request_id, group, tokens)
+        return True
+
+    def _has_room(self) -> bool:
+        """Whether the first that waits can be prefilled with what running sequences leave, and these have a little."""
+        sequence = self.waiting[0]
+        spare = sum(
+            self.cache.pages_missing(other.request_id, other.prefill_len, other.prefill_len - other.removed)
+            if other.in_prefill
+            else sum(self.cache.pages_a_block)
+            for other in self.running
+        )
+        tokens = sequence.num_tokens
+        return self.cache.can_open(sequence.block_keys, tokens, tokens - sequence.removed, spare)

@@ -11,11 +11,12 @@ import torch
 from services.common.types import GenerateRequest, PruneDecision
 from services.llm.detokenizer import Detokenizer
 from services.llm.prompt import Prompt
+from services.sampler.text_guided import kept_by_ratio
 
 
 class SequenceState(enum.Enum):
     WAITING = "waiting"
-    """Holds no KV cache."""
+    """Holds no KV cache; new, or preempted."""
     RUNNING = "running"
     FINISHED = "finished"
     """Holds no KV cache any more."""
@@ -26,28 +27,44 @@ class Sequence:
     """A prompt and the tokens generated so far.
 
     After pruning, position and KV length part ways: kept tokens keep their original positions and the answer goes on
-    from the original prompt's length, while the second KV cache group holds only the kept tokens.
+    from the original prompt's length, while the upper KV cache group holds only the kept tokens.
     """
 
     request: GenerateRequest
     prompt: Prompt
     visual_ND: torch.Tensor | None
-    """Visual tokens of all images, in the model's dtype; dropped after prefill."""
-    threshold: float
-    """gamma of Eq. 9; 1.0 when this request is not pruned."""
+    """Visual tokens of all images, in the model's dtype; kept to the end, for preemption recomputes."""
+    threshold: float | None
+    """gamma of Eq. 9; None when keep_ratio decides, or when this request is not pruned."""
+    keep_ratio: float | None = None
     max_new_tokens: int
     """The request's max_tokens, clipped to the context."""
     generator: torch.Generator
     detokenizer: Detokenizer
+    block_keys: tuple[bytes, ...] = ()
+    """One a full block of the prompt (prefix.py)."""
     state: SequenceState = SequenceState.WAITING
     output_ids: list[int] = field(default_factory=list)
     kv_lens: list[int] = field(default_factory=lambda: [0, 0])
     """Tokens held in each KV cache group: layers before the prune layer, layers from it on."""
-    next_position: int = 0
-    """RoPE position of the next token to enter the model."""
+    prefill_len: int = 0
+    """Tokens that prefill brings into the lower group: the prompt, and after a preemption the answer so far."""
+    in_prefill: bool = True
+    upper_index: torch.Tensor | None = None
+    """int64 [K], CPU: those of the prefill_len tokens that the layers above see; None until they are selected."""
     decision: PruneDecision | None = None
+    reused_tokens: int = 0
+    """Prompt tokens whose lower layers an earlier request had computed already."""
     received_at: float = field(default_factory=time.monotonic)
     first_token_at: float | None = None
+    input_ids_S: torch.Tensor = field(init=False)
+    """int64 [prompt], CPU: token ids, 0 in place of visual tokens (a placeholder's id may lie outside the table)."""
+    visual_N: torch.Tensor = field(init=False)
+    """int64 [N], CPU: positions of the visual tokens."""
+
+    def __post_init__(self) -> None:
+        self.visual_N = self.prompt.visual_positions()
+        self.input_ids_S = torch.tensor(self.prompt.input_ids).index_fill(0, self.visual_N, 0)
 
     @property
     def request_id(self) -> str:
@@ -59,14 +76,61 @@ class Sequence:
 
     @property
     def num_visual(self) -> int:
-        return sum(last - first for first, last in self.prompt.visual_spans)
+        return len(self.visual_N)
 
     @property
-    def max_kv_len(self) -> int:
-        """Most tokens that a KV cache group may ever hold of this sequence (the last token is never fed back)."""
-        return self.prompt_len + self.max_new_tokens - 1
+    def num_tokens(self) -> int:
+        return self.prompt_len + len(self.output_ids)
+
+    @property
+    def next_position(self) -> int:
+        """RoPE position of the next token to enter the model: the lower group holds every token before it."""
+        return self.kv_lens[0]
+
+    @property
+    def is_pruned(self) -> bool:
+        return self.threshold is not None or self.keep_ratio is not None
+
+    @property
+    def removed(self) -> int:
+        """Visual tokens that do not go on after the prune layer: so many are known to be so far."""
+        if self.decision is not None:
+            return self.num_visual - len(self.decision.kept)
+        if self.keep_ratio is not None:
+            return self.num_visual - kept_by_ratio(self.num_visual, self.keep_ratio)
+        return 0
 
     @property
     def kept_prompt_len(self) -> int:
         """Prompt tokens that go on after the prune layer."""
-        return self.prompt_len - (self.num_visual - len(self.decision.kept) if self.decision else 0)
+        return self.prompt_len - self.removed
+
+    @property
+    def max_kv_lens(self) -> tuple[int, int]:
+        """Most tokens that each KV cache group may ever hold of this sequence (the last token is never fed back)."""
+        most = self.prompt_len + self.max_new_tokens - 1
+        return most, most - self.removed
+
+    def tokens(self, start: int, end: int) -> torch.Tensor:
+        """int64 [end - start], CPU: ids of the prompt and the answer so far, visual tokens as 0."""
+        outputs = self.output_ids[max(start - self.prompt_len, 0) : max(end - self.prompt_len, 0)]
+        prompt = self.input_ids_S[start:end]
+        return torch.cat([prompt, torch.tensor(outputs)]) if outputs else prompt
+
+    def start(self) -> None:
+        """Admitted: everything known so far is to be prefilled."""
+        self.state = SequenceState.RUNNING
+        self.prefill_len = self.num_tokens
+
+    def preempt(self) -> None:
+        """Its KV cache is gone; what was decided and generated stays."""
+        self.state = SequenceState.WAITING
+        self.kv_lens, self.in_prefill, self.upper_index = [0, 0], True, None
+
+    def select(self) -> None:
+        """Says which tokens go on to the upper layers, the decision being made (or not needed)."""
+        goes_on = torch.ones(self.prefill_len, dtype=torch.bool)
+        if self.decision is not None:
+            goes_on[self.visual_N] = False
+            goes_on[self.visual_N[self.decision.kept]] = True
+        self.upper_index = goes_on.nonzero().squeeze(1)

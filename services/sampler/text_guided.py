@@ -5,6 +5,8 @@ Legend: T instruction tokens, N visual tokens, H query heads, G key heads (group
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 
@@ -38,3 +40,18 @@ def keep_by_share(importance_N: torch.Tensor, threshold: float) -> torch.Tensor:
     cumulative_N = sorted_N.cumsum(0)
     kept = int((cumulative_N < threshold * cumulative_N[-1]).sum()) + 1
     return order_N[: min(kept, count)].sort().values
+
+
+def kept_by_ratio(count: int, ratio: float) -> int:
+    """ceil(ratio * count), at least 1 of 1 or more."""
+    # Rounded first: 0.1 * 30 is a little more than 3 in floating point.
+    return min(max(math.ceil(round(ratio * count, 6)), 1), count)
+
+
+def keep_by_ratio(importance_N: torch.Tensor, ratio: float) -> torch.Tensor:
+    """The ceil(ratio * N) most important tokens, for a fixed budget in place of Eq. 9; ties go to the earlier token.
+
+    Returns ascending int64 indices [K], K >= 1 where there are tokens.
+    """
+    kept = kept_by_ratio(importance_N.numel(), ratio)
+    return importance_N.argsort(descending=True, stable=True)[:kept].sort().values

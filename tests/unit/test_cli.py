@@ -16,7 +16,7 @@ import grpc
 import pytest
 
 from focusllava.cli import main
-from tests.scripted_gateway import ScriptedGateway, failed, started, token
+from tests.scripted_gateway import ScriptedGateway, failed, finished, likely, started, token
 from tests.tiny_checkpoints import make_random_checkpoint
 
 COMMAND = [sys.executable, "-m", "focusllava.cli"]
@@ -55,6 +55,29 @@ def test_ask_streams_the_answer_and_accounts_on_stderr(gateway: ScriptedGateway,
     assert request.vision_sampler_off and not request.prune.off and request.sampling.seed == 4
     assert request.prune.threshold == pytest.approx(0.7)
     assert request.turns[0].parts[0].image == b"png" and request.turns[0].parts[1].text == "What is it?"
+
+
+def test_sampling_options_reach_the_server(gateway: ScriptedGateway, capsys) -> None:
+    options = {
+        "max-tokens": 9, "temperature": 0.5, "top-k": 3, "top-p": 0.25, "min-p": 0.125, "repetition-penalty": 1.5,
+        "presence-penalty": -1.0, "frequency-penalty": 0.5, "seed": 7, "logprobs": 2,
+    }  # fmt: skip
+    arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    assert main(["ask", "What?", *arguments, "--stop", "a", "--stop", "b", "--keep-ratio", "0.5"]) == 0
+    (request,) = gateway.requests
+    sent = {field.name.replace("_", "-"): value for field, value in request.sampling.ListFields()}
+    assert sent == {**options, "stop": ["a", "b"]} and request.prune.keep_ratio == 0.5
+    assert not request.prune.HasField("threshold")
+
+
+def test_log_probabilities_are_shown(gateway: ScriptedGateway, capsys) -> None:
+    gateway.script = lambda request, context: iter([started(), likely("red"), likely(" 7"), finished()])
+    assert main(["ask", "What?", "--logprobs", "2"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "red 7\n" and err.startswith("'red' 77.9 %  'red' 77.9 %  'z' 22.3 %\n' 7' 77.9 %")
+    assert main(["ask", "What?", "--logprobs", "2", "--json"]) == 0
+    entry = json.loads(capsys.readouterr().out)["logprobs"][1]
+    assert entry["chosen"] == {"token_id": 1, "text": " 7", "logprob": -0.25} and entry["top"][1]["text"] == "z"
 
 
 def test_ask_json_is_one_object(gateway: ScriptedGateway, image: str, capsys) -> None:

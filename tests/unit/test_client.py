@@ -11,9 +11,18 @@ from collections.abc import Iterator
 import grpc
 import pytest
 
-from focusllava import AsyncFocusClient, FocusClient, FocusClientError, RetryPolicy, assistant, system, user
+from focusllava import (
+    AsyncFocusClient,
+    FocusClient,
+    FocusClientError,
+    RetryPolicy,
+    TokenLogprob,
+    assistant,
+    system,
+    user,
+)
 from focusllava.v1 import llm_pb2
-from tests.scripted_gateway import ScriptedGateway, failed, finished, started, token
+from tests.scripted_gateway import ScriptedGateway, failed, finished, likely, started, token
 
 QUICK = RetryPolicy(attempts=3, first_delay_s=0.01)
 
@@ -54,8 +63,38 @@ def test_settings_reach_the_wire_and_absent_ones_stay_unset(client: FocusClient,
     assert (full.sampling.max_tokens, full.sampling.seed, list(full.sampling.stop)) == (7, 3, ["."])
     assert not full.sampling.HasField("temperature")
     assert not bare.vision_sampler_off and not bare.prune.off and not bare.prune.HasField("threshold")
-    assert not any(bare.sampling.HasField(name) for name in ("max_tokens", "temperature", "top_p", "seed"))
+    assert bare.sampling == llm_pb2.SamplingParams() and bare.prune == llm_pb2.PruneParams()
     assert [part.WhichOneof("part") for part in bare.turns[0].parts] == ["text"]
+
+
+def test_every_setting_reaches_the_wire(client: FocusClient, gateway: ScriptedGateway) -> None:
+    sampling = {
+        "max_tokens": 9, "temperature": 0.5, "top_k": 3, "top_p": 0.25, "min_p": 0.125, "repetition_penalty": 1.5,
+        "presence_penalty": -1.0, "frequency_penalty": 0.5, "seed": 2**64 - 1, "logprobs": 0, "ignore_eos": True,
+    }  # fmt: skip
+    client.ask(None, "q", keep_ratio=0.5, threshold=None, **sampling).result()
+    client.ask(None, "q", **dict.fromkeys(sampling)).result()
+    full, none = gateway.requests
+    assert full.prune == llm_pb2.PruneParams(keep_ratio=0.5)
+    assert {field.name: value for field, value in full.sampling.ListFields()} == sampling
+    assert none.sampling == llm_pb2.SamplingParams()
+    with pytest.raises(TypeError, match="unknown settings: top_q"):
+        client.ask(None, "q", top_q=3)
+
+
+def test_log_probabilities_come_as_they_are_generated(client: FocusClient, gateway: ScriptedGateway) -> None:
+    gateway.script = lambda request, context: iter([started(), *map(likely, ("a", "", "b")), finished()])
+    stream = client.ask(None, "q", logprobs=1)
+    seen = []
+    for _ in stream:
+        seen.append(len(stream.logprobs))
+    assert seen == [1, 3]
+    answer = stream.result()
+    assert [entry.chosen.text for entry in answer.logprobs] == ["a", "", "b"] and answer.logprobs == stream.logprobs
+    assert answer.logprobs[0].chosen == TokenLogprob(token_id=1, text="a", logprob=-0.25)
+    assert answer.logprobs[0].top[1] == TokenLogprob(token_id=2, text="z", logprob=-1.5)
+    gateway.script = gateway.answer
+    assert client.ask(None, "q").result().logprobs == ()
 
 
 def test_image_sources_and_chat_turns(client: FocusClient, gateway: ScriptedGateway, tmp_path) -> None:

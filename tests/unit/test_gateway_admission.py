@@ -101,13 +101,17 @@ def test_an_admitted_request_keeps_its_order_and_points_at_its_images():
         (ask(sampling=llm_pb2.SamplingParams(top_p=0)), InvalidInput, "sampling.top_p: is 0"),
         (ask(sampling=llm_pb2.SamplingParams(top_p=1.5)), InvalidInput, "sampling.top_p: is 1.5"),
         (ask(sampling=llm_pb2.SamplingParams(top_p=math.nan)), InvalidInput, "sampling.top_p: is nan"),
-        (ask(sampling=llm_pb2.SamplingParams(stop=["a"] * 9)), InvalidInput, "sampling.stop: is 9"),
+        (ask(sampling=llm_pb2.SamplingParams(stop=["a"] * 9)), InvalidInput, "sampling.stop: has 9 strings"),
         (ask(sampling=llm_pb2.SamplingParams(stop=["a", ""])), InvalidInput, "sampling.stop[1]: is empty"),
-        (ask(sampling=llm_pb2.SamplingParams(stop=["a" * 257])), InvalidInput, "sampling.stop[0]: is '257 characters'"),
-        (ask(prune=llm_pb2.PruneParams(threshold=0)), InvalidInput, "prune.threshold: is 0.0, expected a number in"),
+        (ask(sampling=llm_pb2.SamplingParams(stop=["a" * 257])), InvalidInput, "sampling.stop[0]: has 257 characters"),
+        (ask(prune=llm_pb2.PruneParams(threshold=0)), InvalidInput, "prune.threshold: is 0.0, expected (0, 1]"),
         (ask(prune=llm_pb2.PruneParams(threshold=1.5)), InvalidInput, "prune.threshold: is 1.5"),
         (ask(prune=llm_pb2.PruneParams(threshold=-1)), InvalidInput, "prune.threshold: is -1"),
         (ask(prune=llm_pb2.PruneParams(threshold=math.nan)), InvalidInput, "prune.threshold: is nan"),
+        (ask(prune=llm_pb2.PruneParams(keep_ratio=1.5)), InvalidInput, "prune.keep_ratio: is 1.5, expected (0, 1]"),
+        (ask(prune=llm_pb2.PruneParams(keep_ratio=0.5, threshold=0.5)), InvalidInput, "expected one of the two"),
+        (ask(sampling=llm_pb2.SamplingParams(logprobs=21)), InvalidInput, "sampling.logprobs: is 21, expected 0 to 20"),
+        (ask(sampling=llm_pb2.SamplingParams(min_p=1.1)), InvalidInput, "sampling.min_p: is 1.1, expected [0, 1]"),
     ],
 )
 def test_refused_with_the_field_and_the_value(request_, error, says):
@@ -118,7 +122,7 @@ def test_refused_with_the_field_and_the_value(request_, error, says):
 
 @pytest.mark.parametrize("gamma", [1.0, 0.001])
 def test_values_at_the_edge_are_admitted(gamma):
-    sampling = llm_pb2.SamplingParams(max_tokens=100, temperature=2, top_p=1, stop=["x"] * 8)
+    sampling = llm_pb2.SamplingParams(max_tokens=100, temperature=2, top_p=1, stop=["x"] * 8, logprobs=20, top_k=5)
     request = ask(turn(USER, "x" * 20), sampling=sampling, prune=llm_pb2.PruneParams(threshold=gamma))
     assert admitted(request).sampling == sampling
 

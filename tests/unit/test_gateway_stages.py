@@ -43,7 +43,8 @@ class LanguageModel(llm_pb2_grpc.LanguageModelServiceServicer):
                 if failure and number == failure[0]:
                     await context.abort(failure[1], failure[2])
                 await asyncio.sleep(self.pause_s)
-                yield llm_pb2.GenerateResponse(token=llm_pb2.Token(text=word, token_ids=[number]))
+                wanted = [logprobs(number)] if request.sampling.HasField("logprobs") else []
+                yield llm_pb2.GenerateResponse(token=llm_pb2.Token(text=word, token_ids=[number], logprobs=wanted))
             yield llm_pb2.GenerateResponse(
                 finished=llm_pb2.Finished(
                     reason=llm_pb2.FINISH_REASON_STOP, usage=llm_pb2.Usage(completion_tokens=len(self.words))
@@ -83,6 +84,10 @@ async def serving(model: LanguageModel | None = None, encoder: Encoder | None = 
         await server.stop(0)
 
 
+def logprobs(number: int) -> llm_pb2.TokenLogprobs:
+    return llm_pb2.TokenLogprobs(chosen=llm_pb2.TokenLogprob(token_id=number, logprob=-number, text=str(number)))
+
+
 def request(**sampling) -> llm_pb2.GenerateRequest:
     return llm_pb2.GenerateRequest(request_id="r", sampling=llm_pb2.SamplingParams(**sampling))
 
@@ -109,6 +114,14 @@ async def test_a_lost_stage_is_tried_again_and_no_text_repeats(code, lost_after)
     async with serving(model) as (_, client):
         assert await answer(client, request()) == ("".join(WORDS), list(range(len(WORDS))))
     assert [r.request_id for r in model.requests] == ["r", "r.1", "r.2"]
+
+
+async def test_log_probabilities_come_once_a_token_after_a_lost_stage():
+    model = LanguageModel((3, grpc.StatusCode.UNAVAILABLE, DIED))
+    async with serving(model) as (_, client):
+        events = [event async for event in client.generate(request(logprobs=0), Deadline())]
+    found = [entry for event in events for entry in event.token.logprobs]
+    assert found == [logprobs(number) for number in range(len(WORDS))] and len(model.requests) == 2
 
 
 async def test_draws_that_cannot_be_repeated_are_retried_before_the_first_token_only():
@@ -250,6 +263,19 @@ async def test_a_sampled_request_without_seed_gets_one_so_that_it_can_be_repeate
     first, second = model.requests
     assert first.sampling.HasField("seed") and first.sampling == second.sampling
     assert first.request_id.startswith("r1.") and second.request_id == first.request_id + ".1"
+
+
+async def test_every_setting_reaches_the_model_and_log_probabilities_come_back():
+    sampling = llm_pb2.SamplingParams(
+        max_tokens=9, temperature=0.5, top_k=3, top_p=0.9, min_p=0.1, repetition_penalty=1.5, presence_penalty=-1,
+        frequency_penalty=0.5, seed=4, logprobs=2, stop=["x"], ignore_eos=True,
+    )  # fmt: skip
+    prune = llm_pb2.PruneParams(keep_ratio=0.5)
+    model = LanguageModel()
+    async with serving(model) as clients:
+        events = await chat(service(*clients), ask(sampling=sampling, prune=prune))
+    assert model.requests[0].sampling == sampling and model.requests[0].prune == prune
+    assert [event.token.logprobs[0] for event in events[1:-1]] == [logprobs(number) for number in range(len(WORDS))]
 
 
 async def test_same_image_twice_in_one_request_is_encoded_once():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from services.sampler.balance import balance_loss
-from services.sampler.text_guided import apply_rotary, keep_by_share, text_importance
+from services.sampler.text_guided import apply_rotary, keep_by_ratio, keep_by_share, text_importance
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2), (3, 1)])
@@ -51,6 +51,20 @@ def test_selection_by_hand():
     assert keep_by_share(importance, 1.0).tolist() == [0, 1, 2, 3]
     assert keep_by_share(torch.ones(4), 0.5).tolist() == [0, 1]
     assert keep_by_share(torch.zeros(0), 0.5).tolist() == []
+
+
+@pytest.mark.parametrize(("ratio", "count"), [(1.0, 30), (0.75, 23), (0.5, 15), (0.1, 3), (0.7, 21), (1e-9, 1)])
+def test_a_ratio_keeps_that_share_rounded_up_and_the_most_important(ratio, count):
+    importance = torch.rand(30, generator=torch.Generator().manual_seed(2))
+    kept = keep_by_ratio(importance, ratio).tolist()
+    assert kept == sorted(sorted(range(30), key=lambda j: -importance[j])[:count])
+
+
+def test_a_ratio_by_hand():
+    assert keep_by_ratio(torch.tensor([0.1, 0.4, 0.2, 0.4]), 0.25).tolist() == [1]
+    assert keep_by_ratio(torch.tensor([0.1, 0.4, 0.2, 0.4]), 0.51).tolist() == [1, 2, 3]
+    assert keep_by_ratio(torch.ones(4), 0.5).tolist() == [0, 1]
+    assert keep_by_ratio(torch.zeros(0), 0.5).tolist() == []
 
 
 def test_rotary_equals_the_decoders_own():

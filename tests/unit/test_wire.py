@@ -1,4 +1,4 @@
-"""The wire: everything survives the round trip, and everything malformed is refused by name."""
+"""Requests and events on the wire: all survive the round trip, and everything malformed is refused by name."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ import dataclasses
 import pytest
 import torch
 
-from focusllava.v1 import encoder_pb2, error_pb2, llm_pb2, tensor_pb2
+from focusllava.v1 import error_pb2, llm_pb2
 from services.common import wire
 from services.common.errors import Code, FocusError, InvalidInput, TooLarge, WrongFingerprint
 from services.common.types import (
     ChatTurn,
-    CompressedVisualTokens,
     FinishedEvent,
     GenerateRequest,
     ImagePart,
@@ -20,23 +19,27 @@ from services.common.types import (
     SamplingParams,
     TextPart,
     TokenEvent,
+    TokenLogprob,
+    TokenLogprobs,
     Usage,
 )
+from tests.unit.test_wire_tensors import FINGERPRINT, same_tokens, visual_tokens
 
-FINGERPRINT = "ab" * 32
-
-
-def visual_tokens(dtype: torch.dtype = torch.bfloat16, **changes: object) -> CompressedVisualTokens:
-    tokens = CompressedVisualTokens(
-        tokens_ND=torch.randn(11, 6, generator=torch.Generator().manual_seed(0)).to(dtype),
-        branch_ids_M=torch.tensor([0, 2, 1], dtype=torch.uint8),
-        map_hw=(4, 9),
-        uncompressed_tokens=56,
-        content_hash="0f" * 32,
-        model_fingerprint=FINGERPRINT,
-        notes=("animated image: first of 12 frames used", "ü"),
-    )
-    return dataclasses.replace(tokens, **changes)
+# Every value differs from its default, so that none that is lost goes unnoticed.
+SAMPLING = SamplingParams(
+    max_tokens=7,
+    temperature=0.7,
+    top_k=40,
+    top_p=0.9,
+    min_p=0.05,
+    repetition_penalty=1.1,
+    presence_penalty=-0.3,
+    frequency_penalty=0.2,
+    seed=2**64 - 1,
+    logprobs=5,
+    stop=("a", "\n"),
+    ignore_eos=True,
+)
 
 
 def generate_request(**changes: object) -> GenerateRequest:
@@ -49,121 +52,10 @@ def generate_request(**changes: object) -> GenerateRequest:
             ChatTurn(role="user", parts=(ImagePart(image=1), TextPart(text="And this?"))),
         ),
         images=(visual_tokens(), visual_tokens(branch_ids_M=torch.empty(0, dtype=torch.uint8), notes=())),
-        sampling=SamplingParams(
-            max_tokens=7, temperature=0.7, top_p=0.9, seed=2**64 - 1, stop=("a", "\n"), ignore_eos=True
-        ),
+        sampling=SAMPLING,
         prune=PruneParams(threshold=0.85),
     )
     return dataclasses.replace(request, **changes)
-
-
-def same_tokens(left: CompressedVisualTokens, right: CompressedVisualTokens) -> bool:
-    tensors = ("tokens_ND", "branch_ids_M")
-    rest = [f.name for f in dataclasses.fields(left) if f.name not in tensors]
-    return (
-        all(getattr(left, n).dtype == getattr(right, n).dtype for n in tensors)
-        and all(torch.equal(getattr(left, n), getattr(right, n)) for n in tensors)
-        and all(getattr(left, n) == getattr(right, n) for n in rest)
-    )
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.uint8])
-@pytest.mark.parametrize("shape", [(1,), (3, 5), (2, 1, 3, 4)])
-def test_tensor_round_trip_is_exact(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    tensor = (torch.rand(shape) * 200).to(dtype)
-    message = tensor_pb2.Tensor.FromString(wire.tensor_to_proto(tensor).SerializeToString())
-    back = wire.tensor_from_proto(message)
-    assert back.dtype == dtype and torch.equal(back, tensor)
-    back.zero_()  # the result is its own memory
-    assert torch.equal(wire.tensor_from_proto(message), tensor)
-
-
-def test_a_view_is_sent_in_row_major_order() -> None:
-    tensor = torch.arange(12, dtype=torch.float32).view(3, 4).T[1:]
-    assert not tensor.is_contiguous()
-    assert torch.equal(wire.tensor_from_proto(wire.tensor_to_proto(tensor)), tensor)
-
-
-def test_bytes_are_little_endian_bfloat16() -> None:
-    message = wire.tensor_to_proto(torch.tensor([1.0, -2.0], dtype=torch.bfloat16))
-    assert message.data == bytes([0x80, 0x3F, 0x00, 0xC0])
-
-
-def tensor_message(**changes: object) -> tensor_pb2.Tensor:
-    return tensor_pb2.Tensor(
-        **{"data_type": tensor_pb2.DATA_TYPE_FLOAT32, "shape": [2, 3], "data": bytes(24), **changes}
-    )
-
-
-@pytest.mark.parametrize(
-    ("changes", "field"),
-    [
-        ({"data_type": 0}, "t.data_type"),
-        ({"data_type": 99}, "t.data_type"),
-        ({"shape": []}, "t.shape"),
-        ({"shape": [1] * 9, "data": bytes(4)}, "t.shape"),
-        ({"shape": [2, -3]}, "t.shape"),
-        ({"shape": [-2, -3]}, "t.shape"),
-        ({"shape": [0, 3], "data": b""}, "t.shape"),
-        ({"shape": [2**62, 2**62]}, "t.data"),
-        # 2**62 * 4 * 4 bytes is 0 modulo 2**64.
-        ({"shape": [2**62, 4], "data": b""}, "t.data"),
-        ({"data": bytes(23)}, "t.data"),
-        ({"data": bytes(25)}, "t.data"),
-        ({"data": bytes(12)}, "t.data"),
-        ({"data_type": tensor_pb2.DATA_TYPE_BFLOAT16}, "t.data"),
-    ],
-)
-def test_malformed_tensor_is_refused_by_field(changes: dict[str, object], field: str) -> None:
-    with pytest.raises(InvalidInput) as caught:
-        wire.tensor_from_proto(tensor_message(**changes), "t")
-    assert caught.value.field == field
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_not_finite_is_refused(dtype: torch.dtype, bad: float) -> None:
-    tensor = torch.zeros(64, 33, dtype=dtype)
-    tensor[63, 31] = bad
-    with pytest.raises(InvalidInput, match="NaN or infinity"):
-        wire.tensor_from_proto(wire.tensor_to_proto(tensor))
-    wire.tensor_from_proto(wire.tensor_to_proto(torch.full((8,), torch.finfo(dtype).max, dtype=dtype)))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_visual_tokens_round_trip(dtype: torch.dtype) -> None:
-    tokens = visual_tokens(dtype)
-    data = wire.tokens_to_proto(tokens).SerializeToString()
-    assert same_tokens(wire.tokens_from_proto(encoder_pb2.CompressedVisualTokens.FromString(data)), tokens)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("tokens", wire.tensor_to_proto(torch.zeros(3, 4, 5))),
-        ("tokens", wire.tensor_to_proto(torch.zeros(3, 4, dtype=torch.uint8))),
-        ("uncompressed_tokens", 39),
-        ("uncompressed_tokens", 0),
-        ("branch_ids", bytes(37)),
-        ("content_hash", "0f" * 31),
-        ("content_hash", "zz" * 32),
-        ("model_fingerprint", ""),
-    ],
-)
-def test_contradicting_visual_tokens_are_refused(name: str, value: object) -> None:
-    message = wire.tokens_to_proto(visual_tokens())
-    if name == "tokens":
-        message.tokens.CopyFrom(value)
-    else:
-        setattr(message, name, value)
-    with pytest.raises(InvalidInput) as caught:
-        wire.tokens_from_proto(message, "images[1]")
-    assert caught.value.field == f"images[1].{name}"
-
-
-def test_missing_tensor_is_refused() -> None:
-    with pytest.raises(InvalidInput, match="visual_tokens.tokens.data_type"):
-        wire.tokens_from_proto(encoder_pb2.CompressedVisualTokens())
 
 
 def test_generate_request_round_trip() -> None:
@@ -183,7 +75,17 @@ def test_unset_fields_take_the_defaults() -> None:
     assert back.sampling == SamplingParams() and back.prune == PruneParams()
 
 
-@pytest.mark.parametrize("prune", [PruneParams(enabled=False), PruneParams(threshold=1.0), PruneParams()])
+def test_every_setting_is_sent() -> None:
+    for params, message in ((SAMPLING, llm_pb2.SamplingParams), (PruneParams(), llm_pb2.PruneParams)):
+        ours, wires = {field.name for field in dataclasses.fields(params)}, set(message.DESCRIPTOR.fields_by_name)
+        assert ours - {"enabled"} == wires - {"off"}
+    assert not any(getattr(SAMPLING, f.name) == f.default for f in dataclasses.fields(SAMPLING))
+
+
+@pytest.mark.parametrize(
+    "prune",
+    [PruneParams(enabled=False), PruneParams(threshold=1.0), PruneParams(keep_ratio=0.49), PruneParams()],
+)
 def test_prune_round_trip(prune: PruneParams) -> None:
     assert wire.prune_from_proto(wire.prune_to_proto(prune)) == prune
 
@@ -191,6 +93,8 @@ def test_prune_round_trip(prune: PruneParams) -> None:
 def test_zero_and_unset_differ() -> None:
     assert wire.sampling_from_proto(wire.sampling_to_proto(SamplingParams(seed=0))).seed == 0
     assert wire.sampling_from_proto(wire.sampling_to_proto(SamplingParams())).seed is None
+    assert wire.sampling_from_proto(wire.sampling_to_proto(SamplingParams(logprobs=0))).logprobs == 0
+    assert wire.sampling_from_proto(llm_pb2.SamplingParams()) == SamplingParams()
 
 
 @pytest.mark.parametrize(
@@ -204,8 +108,21 @@ def test_zero_and_unset_differ() -> None:
         ("top_p", 0.0),
         ("top_p", 1.01),
         ("top_p", float("nan")),
+        ("min_p", -0.01),
+        ("min_p", 1.01),
+        ("min_p", float("nan")),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", -1.0),
+        ("repetition_penalty", 2.01),
+        ("repetition_penalty", float("nan")),
+        ("presence_penalty", -2.01),
+        ("presence_penalty", float("nan")),
+        ("frequency_penalty", 2.01),
+        ("frequency_penalty", float("inf")),
+        ("logprobs", 21),
         ("stop", ["x"] * 9),
         ("stop", ["x", ""]),
+        ("stop", ["x", "x" * 257]),
     ],
 )
 def test_sampling_out_of_range_is_refused(name: str, value: object) -> None:
@@ -214,10 +131,28 @@ def test_sampling_out_of_range_is_refused(name: str, value: object) -> None:
     assert caught.value.field.removesuffix("[1]") == f"sampling.{name}"
 
 
-@pytest.mark.parametrize("threshold", [0.0, -1.0, 1.0001, float("nan"), float("inf")])
-def test_threshold_out_of_range_is_refused(threshold: float) -> None:
-    with pytest.raises(InvalidInput, match=r"prune\.threshold"):
-        wire.prune_from_proto(llm_pb2.PruneParams(threshold=threshold))
+def test_values_at_the_edges_of_their_ranges_are_taken() -> None:
+    for name, values in {
+        "temperature": (0, 2), "top_k": (0, 2**32 - 1), "top_p": (1e-30, 1), "min_p": (0, 1), "logprobs": (0, 20),
+        "repetition_penalty": (1e-30, 2), "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2),
+        "seed": (0, 2**64 - 1), "max_tokens": (1, 2**32 - 1), "stop": (["x" * 256] * 8,),
+    }.items():  # fmt: skip
+        for value in values:
+            params = wire.sampling_from_proto(llm_pb2.SamplingParams(**{name: value}))
+            assert getattr(params, name) == (tuple(value) if isinstance(value, list) else value)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, 1.0001, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["threshold", "keep_ratio"])
+def test_pruning_out_of_range_is_refused(name: str, value: float) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        wire.prune_from_proto(llm_pb2.PruneParams(**{name: value}), "prune")
+    assert caught.value.field == f"prune.{name}" and str(caught.value).endswith("expected (0, 1]")
+
+
+def test_threshold_and_ratio_exclude_each_other() -> None:
+    with pytest.raises(InvalidInput, match=r"^prune\.keep_ratio: is 0\.49 beside a threshold of 0\.85"):
+        wire.prune_from_proto(llm_pb2.PruneParams(threshold=0.85, keep_ratio=0.49))
 
 
 def test_malformed_turns_are_refused() -> None:
@@ -270,6 +205,13 @@ def test_finished_round_trip(reason: str) -> None:
 
 def test_token_and_error_events_round_trip() -> None:
     token = TokenEvent(text="né", token_ids=(0, 151_936))
+    assert wire.event_from_proto(wire.event_to_proto(token)) == token
+    chosen, other = (
+        TokenLogprob(token_id=7, logprob=-0.5, text=" n"),
+        TokenLogprob(token_id=0, logprob=-2.25, text="\ufffd"),
+    )
+    logprobs = (TokenLogprobs(chosen=chosen, top=(chosen, other)), TokenLogprobs(chosen=other))
+    token = TokenEvent(text="né", token_ids=(7, 0), logprobs=logprobs)
     assert wire.event_from_proto(wire.event_to_proto(token)) == token
     error = wire.event_from_proto(wire.event_to_proto(TooLarge("needs 9 blocks", field="turns")))
     assert isinstance(error, FocusError)

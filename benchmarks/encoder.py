@@ -1,0 +1,147 @@
+"""Throughput of the encoder stage: images and tiles a second, from JPEG bytes to visual tokens.
+
+    python -m benchmarks.encoder FOLDER --cores 0-1
+
+Requests go through the stage's own TileBatcher, so many at a time. Variants take turns: large photographs decoded at
+reduced scale and in full, and pictures as large as the grid, of which nothing can be left out. A second table says what
+one image's preparation costs by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import functools
+import itertools
+import math
+import pathlib
+import time
+from typing import Any
+
+import torch
+
+from benchmarks.measure import (
+    machine,
+    median,
+    median_of,
+    parse_cores,
+    percentile,
+    pin,
+    print_table,
+    take_turns,
+    write_results,
+)
+from benchmarks.workload import jpeg
+from services.encoder.batcher import TileBatcher
+from services.encoder.pipeline import EncoderPipeline
+
+VARIANTS = {
+    "grid size": ((672, 672), True),
+    "photo": ((2250, 3000), True),
+    "photo, decoded in full": ((2250, 3000), False),
+}
+"""Name -> height and width of the JPEG, reduced decoding on."""
+
+
+class EncoderBench:
+    """One encoder, shared by the variants."""
+
+    def __init__(self, checkpoint: pathlib.Path, device: str, dtype: torch.dtype, max_tiles: int):
+        loaded = EncoderPipeline.from_checkpoint(checkpoint, dtype=dtype, device=device)
+        self.pipelines = {
+            reduced: EncoderPipeline(loaded.model, loaded.fingerprint, loaded.limits, reduced_jpeg=reduced)
+            for reduced in (True, False)
+        }
+        self.max_tiles = max_tiles
+        self._seeds = itertools.count()
+
+    def turn(self, variant: str, concurrency: int, images: int) -> dict[str, float]:
+        """`images` requests, at most `concurrency` in flight."""
+        size_hw, reduced = VARIANTS[variant]
+        files = [jpeg(next(self._seeds) % 16, *size_hw) for _ in range(images)]
+        return asyncio.run(self._serve(self.pipelines[reduced], files, concurrency))
+
+    async def _serve(self, pipeline: EncoderPipeline, files: list[bytes], concurrency: int) -> dict[str, float]:
+        tiles: list[int] = []
+        batcher = TileBatcher(pipeline, max_tiles=self.max_tiles, on_batch=tiles.append)
+        seconds: list[float] = []
+        places = asyncio.Semaphore(concurrency)
+
+        async def one(file: bytes) -> None:
+            async with places:
+                began = time.perf_counter()
+                await batcher.encode(file, True)
+                seconds.append(time.perf_counter() - began)
+
+        began = time.perf_counter()
+        await asyncio.gather(*map(one, files))
+        total = time.perf_counter() - began
+        await batcher.close()
+        return {
+            "images_per_s": len(files) / total,
+            "tiles_per_s": sum(tiles) / total,
+            "tiles_per_batch": sum(tiles) / len(tiles),
+            "latency_p50_ms": 1e3 * percentile(seconds, 0.5),
+            "latency_p99_ms": 1e3 * percentile(seconds, 0.99),
+        }
+
+    def preparation(self, variant: str) -> float:
+        """Milliseconds of one thread for decoding and tiling one image."""
+        size_hw, reduced = VARIANTS[variant]
+        file = jpeg(0, *size_hw)
+        began = time.thread_time()
+        self.pipelines[reduced].prepare(file)
+        return 1e3 * (time.thread_time() - began)
+
+    def model_ms(self, images: int) -> float:
+        """Milliseconds of vision tower, projector and sampler for a batch of 672 x 672 images."""
+        prepared = [self.pipelines[True].prepare(jpeg(0))] * images
+        began = time.perf_counter()
+        self.pipelines[True].encode(prepared, [True] * images)
+        return 1e3 * (time.perf_counter() - began)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=pathlib.Path, help="holds `focusllava`")
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--images", type=int, default=32, help="a turn")
+    parser.add_argument("--max-tiles", type=int, default=20)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cores", type=parse_cores, default=tuple(range(2)), help='such as "0-1"')
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=pathlib.Path)
+    options = parser.parse_args()
+    pin(options.cores)
+    torch.set_num_threads(len(options.cores))
+    dtype = getattr(torch, options.dtype)
+    bench = EncoderBench(options.folder / "focusllava", options.device, dtype, options.max_tiles)
+    content: dict[str, Any] = {
+        "machine": machine(options.cores, ("torch", "transformers", "pillow")),
+        "checkpoint": options.folder.name,
+        "device": options.device,
+        "dtype": options.dtype,
+        "max_tiles": options.max_tiles,
+        "concurrency": {},
+    }
+    for concurrency in options.concurrency:
+        images = min(options.images, 4 * math.ceil(concurrency))
+        turns = {name: functools.partial(bench.turn, name, concurrency, images) for name in VARIANTS}
+        results = take_turns(turns, options.rounds)
+        print(f"\n{concurrency} in flight")
+        columns = ("images_per_s", "tiles_per_s", "tiles_per_batch", "latency_p50_ms", "latency_p99_ms")
+        medians = {name: median_of(result) for name, result in results.items()}
+        rows = [[name, *(f"{middle[c]:.1f}" for c in columns)] for name, middle in medians.items()]
+        print_table(("JPEG", "images/s", "tiles/s", "tiles a batch", "p50 ms", "p99 ms"), rows)
+        content["concurrency"][concurrency] = {"images": images, "medians": medians, "turns": results}
+    parts: dict[str, Any] = {f"prepare {name}": functools.partial(bench.preparation, name) for name in VARIANTS}
+    parts |= {f"model, {count} images": functools.partial(bench.model_ms, count) for count in (1, 4)}
+    content["parts_ms"] = {name: median(values) for name, values in take_turns(parts, options.rounds).items()}
+    print("\none image's preparation (a thread's time), one batch of the model")
+    print_table(("part", "ms"), [[name, f"{value:.1f}"] for name, value in content["parts_ms"].items()])
+    write_results("encoder", content, options.out or f"encoder-{options.folder.name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Turns the JSON files of benchmarks/results into the tables of docs/performance.md, so that no figure is typed.
+
+    python -m benchmarks.report [--check]
+
+In the document, everything between `<!-- table: NAME -->` and `<!-- end -->` is replaced by the table that
+`TABLES[NAME]` makes of the newest result of its kind for each checkpoint. A table without a result stays as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from benchmarks.measure import RESULTS, ROOT, median_of
+
+DOCUMENT = ROOT / "docs" / "performance.md"
+MARKER = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
+PEERS = {"hf": "Hugging Face generate", "vllm": "vLLM"}
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table, numbers to the right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def caption(result: dict[str, Any]) -> str:
+    """What the figures below were taken on."""
+    machine = result["machine"]
+    device = f", device {result['device']}" if result.get("device", "cpu") != "cpu" else ""
+    load = f"{machine['load_average_1min']:.1f} to {result['load_average_1min_at_end']:.1f}"
+    return (
+        f"{result['checkpoint']}: {machine['processor']}, {len(machine['cores_used'])} core(s){device}, "
+        f"torch {machine['torch']}, load average {load}\n\n"
+    )
+
+
+def engine(result: dict[str, Any]) -> str:
+    rows, ratios = [], []
+    for concurrency, point in result["concurrency"].items():
+        for name, turns in point["turns"].items():
+            middle = median_of(turns)
+            rows.append([
+                concurrency, PEERS.get(name, f"samplers {name}"), f"{middle['requests_per_s']:.2f}",
+                f"{middle['output_tokens_per_s']:.1f}", f"{middle['ttft_p50_ms']:.0f} / {middle['ttft_p99_ms']:.0f}",
+                f"{middle['tpot_p50_ms']:.1f} / {middle['tpot_p99_ms']:.1f}", f"{middle['peak_kv_bytes'] / 2**20:.1f}",
+            ])  # fmt: skip
+        for pair, ratio in point["ratios"].items():
+            ours, theirs = (PEERS.get(name, name) for name in pair.split("/"))
+            spread = f"{ratio['least']:.2f} to {ratio['greatest']:.2f}"
+            ratios.append([concurrency, f"{ours} against {theirs}", f"{ratio['median']:.2f}x", spread])
+    header = ("in flight", "peer", "requests/s", "tokens/s", "TTFT p50 / p99, ms", "TPOT p50 / p99, ms", "KV peak, MiB")
+    table = markdown(header, rows)
+    return f"{table}\n{markdown(('in flight', 'requests/s', 'median', 'over the rounds'), ratios)}"
+
+
+def prefill(result: dict[str, Any]) -> str:
+    rates = (result["linear_flops_per_s"] / 1e9, result["attention_flops_per_s"] / 1e9)
+    rows = [
+        [
+            name, f"{s['visual_tokens_sampled']} > {s['visual_tokens_kept']}", f"{1e3 * s['seconds']:.1f}",
+            f"{s['speedup']:.2f}x", f"{s['allowed_speedup']:.2f}x", f"{s['share_of_allowed']:.0%}",
+            f"{s['kv_share_of_off']:.3f}",
+        ]
+        for name, s in result["settings"].items()
+    ]  # fmt: skip
+    header = ("samplers", "visual tokens", "prefill, ms", "speed-up", "allowed", "share", "KV bytes against off")
+    return f"Linear layers {rates[0]:.0f} GFLOP/s, attention {rates[1]:.0f} GFLOP/s.\n\n{markdown(header, rows)}"
+
+
+def arrival(result: dict[str, Any]) -> str:
+    rows = [
+        [name, *(f"{point[c]:.1f}" for c in ("usual_gap_ms", "longest_gap_ms", "ttft_ms"))]
+        for name, point in result["budgets"].items()
+    ]
+    header = ("budget, tokens a step", "gap before, ms", "longest gap, ms", "TTFT of the prompt, ms")
+    return markdown(header, rows)
+
+
+def scaling(result: dict[str, Any]) -> str:
+    rows = []
+    for point in result["points"]:
+        off, both = point["medians"]["off"], point["medians"]["both"]
+        height, width = point["size_hw"]
+        rows.append([
+            point["axis"], f"{height} x {width}", f"{off['visual_tokens_uncompressed']:.0f}", point["new_tokens"],
+            point["concurrency"], f"{off['requests_per_s']:.2f}", f"{both['requests_per_s']:.2f}",
+            f"{point['both_over_off']:.2f}x",
+        ])  # fmt: skip
+    header = (
+        "axis",
+        "image",
+        "visual tokens",
+        "new tokens",
+        "in flight",
+        "off, requests/s",
+        "both",
+        "both against off",
+    )
+    return markdown(header, rows)
+
+
+def encoder(result: dict[str, Any]) -> str:
+    rows = [
+        [concurrency, name, f"{m['images_per_s']:.1f}", f"{m['tiles_per_s']:.0f}", f"{m['tiles_per_batch']:.1f}",
+         f"{m['latency_p50_ms']:.0f} / {m['latency_p99_ms']:.0f}"]
+        for concurrency, point in result["concurrency"].items()
+        for name, m in point["medians"].items()
+    ]  # fmt: skip
+    header = ("in flight", "JPEG", "images/s", "tiles/s", "tiles a batch", "p50 / p99, ms")
+    parts = [[name, f"{ms:.1f}"] for name, ms in result["parts_ms"].items()]
+    return f"{markdown(header, rows)}\n{markdown(('part', 'ms'), parts)}"
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "engine": engine,
+    "prefill": prefill,
+    "arrival": arrival,
+    "scaling": scaling,
+    "encoder": encoder,
+}
+
+
+def fill(document: str, results: Iterable[dict[str, Any]]) -> str:
+    """The document with every table rewritten of which there is a result. Raises KeyError for an unknown table."""
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        by_name.setdefault(result["benchmark"], []).append(result)
+
+    def table(match: re.Match[str]) -> str:
+        make, found = TABLES[match["name"]], by_name.get(match["name"], [])
+        body = "\n".join(caption(result) + make(result) for result in found) if found else match["body"]
+        return f"{match[1]}{body}{match[4]}"
+
+    return MARKER.sub(table, document)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--document", type=pathlib.Path, default=DOCUMENT)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if the document is not current")
+    options = parser.parse_args()
+    results = [json.loads(path.read_text("utf8")) for path in sorted(options.results.glob("*.json"))]
+    before = options.document.read_text("utf8")
+    after = fill(before, [result for result in results if result.get("benchmark") in TABLES])
+    if options.check:
+        sys.exit(0 if after == before else f"{options.document} is not what the results say: run benchmarks.report")
+    options.document.write_text(after, "utf8")
+    print(f"{options.document} holds the tables of {len(results)} result(s)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""The only converters between our types and their protobuf messages; everything that comes in is checked here."""
+
+from services.common.wire.events import Event, event_from_proto, event_to_proto, usage_from_proto, usage_to_proto
+from services.common.wire.requests import (
+    generate_request_from_proto,
+    generate_request_to_proto,
+    prune_from_proto,
+    prune_to_proto,
+    sampling_from_proto,
+    sampling_to_proto,
+    turns_from_proto,
+    turns_to_proto,
+)
+from services.common.wire.tensors import tensor_from_proto, tensor_to_proto, tokens_from_proto, tokens_to_proto
+
+__all__ = [
+    "Event",
+    "event_from_proto",
+    "event_to_proto",
+    "generate_request_from_proto",
+    "generate_request_to_proto",
+    "prune_from_proto",
+    "prune_to_proto",
+    "sampling_from_proto",
+    "sampling_to_proto",
+    "tensor_from_proto",
+    "tensor_to_proto",
+    "tokens_from_proto",
+    "tokens_to_proto",
+    "turns_from_proto",
+    "turns_to_proto",
+    "usage_from_proto",
+    "usage_to_proto",
+]

@@ -1,0 +1,92 @@
+"""What the LLM stage answers <-> protobuf."""
+
+from __future__ import annotations
+
+from focusllava.v1 import error_pb2, llm_pb2
+from services.common.errors import Code, FocusError, InvalidInput
+from services.common.types import FinishedEvent, TokenEvent, TokenLogprob, TokenLogprobs, Usage
+
+_REASONS = {
+    llm_pb2.FINISH_REASON_STOP: "stop",
+    llm_pb2.FINISH_REASON_LENGTH: "length",
+    llm_pb2.FINISH_REASON_ABORT: "abort",
+}
+_REASON_VALUES = {reason: value for value, reason in _REASONS.items()}
+
+Event = TokenEvent | FinishedEvent | FocusError
+
+
+def usage_to_proto(usage: Usage) -> llm_pb2.Usage:
+    return llm_pb2.Usage(
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        visual_tokens_uncompressed=usage.visual_tokens_uncompressed,
+        visual_tokens_sampled=usage.visual_tokens_sampled,
+        visual_tokens_kept=usage.visual_tokens_kept,
+        prune_layer=usage.prune_layer,
+        num_layers=usage.num_layers,
+        converted_share_percent=100 * usage.converted_share,
+        kv_bytes=usage.kv_bytes,
+        kv_unpruned_bytes=usage.kv_bytes_unpruned,
+        time_to_first_token_ms=1000 * usage.time_to_first_token_s,
+    )
+
+
+def usage_from_proto(message: llm_pb2.Usage) -> Usage:
+    return Usage(
+        prompt_tokens=message.prompt_tokens,
+        completion_tokens=message.completion_tokens,
+        visual_tokens_uncompressed=message.visual_tokens_uncompressed,
+        visual_tokens_sampled=message.visual_tokens_sampled,
+        visual_tokens_kept=message.visual_tokens_kept,
+        prune_layer=message.prune_layer,
+        num_layers=message.num_layers,
+        kv_bytes=message.kv_bytes,
+        kv_bytes_unpruned=message.kv_unpruned_bytes,
+        time_to_first_token_s=message.time_to_first_token_ms / 1000,
+    )
+
+
+def event_to_proto(event: Event) -> llm_pb2.GenerateResponse:
+    """A FocusError becomes the stream's error event."""
+    if isinstance(event, TokenEvent):
+        logprobs = [_logprobs_to_proto(logprobs) for logprobs in event.logprobs]
+        token = llm_pb2.Token(text=event.text, token_ids=event.token_ids, logprobs=logprobs)
+        return llm_pb2.GenerateResponse(token=token)
+    if isinstance(event, FinishedEvent):
+        finished = llm_pb2.Finished(reason=_REASON_VALUES[event.reason], usage=usage_to_proto(event.usage))
+        return llm_pb2.GenerateResponse(finished=finished)
+    return llm_pb2.GenerateResponse(error=error_pb2.StreamError(code=event.code.value, message=str(event)))
+
+
+def event_from_proto(message: llm_pb2.GenerateResponse) -> Event:
+    """An error event comes back (is not raised) as a FocusError with its code; an unknown code is INTERNAL."""
+    kind = message.WhichOneof("event")
+    if kind == "token":
+        token = message.token
+        logprobs = tuple(_logprobs_from_proto(logprobs) for logprobs in token.logprobs)
+        return TokenEvent(text=token.text, token_ids=tuple(token.token_ids), logprobs=logprobs)
+    if kind == "finished":
+        reason = _REASONS.get(message.finished.reason)
+        if reason is None:
+            raise InvalidInput(f"is {message.finished.reason}, expected a known reason", field="finished.reason")
+        return FinishedEvent(reason=reason, usage=usage_from_proto(message.finished.usage))
+    if kind == "error":
+        error = FocusError(message.error.message)
+        error.code = Code.__members__.get(message.error.code, Code.INTERNAL)
+        return error
+    raise InvalidInput("has no event", field="event")
+
+
+def _logprobs_to_proto(logprobs: TokenLogprobs) -> llm_pb2.TokenLogprobs:
+    def entry(token: TokenLogprob) -> llm_pb2.TokenLogprob:
+        return llm_pb2.TokenLogprob(token_id=token.token_id, logprob=token.logprob, text=token.text)
+
+    return llm_pb2.TokenLogprobs(chosen=entry(logprobs.chosen), top=[entry(token) for token in logprobs.top])
+
+
+def _logprobs_from_proto(message: llm_pb2.TokenLogprobs) -> TokenLogprobs:
+    def entry(token: llm_pb2.TokenLogprob) -> TokenLogprob:
+        return TokenLogprob(token_id=token.token_id, logprob=token.logprob, text=token.text)
+
+    return TokenLogprobs(chosen=entry(message.chosen), top=tuple(entry(token) for token in message.top))

@@ -1,0 +1,150 @@
+"""Pages and hidden-state slots of the KV cache: who holds which, and what a later request may still find.
+
+A *block* takes pages, and while somebody may need the hidden states of its tokens, a *slot*. A block with a key is
+*known*: later prompts find and share it. A known block that no sequence holds is *idle*: it stays until its pages or
+its slot are needed, the least recently used first.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(kw_only=True, eq=False)
+class Block:
+    pages: list[int]
+    slot: int | None = None
+    """Where the hidden states of its tokens are; lower group only."""
+    key: bytes | None = None
+    """Set while later requests may find it; it has a slot then."""
+    holders: int = 1
+    readers: int = 0
+    """Those holders that are in prefill: they need the slot."""
+
+
+class BlockPool:
+    """Plain bookkeeping: no tensor is touched here."""
+
+    def __init__(self, *, num_pages: int, num_slots: int):
+        self.num_pages, self.num_slots = num_pages, num_slots
+        self._free = list(range(num_pages))
+        self._free_slots = list(range(num_slots))
+        self._read_slots = 0  # slots with readers
+        self._idle_pages = 0
+        self._known: dict[bytes, Block] = {}
+        self._idle: OrderedDict[bytes, Block] = OrderedDict()
+
+    @property
+    def free_pages(self) -> int:
+        return len(self._free)
+
+    @property
+    def idle_pages(self) -> int:
+        return self._idle_pages
+
+    @property
+    def slots_to_have(self) -> int:
+        """Slots that are free or that nobody reads."""
+        return self.num_slots - self._read_slots
+
+    def take(self, pages: int, *, with_slot: bool = False) -> Block:
+        """A new block for one holder; with_slot: which reads it. There must be room, idle blocks counted."""
+        while len(self._free) < pages:
+            self._forget(next(iter(self._idle.values())))
+        block = Block(pages=self._free[-pages:])
+        del self._free[-pages:]
+        if with_slot:
+            if not self._free_slots:
+                idle = next(iter(self._idle.values()), None)
+                self._forget(idle or next(known for known in self._known.values() if not known.readers))
+            block.slot = self._free_slots.pop()
+            self._read(block)
+        return block
+
+    def find(self, keys: Sequence[bytes]) -> list[Block]:
+        """The known blocks of the longest beginning of `keys`."""
+        found = []
+        for key in keys:
+            block = self._known.get(key)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def adopt(self, block: Block) -> None:
+        """One more holder of a known block, which reads it."""
+        assert block.key is not None
+        if self._idle.pop(block.key, None):
+            self._idle_pages -= len(block.pages)
+        self._known[block.key] = self._known.pop(block.key)  # the newest now
+        block.holders += 1
+        self._read(block)
+
+    def name(self, block: Block, key: bytes) -> None:
+        """Later prompts find the block, unless they find an equal one already."""
+        if block.key is None and key not in self._known:
+            assert block.slot is not None
+            block.key = key
+            self._known[key] = block
+
+    def stop_reading(self, block: Block) -> None:
+        """A holder is through with its prefill."""
+        self._unread(block)
+        self._settle(block)
+
+    def release(self, block: Block, *, reading: bool, broken: bool) -> None:
+        """One holder less. broken: what the block holds may be wrong, nobody may find it any more."""
+        block.holders -= 1
+        if reading:
+            self._unread(block)
+        if broken and block.key is not None:
+            self._forget(block)
+        else:
+            self._settle(block)
+
+    def check_integrity(self, held: dict[Block, tuple[int, int]]) -> None:
+        """Asserts that every page and slot is free or has one block; held: holders and readers of each block."""
+        blocks = dict.fromkeys([*self._known.values(), *held])
+        assert all((b.holders, b.readers) == held.get(b, (0, 0)) for b in blocks), "a block is counted wrong"
+        assert self._idle == {key: b for key, b in self._known.items() if not b.holders}
+        assert self._idle_pages == sum(len(b.pages) for b in self._idle.values())
+        assert all(b.key == key for key, b in self._known.items())
+        assert all(b.key is None or self._known[b.key] is b for b in blocks)
+        pages = [page for b in blocks for page in b.pages]
+        assert sorted(pages + self._free) == list(range(self.num_pages)), "a page is lost, or held twice"
+        slots = [b.slot for b in blocks if b.slot is not None]
+        assert sorted(slots + self._free_slots) == list(range(self.num_slots)), "a slot is lost, or held twice"
+        assert all((b.slot is not None) == bool(b.readers or b.key) for b in blocks)
+        assert self._read_slots == sum(b.readers > 0 for b in blocks)
+
+    def _read(self, block: Block) -> None:
+        block.readers += 1
+        self._read_slots += block.readers == 1
+
+    def _unread(self, block: Block) -> None:
+        block.readers -= 1
+        self._read_slots -= block.readers == 0
+
+    def _settle(self, block: Block) -> None:
+        """Frees what of a block nobody needs any more."""
+        if block.key is not None:
+            if not block.holders:
+                self._idle[block.key] = block
+                self._idle_pages += len(block.pages)
+            return
+        if block.slot is not None and not block.readers:
+            self._free_slots.append(block.slot)
+            block.slot = None
+        if not block.holders:
+            self._free += block.pages
+
+    def _forget(self, block: Block) -> None:
+        """No later request finds it."""
+        assert block.key is not None
+        del self._known[block.key]
+        if self._idle.pop(block.key, None):
+            self._idle_pages -= len(block.pages)
+        block.key = None
+        self._settle(block)

@@ -1,0 +1,63 @@
+"""Attention kernels, one class a kind of device, and which one a device gets.
+
+Legend: S query tokens of a packed pass, K key tokens, H query heads, G key heads, d head width, n sequences,
+B blocks of a block table. Every `H // G` consecutive query heads share one key head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from services.llm.kernels.cpu import CpuKernels
+from services.llm.kernels.cuda import cuda_kernels
+from services.llm.kernels.linear import can_pack
+from services.llm.kernels.reference import ReferenceKernels
+
+
+class Kernels(Protocol):
+    """Causal attention over packed prompts and over the paged KV cache; nothing keeps an S x K matrix."""
+
+    def prefill(
+        self,
+        query_SHd: torch.Tensor,
+        key_KGd: torch.Tensor,
+        value_KGd: torch.Tensor,
+        query_lens: Sequence[int],
+        key_lens: Sequence[int],
+        scaling: float,
+    ) -> torch.Tensor:
+        """Segments end to end, no padding: segment i's queries are the last query_lens[i] of its key_lens[i] tokens.
+
+        Each query attends to the keys of its own segment up to its own position. The lengths sum to S and K, and
+        1 <= query_lens[i] <= key_lens[i]. Inputs may be strided, but d is contiguous. Returns [S, H, d].
+        """
+        ...
+
+    def decode(
+        self,
+        query_nHd: torch.Tensor,
+        key_pool: torch.Tensor,
+        value_pool: torch.Tensor,
+        rows_nB: torch.Tensor,
+        lengths_n: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        """One query a sequence, over K and V in pages [rows, block_size, G, d].
+
+        rows_nB: int64 block tables (rows of the pools), padded with a row that stays zero; lengths_n: int64 tokens to
+        attend to, 1 or more, the new one included. What a page holds past a sequence's length must be finite and is
+        never read into a result. Returns [n, H, d].
+        """
+        ...
+
+
+def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
+    """The fastest kernels that run on this device in this dtype."""
+    if can_pack(device, dtype):
+        return CpuKernels(dtype)
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        return cuda_kernels(device)
+    return ReferenceKernels()

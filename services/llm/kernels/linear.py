@@ -1,0 +1,93 @@
+"""Linear layers of a CPU: the weight is put once into the layout that oneDNN multiplies from, in int8 when asked.
+
+Legend: M tokens, N outputs, K inputs. None of the layers below has a gradient. Their weights are no parameters: they
+move to no other device and are in no state dict.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+from services.common.errors import InvalidInput
+
+Quantize = Literal["int8"]
+EXPECTED_TOKENS = 512
+"""A hint at M for the layout; the layouts chosen for 16 to 3,000 tokens are equally fast at every M."""
+
+
+class PackedLinear(nn.Module):
+    """nn.Linear in fp32 or bf16, sums in fp32."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), EXPECTED_TOKENS)
+        self._bias = None if linear.bias is None else linear.bias.detach()
+
+    def forward(self, x_MK: torch.Tensor) -> torch.Tensor:
+        """[..., K] -> [..., N] in the weight's dtype."""
+        return torch.ops.mkldnn._linear_pointwise(x_MK, self._weight, self._bias, "none", [], "")
+
+
+class Int8Linear(nn.Module):
+    """nn.Linear with int8 weights (one scale an output) and int8 inputs (one scale a token), sums in int32.
+
+    A scale a token, not a batch: what else is in the batch changes no token's result.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight_NK = linear.weight.detach().float()
+        self._scale_N = (weight_NK.abs().amax(dim=1) / 127).clamp_min_(torch.finfo(torch.float32).tiny)
+        codes_NK = (weight_NK / self._scale_N[:, None]).round_().to(torch.int8)
+        self._weight = torch.ops.onednn.qlinear_prepack(codes_NK, [EXPECTED_TOKENS, self.in_features])
+        self._zero_N = torch.zeros(self.out_features, dtype=torch.int32)
+        self._bias = None if linear.bias is None else linear.bias.detach()
+
+    def forward(self, x_MK: torch.Tensor) -> torch.Tensor:
+        """[..., K] -> [..., N] in the input's dtype."""
+        # 126, not 127: the step is rounded to the input's dtype, and no code may leave 0..255.
+        step_M1 = x_MK.abs().amax(dim=-1, keepdim=True).clamp_min_(torch.finfo(x_MK.dtype).tiny * 256).div_(126)
+        codes_MK = (x_MK / step_M1).round_().add_(128).to(torch.uint8)
+        out_MN = torch.ops.onednn.qlinear_pointwise(
+            codes_MK, 1.0, 128, self._weight, self._scale_N, self._zero_N, None, 1.0, 0, x_MK.dtype, "none", [], ""
+        )
+        return out_MN.mul_(step_M1) if self._bias is None else torch.addcmul(self._bias, out_MN, step_M1)
+
+
+def prepare_linears(causal_lm: nn.Module, device: torch.device, dtype: torch.dtype, quantize: Quantize | None) -> None:
+    """Replaces every nn.Linear that has a faster form on this device, one at a time to save memory.
+
+    quantize "int8" takes those of the decoder layers; the head that makes logits keeps its precision. Raises
+    InvalidInput where int8 cannot run.
+    """
+    if quantize is not None:
+        if quantize != "int8":
+            raise InvalidInput(f'is {quantize!r}, expected "int8" or nothing', field="quantize")
+        if device.type != "cpu" or not can_pack(device, dtype) or not torch.cpu._is_vnni_supported():
+            raise InvalidInput(
+                f"is {quantize!r}: needs a CPU with AVX-512 VNNI and float32 or bfloat16, this is {device}, {dtype}",
+                field="quantize",
+            )
+        _replace(causal_lm.get_submodule("model.layers"), Int8Linear)
+    if can_pack(device, dtype):
+        _replace(causal_lm, PackedLinear)
+
+
+def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies in this dtype on this device."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _replace(module: nn.Module, made: type[PackedLinear] | type[Int8Linear]) -> None:
+    for name, child in module.named_children():
+        if type(child) is nn.Linear:
+            setattr(module, name, made(child))
+        else:
+            _replace(child, made)

@@ -1,0 +1,157 @@
+"""Every attention kernel against a naive float64 oracle: ragged lengths, grouped heads, prefixes, pages."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from services.llm.kernels import Kernels, choose_kernels
+from services.llm.kernels.cpu import CpuKernels
+from services.llm.kernels.cuda import CudaKernels, segment_starts
+from services.llm.kernels.reference import ReferenceKernels
+from tests.attention_oracle import decode_oracle, prefill_oracle, varlen_oracle
+
+CPU = torch.device("cpu")
+KERNELS = {
+    "reference": lambda dtype: ReferenceKernels(),
+    "cpu": CpuKernels,
+    "cuda, pages side by side": lambda dtype: CudaKernels(varlen_oracle, reads_pages=False),
+    "cuda, pages in place": lambda dtype: CudaKernels(varlen_oracle, reads_pages=True),
+}
+DTYPES = {torch.float32: 3e-6, torch.bfloat16: 2e-2}
+"""Largest error of an output of size one."""
+SEGMENTS = {
+    "one token": ([1], [1]),
+    "ragged": ([3, 1, 17, 5], [3, 1, 17, 5]),
+    "chunks after a prefix": ([4, 9, 1], [30, 9, 140]),
+    "several query blocks": ([530, 7], [530, 7]),
+    "a chunk over several blocks": ([300], [411]),
+}
+HEADS = {"grouped": (6, 2), "one key head": (4, 1), "ungrouped": (2, 2)}
+
+
+def random_tensors(*shapes: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("segments", SEGMENTS)
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_prefill(kernels: str, segments: str, heads: str, dtype: torch.dtype) -> None:
+    (query_lens, key_lens), (query_heads, key_heads), width = SEGMENTS[segments], HEADS[heads], 16
+    query, key, value = random_tensors(
+        (sum(query_lens), query_heads, width),
+        (sum(key_lens), key_heads, width),
+        (sum(key_lens), key_heads, width),
+        dtype=dtype,
+    )
+    made: Kernels = KERNELS[kernels](dtype)
+    scaling = 0.3
+    out = made.prefill(query, key, value, query_lens, key_lens, scaling)
+    assert out.shape == query.shape and out.dtype == dtype
+    torch.testing.assert_close(
+        out.double(), prefill_oracle(query, key, value, query_lens, key_lens, scaling), rtol=0, atol=DTYPES[dtype]
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_prefill_takes_the_strided_views_of_a_decoder_layer(dtype: torch.dtype) -> None:
+    query, key, value = random_tensors((4, 150, 16), (2, 150, 16), (2, 150, 16), dtype=dtype)
+    views = [tensor.transpose(0, 1) for tensor in (query, key, value)]
+    for made in (ReferenceKernels(), CpuKernels(dtype)):
+        out = made.prefill(*views, [100, 50], [100, 50], 0.25)
+        expected = prefill_oracle(*views, [100, 50], [100, 50], 0.25)
+        torch.testing.assert_close(out.double(), expected, rtol=0, atol=DTYPES[dtype])
+
+
+def test_key_heads_take_turns_when_scores_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, value = random_tensors((300, 6, 16), (300, 3, 16), (300, 3, 16), dtype=torch.bfloat16)
+    whole = CpuKernels(torch.bfloat16).prefill(query, key, value, [300], [300], 0.25)
+    for scores_per_pass in (1, 2 * 2 * 256 * 256):
+        monkeypatch.setattr("services.llm.kernels.cpu.SCORES_PER_PASS", scores_per_pass)
+        assert torch.equal(CpuKernels(torch.bfloat16).prefill(query, key, value, [300], [300], 0.25), whole)
+
+
+@pytest.mark.parametrize("query_scale, key_offset", [(1, 0), (3, 0), (6, 0), (1, 3)])
+def test_bf16_prefill_is_nearly_as_exact_as_sdpa(query_scale: float, key_offset: float) -> None:
+    """Large scores too (up to 30), and keys with a common offset such as Qwen2's bias makes."""
+    tokens, heads, width = 700, 2, 64
+    query, key, value = random_tensors(*[(tokens, heads, width)] * 3, dtype=torch.float32)
+    query = (query * query_scale + key_offset / 2).bfloat16()
+    key, value = (key + key_offset).bfloat16(), value.bfloat16()
+    scaling = width**-0.5
+    exact = F.scaled_dot_product_attention(
+        *(tensor.double().transpose(0, 1) for tensor in (query, key, value)), is_causal=True
+    ).transpose(0, 1)
+    sdpa = F.scaled_dot_product_attention(
+        *(tensor.transpose(0, 1)[None] for tensor in (query, key, value)), is_causal=True
+    )[0].transpose(0, 1)
+    ours = CpuKernels(torch.bfloat16).prefill(query, key, value, [tokens], [tokens], scaling)
+
+    def error(out: torch.Tensor) -> float:
+        return float((out.double() - exact).norm() / exact.norm())
+
+    assert error(ours) < 2.5 * error(sdpa)
+    # What the products alone would make of it: scores rounded to bf16 as they are.
+    scores = torch.matmul(query.transpose(0, 1), key.permute(1, 2, 0)).float() * scaling
+    scores = scores.bfloat16().masked_fill_(torch.ones(tokens, tokens, dtype=torch.bool).triu(1), -torch.inf)
+    plain = torch.matmul(scores.softmax(-1), value.transpose(0, 1)).transpose(0, 1)
+    if query_scale > 1 or key_offset:
+        assert error(ours) < 0.6 * error(plain)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("lengths", [[1], [4, 5, 1, 16], [300, 2, 64, 129], [3] * 9])
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_decode(kernels: str, lengths: list[int], heads: str, dtype: torch.dtype) -> None:
+    (query_heads, key_heads), width, size = HEADS[heads], 16, 4
+    needed = [-(-length // size) for length in lengths]
+    rows = sum(needed) + 1
+    query, key_pool, value_pool = random_tensors(
+        (len(lengths), query_heads, width),
+        (rows, size, key_heads, width),
+        (rows, size, key_heads, width),
+        dtype=dtype,
+        seed=len(lengths),
+    )
+    key_pool[-1] = value_pool[-1] = 0
+    shuffled = random.Random(0).sample(range(rows - 1), rows - 1)
+    rows_nB = torch.full((len(lengths), max(needed) + 3), rows - 1)
+    for index, count in enumerate(needed):
+        rows_nB[index, :count] = torch.tensor([shuffled.pop() for _ in range(count)])
+    made: Kernels = KERNELS[kernels](dtype)
+    before = key_pool.clone(), value_pool.clone()
+    out = made.decode(query, key_pool, value_pool, rows_nB, torch.tensor(lengths), 0.25)
+    expected = decode_oracle(query, key_pool, value_pool, rows_nB, torch.tensor(lengths), 0.25)
+    assert out.shape == query.shape and out.dtype == dtype
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=DTYPES[dtype])
+    assert torch.equal(key_pool, before[0]) and torch.equal(value_pool, before[1])
+
+
+def test_decode_of_a_long_sequence_is_the_same_in_any_batch() -> None:
+    query, key_pool, value_pool = random_tensors((3, 4, 16), (120, 4, 2, 16), (120, 4, 2, 16), dtype=torch.float32)
+    rows_nB, lengths_n = torch.arange(120).view(3, 40), torch.tensor([150, 160, 131])
+    made = CpuKernels(torch.float32)
+    whole = made.decode(query, key_pool, value_pool, rows_nB, lengths_n, 0.25)
+    for index in range(3):
+        one = slice(index, index + 1)
+        alone = made.decode(query[one], key_pool, value_pool, rows_nB[one], lengths_n[one], 0.25)
+        assert torch.equal(alone, whole[one])
+
+
+def test_segment_starts_are_int32_sums() -> None:
+    starts = segment_starts((3, 1, 4), CPU)
+    assert starts.dtype == torch.int32 and starts.tolist() == [0, 3, 4, 8]
+    assert segment_starts((3, 1, 4), CPU) is starts, "made once, asked for by every layer"
+
+
+def test_the_device_chooses_the_kernels() -> None:
+    assert isinstance(choose_kernels(CPU, torch.float32), CpuKernels)
+    assert isinstance(choose_kernels(CPU, torch.float64), ReferenceKernels)
+    assert isinstance(choose_kernels(torch.device("meta"), torch.bfloat16), ReferenceKernels)
