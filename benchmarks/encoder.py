@@ -32,6 +32,7 @@ from benchmarks.measure import (
     write_results,
 )
 from benchmarks.workload import jpeg
+from services.common.malloc import keep_freed_memory
 from services.encoder.batcher import TileBatcher
 from services.encoder.pipeline import EncoderPipeline
 
@@ -114,6 +115,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args()
     pin(options.cores)
+    keep_freed_memory()  # as a replica does
     torch.set_num_threads(len(options.cores))
     dtype = getattr(torch, options.dtype)
     bench = EncoderBench(options.folder / "focusllava", options.device, dtype, options.max_tiles)

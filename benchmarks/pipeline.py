@@ -18,6 +18,7 @@ from functools import partial
 import torch
 
 from benchmarks.measure import RESULTS, ROOT, machine, median, print_table, take_turns, write_results
+from services.common.malloc import keep_freed_memory
 from services.common.types import (
     ChatTurn,
     FinishedEvent,
@@ -121,6 +122,7 @@ def main() -> None:
         parser.error("--tokens must be 2 or more and --repeats 1 or more")
 
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as a replica does
     print(f"bench: loading {options.checkpoint}", flush=True)
     encoder = EncoderPipeline.from_checkpoint(options.checkpoint)
     # The same image again and again: what an earlier question left in the cache would hide the prefill.

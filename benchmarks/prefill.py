@@ -23,6 +23,7 @@ import torch
 
 from benchmarks.measure import machine, median, parse_cores, pin, print_table, ratio_of, take_turns, write_results
 from benchmarks.stages import FULL_TOKENS, PAPER_VISION_KEEP, SETTINGS, question, random_visual_tokens
+from services.common.malloc import keep_freed_memory
 from services.common.types import FinishedEvent, Usage
 from services.llm.engine import Engine
 from services.llm.kernels import choose_kernels
@@ -133,6 +134,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args()
     pin(options.cores)
+    keep_freed_memory()  # as a replica does
     torch.set_num_threads(len(options.cores))
     bench = Prefill(options.folder / "focusllava", options.device)
     turns: dict[str, Any] = {name: functools.partial(bench.prompt, name) for name in SETTINGS}

@@ -23,6 +23,7 @@ import torch
 from benchmarks.measure import machine, median, parse_cores, pin, print_table, take_turns, write_results
 from benchmarks.prefill import Prefill
 from benchmarks.workload import jpeg
+from services.common.malloc import keep_freed_memory
 from services.encoder.pipeline import EncoderPipeline
 
 TEXT_SETTINGS = ("text", "both")
@@ -89,6 +90,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args()
     pin(options.cores)
+    keep_freed_memory()  # as a replica does
     torch.set_num_threads(len(options.cores))
     layout = Layout(options.folder / "focusllava", options.device)
     if not layout.encoder.config.vision_sampler.enabled:

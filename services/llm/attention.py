@@ -7,6 +7,7 @@ The step reaches the function below as the layers' keyword argument `focus_step`
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -25,10 +26,16 @@ SPARE_BLOCKS = 8
 class AttentionStep(Protocol):
     """One packed pass through layers of one KV cache group."""
 
+    final_rows: torch.Tensor | None
+    """int64 [R]: the rows that are read after the model's last layer; None: all."""
+
     def attend(
         self, layer: int, query_HSd: torch.Tensor, key_GSd: torch.Tensor, value_GSd: torch.Tensor, scaling: float
     ) -> torch.Tensor:
-        """Stores K and V in the cache and returns the attention output [S, H, d]."""
+        """Stores K and V in the cache and returns the attention output [S, H, d].
+
+        The last layer may bring the queries of `final_rows` only: then [R, H, d].
+        """
         ...
 
 
@@ -82,8 +89,12 @@ class PackedStep:
         rows_LnB: torch.Tensor | None = None,
         lengths_n: torch.Tensor | None = None,
         chunks: Sequence[Chunk] = (),
+        last_rows: Sequence[bool] | None = None,
     ):
-        """rows_LnB: block tables of the n decoding sequences; lengths_n: int64 tokens of each, the new one included."""
+        """rows_LnB: block tables of the n decoding sequences; lengths_n: int64 tokens of each, the new one included.
+
+        last_rows: of which chunks the last row is read after the model's last layer; None: every row of every chunk.
+        """
         self.cache, self.kernels = cache, kernels
         self.first_layer = cache.groups[group].first_layer
         self.rows_LnB, self.lengths_n = rows_LnB, lengths_n
@@ -96,6 +107,12 @@ class PackedStep:
             slots.append(rows_LnB.gather(2, block_Ln1).squeeze(2) * cache.block_size + last_n % cache.block_size)
         self.query_lens = [chunk.count for chunk in chunks]
         self.key_lens = [chunk.start + chunk.count for chunk in chunks]
+        self.final_rows: torch.Tensor | None = None
+        if last_rows is not None:
+            ends = list(itertools.accumulate(self.query_lens, initial=self.decoding))[1:]
+            read = [end - 1 for end, wanted in zip(ends, last_rows, strict=True) if wanted]
+            self.final_rows = torch.tensor([*range(self.decoding), *read], dtype=torch.int64, device=cache.key.device)
+            self.final_query_lens = [int(wanted) for wanted in last_rows]
         ids = [chunk.sequence.request_id for chunk in chunks]
         slots += [cache.slots(i, group, c.start, c.start + c.count) for i, c in zip(ids, chunks, strict=True)]
         self.slots_LS = torch.cat(slots, dim=1)
@@ -122,14 +139,14 @@ class PackedStep:
                     query_SHd[:n], cache.key, cache.value, self.rows_LnB[local], self.lengths_n, scaling
                 )
             )
-        if self.query_lens:
+        all_rows = len(query_SHd) == len(key_SGd)
+        query_lens = self.query_lens if all_rows else self.final_query_lens
+        if query_lens and len(query_SHd) > n:
             key_KGd, value_KGd = key_SGd[n:], value_SGd[n:]
             if self.key_slots_LK is not None:
                 key_KGd, value_KGd = (pool.index_select(0, self.key_slots_LK[local]) for pool in pools)
-            outputs.append(
-                self.kernels.prefill(query_SHd[n:], key_KGd, value_KGd, self.query_lens, self.key_lens, scaling)
-            )
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+            outputs.append(self.kernels.prefill(query_SHd[n:], key_KGd, value_KGd, query_lens, self.key_lens, scaling))
+        return torch.cat(outputs) if len(outputs) > 1 else next(iter(outputs), query_SHd)
 
 
 def focus_attention(

@@ -14,10 +14,10 @@ import torch
 from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.store import fingerprint
 from services.common.errors import InternalError, InvalidInput, TooLarge, WrongFingerprint
+from services.common.linear import Quantize
 from services.common.ranges import check_prune, check_sampling
 from services.common.types import FinishedEvent, GenerateRequest, SampledToken, TokenEvent, Usage
 from services.llm.detokenizer import Detokenizer
-from services.llm.kernels.linear import Quantize
 from services.llm.kv_cache import KVCache
 from services.llm.model import Decoder
 from services.llm.model_runner import ModelRunner
@@ -118,7 +118,7 @@ class Engine:
         quantize: Quantize | None = None,
     ) -> Engine:
         """Loads the LLM's shards and the tokenizer; no encoder weight is read. dtype None keeps the checkpoint's;
-        quantize: see `services.llm.kernels.linear.prepare_linears`."""
+        quantize: see `services.common.linear.prepare_linears`."""
         config = FocusLlavaConfig.load(folder)
         decoder = Decoder.from_checkpoint(folder, dtype=dtype, device=device, quantize=quantize)
         renderer = PromptRenderer.from_checkpoint(folder, image_token_id=config.image_token_id, context=decoder.context)

@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.store import check_shapes, load_stage
 from services.common.errors import InvalidInput
+from services.common.linear import Quantize, can_pack, prepare_linears
 from services.llm.attention import ATTENTION_NAME, AttentionStep
-from services.llm.kernels.linear import Quantize, prepare_linears
+from services.llm.fused_layer import can_fuse, fused_layer
+from services.llm.kernels import native
 from services.sampler.text_guided import keep_by_share, text_importance
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
@@ -57,6 +59,7 @@ class Decoder:
         self.head_dim: int = attention.head_dim
         self.kv_heads: int = self.config.num_key_value_heads
         self.context: int = self.config.max_position_embeddings
+        self.fused = can_pack(self.device, self.dtype) and all(map(can_fuse, self.layers)) and native.load()
 
     @classmethod
     def from_state(
@@ -129,7 +132,17 @@ class Decoder:
     def run_layers(
         self, hidden_SD: torch.Tensor, rotary: Rotary, first: int, last: int, step: AttentionStep
     ) -> torch.Tensor:
-        """Layers first..last-1 on a packed pass; returns hidden [S, D]."""
+        """Layers first..last-1 on a packed pass; returns hidden [S, D].
+
+        After the model's last layer: the rows of `step.final_rows` only.
+        """
+        final_rows = step.final_rows if last == self.num_layers else None
+        if self.fused:
+            cos_Sd, sin_Sd, hidden_SD = rotary[0][0], rotary[1][0], hidden_SD.clone()  # it is written to
+            for index in range(first, last):
+                rows = final_rows if index == self.num_layers - 1 else None
+                hidden_SD = fused_layer(self.layers[index], hidden_SD, cos_Sd, sin_Sd, step, rows)
+            return hidden_SD
         hidden_1SD = hidden_SD[None]
         for layer in self.layers[first:last]:
             hidden_1SD = layer(
@@ -141,7 +154,7 @@ class Decoder:
                 position_embeddings=rotary,
                 focus_step=step,
             )
-        return hidden_1SD[0]
+        return hidden_1SD[0] if final_rows is None else hidden_1SD[0, final_rows]
 
     def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
         """Final norm and head: [S, V]."""

@@ -109,15 +109,10 @@ class ModelRunner:
             slots_S = self.cache.hidden_slots(chunk.sequence.request_id, index_S)
             hidden.append(self.cache.hidden.flatten(0, 1)[slots_S])
             positions.append(index_S.to(device))
-        rows_m, sequences = list(range(n)), list(step.decode)
-        end = n
-        for chunk in step.upper:
-            end += chunk.count
-            if chunk.start + chunk.count == len(chunk.sequence.upper_index):  # type: ignore[arg-type]
-                rows_m.append(end - 1)
-                sequences.append(chunk.sequence)
-        if not end:
+        if not n and not step.upper:
             return torch.empty(0, 0), []
+        ends = [c.start + c.count == len(c.sequence.upper_index) for c in step.upper]  # type: ignore[arg-type]
+        sequences = [*step.decode, *(c.sequence for c, end in zip(step.upper, ends, strict=True) if end)]
         packed = PackedStep(
             self.cache,
             self.kernels,
@@ -125,9 +120,10 @@ class ModelRunner:
             rows_LnB=half.rows_LnB[UPPER] if n else None,
             lengths_n=half.upper_lengths_n if n else None,
             chunks=step.upper,
+            last_rows=ends,
         )
         rotary = decoder.rotary(torch.cat(positions))
-        hidden_SD = decoder.run_layers(torch.cat(hidden), rotary, self.prune_layer, decoder.num_layers, packed)
+        hidden_mD = decoder.run_layers(torch.cat(hidden), rotary, self.prune_layer, decoder.num_layers, packed)
         for sequence in step.decode:
             sequence.kv_lens = [length + 1 for length in sequence.kv_lens]
         for chunk in step.upper:
@@ -137,7 +133,7 @@ class ModelRunner:
             self.cache.end_prefill(sequence.request_id)
         if not sequences:
             return torch.empty(0, 0), []
-        return decoder.logits(hidden_SD[torch.tensor(rows_m, device=device)]), sequences
+        return decoder.logits(hidden_mD), sequences
 
     def _decode(
         self,

@@ -199,7 +199,7 @@ def test_a_failed_step_ends_its_requests_only_and_nobody_finds_what_it_computed(
     for name in ("a", "b", "c"):
         engine.submit(tiny_llm.request(engine, name))
     expected = tiny_llm.run(tiny_llm.engine(), [tiny_llm.request(engine, "c")])["c"][0]
-    broken = engine.decoder.layers[layer].register_forward_hook(
+    broken = engine.decoder.layers[layer].self_attn.v_proj.register_forward_hook(
         lambda *_: (_ for _ in ()).throw(RuntimeError("broken card"))
     )
     with pytest.raises(StepFailed) as failure:

@@ -17,7 +17,7 @@ from tests.attention_oracle import decode_oracle, prefill_oracle, varlen_oracle
 CPU = torch.device("cpu")
 KERNELS = {
     "reference": lambda dtype: ReferenceKernels(),
-    "cpu": CpuKernels,
+    "cpu": lambda dtype: CpuKernels(),
     "cuda, pages side by side": lambda dtype: CudaKernels(varlen_oracle, reads_pages=False),
     "cuda, pages in place": lambda dtype: CudaKernels(varlen_oracle, reads_pages=True),
 }
@@ -27,7 +27,8 @@ SEGMENTS = {
     "one token": ([1], [1]),
     "ragged": ([3, 1, 17, 5], [3, 1, 17, 5]),
     "chunks after a prefix": ([4, 9, 1], [30, 9, 140]),
-    "several query blocks": ([530, 7], [530, 7]),
+    "several query and key blocks": ([1030, 7], [1030, 7]),
+    "some segments without a query": ([0, 1, 0, 3], [17, 40, 3, 3]),
     "a chunk over several blocks": ([300], [411]),
 }
 HEADS = {"grouped": (6, 2), "one key head": (4, 1), "ungrouped": (2, 2)}
@@ -63,22 +64,14 @@ def test_prefill(kernels: str, segments: str, heads: str, dtype: torch.dtype) ->
 def test_prefill_takes_the_strided_views_of_a_decoder_layer(dtype: torch.dtype) -> None:
     query, key, value = random_tensors((4, 150, 16), (2, 150, 16), (2, 150, 16), dtype=dtype)
     views = [tensor.transpose(0, 1) for tensor in (query, key, value)]
-    for made in (ReferenceKernels(), CpuKernels(dtype)):
+    for made in (ReferenceKernels(), CpuKernels()):
         out = made.prefill(*views, [100, 50], [100, 50], 0.25)
         expected = prefill_oracle(*views, [100, 50], [100, 50], 0.25)
         torch.testing.assert_close(out.double(), expected, rtol=0, atol=DTYPES[dtype])
 
 
-def test_key_heads_take_turns_when_scores_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    query, key, value = random_tensors((300, 6, 16), (300, 3, 16), (300, 3, 16), dtype=torch.bfloat16)
-    whole = CpuKernels(torch.bfloat16).prefill(query, key, value, [300], [300], 0.25)
-    for scores_per_pass in (1, 2 * 2 * 256 * 256):
-        monkeypatch.setattr("services.llm.kernels.cpu.SCORES_PER_PASS", scores_per_pass)
-        assert torch.equal(CpuKernels(torch.bfloat16).prefill(query, key, value, [300], [300], 0.25), whole)
-
-
 @pytest.mark.parametrize("query_scale, key_offset", [(1, 0), (3, 0), (6, 0), (1, 3)])
-def test_bf16_prefill_is_nearly_as_exact_as_sdpa(query_scale: float, key_offset: float) -> None:
+def test_bf16_prefill_is_as_exact_as_sdpa(query_scale: float, key_offset: float) -> None:
     """Large scores too (up to 30), and keys with a common offset such as Qwen2's bias makes."""
     tokens, heads, width = 700, 2, 64
     query, key, value = random_tensors(*[(tokens, heads, width)] * 3, dtype=torch.float32)
@@ -91,18 +84,12 @@ def test_bf16_prefill_is_nearly_as_exact_as_sdpa(query_scale: float, key_offset:
     sdpa = F.scaled_dot_product_attention(
         *(tensor.transpose(0, 1)[None] for tensor in (query, key, value)), is_causal=True
     )[0].transpose(0, 1)
-    ours = CpuKernels(torch.bfloat16).prefill(query, key, value, [tokens], [tokens], scaling)
+    ours = CpuKernels().prefill(query, key, value, [tokens], [tokens], scaling)
 
     def error(out: torch.Tensor) -> float:
         return float((out.double() - exact).norm() / exact.norm())
 
-    assert error(ours) < 2.5 * error(sdpa)
-    # What the products alone would make of it: scores rounded to bf16 as they are.
-    scores = torch.matmul(query.transpose(0, 1), key.permute(1, 2, 0)).float() * scaling
-    scores = scores.bfloat16().masked_fill_(torch.ones(tokens, tokens, dtype=torch.bool).triu(1), -torch.inf)
-    plain = torch.matmul(scores.softmax(-1), value.transpose(0, 1)).transpose(0, 1)
-    if query_scale > 1 or key_offset:
-        assert error(ours) < 0.6 * error(plain)
+    assert error(ours) < 1.1 * error(sdpa)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -137,7 +124,7 @@ def test_decode(kernels: str, lengths: list[int], heads: str, dtype: torch.dtype
 def test_decode_of_a_long_sequence_is_the_same_in_any_batch() -> None:
     query, key_pool, value_pool = random_tensors((3, 4, 16), (120, 4, 2, 16), (120, 4, 2, 16), dtype=torch.float32)
     rows_nB, lengths_n = torch.arange(120).view(3, 40), torch.tensor([150, 160, 131])
-    made = CpuKernels(torch.float32)
+    made = CpuKernels()
     whole = made.decode(query, key_pool, value_pool, rows_nB, lengths_n, 0.25)
     for index in range(3):
         one = slice(index, index + 1)

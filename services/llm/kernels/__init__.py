@@ -11,9 +11,10 @@ from typing import Protocol
 
 import torch
 
+from services.common.linear import can_pack
+from services.llm.kernels import native
 from services.llm.kernels.cpu import CpuKernels
 from services.llm.kernels.cuda import cuda_kernels
-from services.llm.kernels.linear import can_pack
 from services.llm.kernels.reference import ReferenceKernels
 
 
@@ -32,7 +33,7 @@ class Kernels(Protocol):
         """Segments end to end, no padding: segment i's queries are the last query_lens[i] of its key_lens[i] tokens.
 
         Each query attends to the keys of its own segment up to its own position. The lengths sum to S and K, and
-        1 <= query_lens[i] <= key_lens[i]. Inputs may be strided, but d is contiguous. Returns [S, H, d].
+        0 <= query_lens[i] <= key_lens[i]. Inputs may be strided, but d is contiguous. Returns [S, H, d].
         """
         ...
 
@@ -56,8 +57,8 @@ class Kernels(Protocol):
 
 def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     """The fastest kernels that run on this device in this dtype."""
-    if can_pack(device, dtype):
-        return CpuKernels(dtype)
+    if can_pack(device, dtype) and native.load():
+        return CpuKernels()
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         return cuda_kernels(device)
     return ReferenceKernels()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from services.common.errors import InvalidInput
-from services.llm.kernels.linear import Int8Linear, PackedLinear, can_pack, prepare_linears
+from services.common.linear import Int8Linear, PackedLinear, can_pack, prepare_linears
 from services.llm.kernels.reference import ReferenceKernels
 from services.llm.model import Decoder
 from tests import tiny_llm
@@ -37,6 +37,19 @@ def test_packed_linear_is_linear(inputs: int, outputs: int, bias: bool, dtype: t
         assert out.dtype == dtype and out.shape == (1, tokens, outputs)
         rounding = 2**-8 if dtype == torch.bfloat16 else 2**-20
         torch.testing.assert_close(out.double(), exact, rtol=rounding, atol=rounding)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_several_linears_of_one_input_are_one(bias: bool, dtype: torch.dtype) -> None:
+    parts = [linear(100, outputs, bias, dtype, seed=outputs) for outputs in (48, 16, 33)]
+    joined = PackedLinear(*parts)
+    assert (joined.in_features, joined.out_features) == (100, 97)
+    x = torch.randn(2, 30, 100).to(dtype)
+    rounding = 2**-8 if dtype == torch.bfloat16 else 2**-20
+    for part, out in zip(parts, joined(x).split((48, 16, 33), dim=-1), strict=True):
+        torch.testing.assert_close(out, part(x), rtol=rounding, atol=rounding)
 
 
 @torch.inference_mode()
@@ -98,6 +111,8 @@ def test_an_engine_on_int8_answers_nearly_alike(family: str) -> None:
         kernels = ReferenceKernels()
 
         class WholePrompt:
+            final_rows = None
+
             def attend(self, layer, query_HSd, key_GSd, value_GSd, scaling):  # type: ignore[no-untyped-def]
                 parts = (tensor.transpose(0, 1) for tensor in (query_HSd, key_GSd, value_GSd))
                 return kernels.prefill(*parts, [len(ids)], [len(ids)], scaling)

@@ -19,13 +19,16 @@ EXPECTED_TOKENS = 512
 
 
 class PackedLinear(nn.Module):
-    """nn.Linear in fp32 or bf16, sums in fp32."""
+    """nn.Linear in fp32 or bf16, sums in fp32. Several layers of one input become one product, outputs side by side."""
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, *linears: nn.Linear):
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), EXPECTED_TOKENS)
-        self._bias = None if linear.bias is None else linear.bias.detach()
+        weights: list[torch.Tensor] = [linear.weight.detach() for linear in linears]
+        biases: list[torch.Tensor] = [linear.bias for linear in linears]
+        weight_NK = weights[0] if len(weights) == 1 else torch.cat(weights)
+        self.out_features, self.in_features = weight_NK.shape
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight_NK, EXPECTED_TOKENS)
+        self._bias = None if biases[0] is None else torch.cat(biases).detach()
 
     def forward(self, x_MK: torch.Tensor) -> torch.Tensor:
         """[..., K] -> [..., N] in the weight's dtype."""

@@ -1,0 +1,480 @@
+// The LLM stage's hot loops on a CPU, in bf16 and fp32: flash attention over packed prompts and over the pages of the KV
+// cache, and what lies between a decoder layer's matrix products, each in one pass over memory.
+//
+// Matrix products are oneDNN's small kernels (brgemm), which take the processor's matrix units where it has them; loops
+// are plain C++ that the compiler vectorises for the processor at hand. Sums and softmax are fp32. Every query, token
+// and sequence is computed alone: what else is in the batch changes no result.
+//
+// Legend: S queries, K keys, H query heads, G key heads, R = H / G query heads a key head, d head width, D hidden width,
+// F MLP width, n sequences, b tokens of a page.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/native/CPUBlas.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+#include <optional>
+#include <vector>
+
+namespace {
+
+using at::BFloat16;
+using at::Tensor;
+namespace blas = at::native::cpublas;
+
+constexpr int64_t kRows = 64;         // query rows of a tile: heads that share keys, times positions
+constexpr int64_t kKeys = 512;        // keys of a tile: scores and probabilities of a tile stay in the L2 cache
+constexpr int64_t kKeyStep = 32;      // keys of a tile are rounded up to it, so that few kernels are generated
+constexpr int64_t kDecodeKeys = 256;  // keys of one decode task; a longer sequence is shared out among threads
+constexpr float kNone = -1e30f;       // a score that nothing is below, finite so that differences are
+
+inline float to_float(float x) { return x; }
+inline float to_float(BFloat16 x) {
+  return std::bit_cast<float>(static_cast<uint32_t>(x.x) << 16);
+}
+template <typename T>
+inline T from_float(float x);
+template <>
+inline float from_float<float>(float x) { return x; }
+template <>
+inline BFloat16 from_float<BFloat16>(float x) {  // to nearest even; no NaN comes here
+  uint32_t bits = std::bit_cast<uint32_t>(x);
+  bits += 0x7fff + ((bits >> 16) & 1);
+  return BFloat16(static_cast<uint16_t>(bits >> 16), BFloat16::from_bits());
+}
+
+// exp(x) for x <= 0, 2 ulp; below -87 it is 0 or nearly so. Written so that it vectorises.
+inline float exp_negative(float x) {
+  x = x > -87.0f ? x : -87.0f;
+  const float whole = std::floor(x * 1.442695041f + 0.5f);
+  float r = x - whole * 0.693359375f;
+  r = r + whole * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return p * std::bit_cast<float>((static_cast<int32_t>(whole) + 127) << 23);
+}
+
+// Runs tasks 0..count-1, each on whichever thread is free next.
+template <typename F>
+void for_each_task(int64_t count, const F& task) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), count);
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < count; i = next++) task(i);
+  });
+}
+
+struct Strided {  // a [tokens, heads, d] view, d contiguous
+  int64_t token, head;
+  explicit Strided(const Tensor& t) : token(t.stride(0)), head(t.stride(1)) {}
+};
+
+// Operand layouts of brgemm: bf16 takes pairs of the inner dimension side by side, fp32 takes rows.
+inline int64_t key_pad(int64_t keys) { return (keys + kKeyStep - 1) / kKeyStep * kKeyStep; }
+
+// K^T of `tile` keys, columns beyond `count` zero: bf16 [d/2][tile][2], fp32 [d][tile].
+void pack_key(const BFloat16* in, int64_t stride, int64_t count, int64_t tile, int64_t d, BFloat16* out) {
+  uint32_t* pairs = reinterpret_cast<uint32_t*>(out);
+  for (int64_t k = 0; k < count; ++k) {
+    const BFloat16* row = in + k * stride;
+    for (int64_t j = 0; j < d / 2; ++j) std::memcpy(pairs + j * tile + k, row + 2 * j, 4);
+  }
+  for (int64_t j = 0; j < d / 2; ++j) std::fill(pairs + j * tile + count, pairs + (j + 1) * tile, 0u);
+}
+void pack_key(const float* in, int64_t stride, int64_t count, int64_t tile, int64_t d, float* out) {
+  for (int64_t k = 0; k < count; ++k)
+    for (int64_t j = 0; j < d; ++j) out[j * tile + k] = in[k * stride + j];
+  for (int64_t j = 0; j < d; ++j) std::fill(out + j * tile + count, out + (j + 1) * tile, 0.0f);
+}
+// V of `tile` keys: bf16 [tile/2][d][2], fp32 [tile][d].
+void pack_value(const BFloat16* in, int64_t stride, int64_t count, int64_t tile, int64_t d, BFloat16* out) {
+  const BFloat16 zero(0.0f);
+  for (int64_t k = 0; k < tile; k += 2) {
+    const BFloat16 *first = in + k * stride, *second = first + stride;
+    BFloat16* pair = out + k * d;
+    if (k + 1 < count) {
+      uint32_t* both = reinterpret_cast<uint32_t*>(pair);
+      for (int64_t j = 0; j < d; ++j) both[j] = first[j].x | static_cast<uint32_t>(second[j].x) << 16;
+    } else {
+      for (int64_t j = 0; j < d; ++j) { pair[2 * j] = k < count ? first[j] : zero; pair[2 * j + 1] = zero; }
+    }
+  }
+}
+void pack_value(const float* in, int64_t stride, int64_t count, int64_t tile, int64_t d, float* out) {
+  for (int64_t k = 0; k < count; ++k) std::copy(in + k * stride, in + k * stride + d, out + k * d);
+  std::fill(out + count * d, out + tile * d, 0.0f);
+}
+
+struct Tile {
+  int64_t segment, group, first, last;  // positions first..last-1 of the segment's queries
+};
+
+template <typename T>
+void prefill(const Tensor& query, const Tensor& key, const Tensor& value, at::IntArrayRef query_lens,
+             at::IntArrayRef key_lens, float scaling, Tensor& out) {
+  constexpr bool pairs = std::is_same_v<T, BFloat16>;
+  const int64_t heads = query.size(1), groups = key.size(1), d = query.size(2), repeats = heads / groups;
+  const Strided q_at(query), k_at(key), v_at(value), o_at(out);
+  const T *q_all = query.const_data_ptr<T>(), *k_all = key.const_data_ptr<T>(), *v_all = value.const_data_ptr<T>();
+  T* o_all = out.data_ptr<T>();
+  const int64_t positions = std::max<int64_t>(1, kRows / repeats);
+
+  // Where each segment begins among queries, keys and packed keys.
+  const int64_t segments = query_lens.size();
+  std::vector<int64_t> q_start(segments + 1, 0), k_start(segments + 1, 0), packed_start(segments + 1, 0);
+  std::vector<Tile> tiles;
+  std::vector<std::array<int64_t, 3>> packs;  // segment, group, first key
+  for (int64_t s = 0; s < segments; ++s) {
+    q_start[s + 1] = q_start[s] + query_lens[s];
+    k_start[s + 1] = k_start[s] + key_lens[s];
+    packed_start[s + 1] = packed_start[s] + key_pad(key_lens[s]);
+    for (int64_t g = 0; g < groups; ++g) {
+      for (int64_t first = 0; first < key_lens[s]; first += kKeys) packs.push_back({s, g, first});
+      for (int64_t first = 0; first < query_lens[s]; first += positions)
+        tiles.push_back({s, g, first, std::min(first + positions, query_lens[s])});
+    }
+  }
+  // Long tiles first, so that the threads end together.
+  const auto seen = [&](const Tile& t) { return key_lens[t.segment] - query_lens[t.segment] + t.last; };
+  std::stable_sort(tiles.begin(), tiles.end(), [&](const Tile& a, const Tile& b) { return seen(a) > seen(b); });
+
+  const int64_t packed_keys = packed_start[segments];
+  Tensor packed = at::empty({2, groups, packed_keys, d}, query.options());
+  T *packed_key = packed.data_ptr<T>(), *packed_value = packed_key + groups * packed_keys * d;
+  for_each_task(packs.size(), [&](int64_t i) {
+    const auto [s, g, first] = packs[i];
+    const int64_t count = std::min(kKeys, key_lens[s] - first), tile = key_pad(count);
+    const int64_t at = (g * packed_keys + packed_start[s] + first) * d;
+    pack_key(k_all + (k_start[s] + first) * k_at.token + g * k_at.head, k_at.token, count, tile, d, packed_key + at);
+    pack_value(v_all + (k_start[s] + first) * v_at.token + g * v_at.head, v_at.token, count, tile, d, packed_value + at);
+  });
+
+  const int64_t rows = positions * repeats;
+  for_each_task(tiles.size(), [&](int64_t i) {
+    const Tile& tile = tiles[i];
+    const int64_t s = tile.segment, g = tile.group, count = tile.last - tile.first;
+    thread_local std::vector<float> scores, sums, total, top;
+    thread_local std::vector<T> probs, queries;
+    scores.resize(rows * kKeys);
+    probs.resize(rows * kKeys);
+    queries.resize(rows * d);
+    sums.assign(rows * d, 0.0f);
+    total.assign(rows, 0.0f);
+    top.assign(rows, kNone);
+    // Row r * positions + p is head r of position p; rows of a short last tile repeat its last position.
+    for (int64_t r = 0; r < repeats; ++r)
+      for (int64_t p = 0; p < positions; ++p) {
+        const int64_t at = q_start[s] + tile.first + std::min(p, count - 1);
+        const T* from = q_all + at * q_at.token + (g * repeats + r) * q_at.head;
+        std::copy(from, from + d, queries.data() + (r * positions + p) * d);
+      }
+    const int64_t before = key_lens[s] - query_lens[s] + tile.first;  // keys before the tile's first position
+    for (int64_t first = 0; first < before + count; first += kKeys) {
+      const int64_t stored = std::min(kKeys, key_lens[s] - first), wide = key_pad(stored);
+      const int64_t keys = std::min(wide, key_pad(before + count - first));
+      const int64_t at = (g * packed_keys + packed_start[s] + first) * d;
+      blas::brgemm(rows, keys, d, d, wide, kKeys, false, queries.data(), packed_key + at, scores.data(), pairs);
+      for (int64_t row = 0; row < rows; ++row) {
+        const int64_t own = before + std::min(row % positions, count - 1) + 1 - first;
+        const int64_t visible = std::clamp<int64_t>(own, 0, keys);
+        const float* score = scores.data() + row * kKeys;
+        T* prob = probs.data() + row * kKeys;
+        float high = kNone;
+#pragma omp simd reduction(max : high)
+        for (int64_t k = 0; k < visible; ++k) high = score[k] > high ? score[k] : high;
+        high = std::max(top[row], high * scaling);
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t k = 0; k < visible; ++k) {
+          const float p = exp_negative(score[k] * scaling - high);
+          sum += p;
+          prob[k] = from_float<T>(p);
+        }
+        std::fill(prob + visible, prob + keys, T(0.0f));
+        if (high > top[row]) {
+          const float shrink = exp_negative(top[row] - high);
+          total[row] *= shrink;
+          float* held = sums.data() + row * d;
+          for (int64_t j = 0; j < d; ++j) held[j] *= shrink;
+          top[row] = high;
+        }
+        total[row] += sum;
+      }
+      blas::brgemm(rows, d, keys, kKeys, d, d, true, probs.data(), packed_value + at, sums.data(), pairs);
+    }
+    for (int64_t r = 0; r < repeats; ++r)
+      for (int64_t p = 0; p < count; ++p) {
+        const int64_t row = r * positions + p;
+        T* to = o_all + (q_start[s] + tile.first + p) * o_at.token + (g * repeats + r) * o_at.head;
+        const float scale = 1.0f / total[row];
+        for (int64_t j = 0; j < d; ++j) to[j] = from_float<T>(sums[row * d + j] * scale);
+      }
+    blas::brgemm_release(pairs);
+  });
+}
+
+// Sixteen sums side by side, added up in pairs: a single sum would be a chain of d additions.
+template <typename T>
+inline float dot(const float* x, const T* y, int64_t d) {
+  float sums[16] = {};
+  int64_t j = 0;
+  for (; j + 16 <= d; j += 16)
+#pragma omp simd
+    for (int64_t i = 0; i < 16; ++i) sums[i] += x[j + i] * to_float(y[j + i]);
+  for (int64_t i = 0; j + i < d; ++i) sums[i] += x[j + i] * to_float(y[j + i]);
+  for (int64_t half = 8; half > 0; half /= 2)
+#pragma omp simd
+    for (int64_t i = 0; i < half; ++i) sums[i] += sums[i + half];
+  return sums[0];
+}
+
+// One decode task: keys first..last-1 of one sequence, all heads, so that a page is read from end to end. Leaves for each
+// head its values weighted by exp(score - top) [H, d], the sum of the weights [H] and the top score [H].
+// D: the head width where the compiler is to know it, else 0.
+template <typename T, int64_t D>
+void decode_part(const T* query, const Strided& q_at, const Tensor& keys, const Tensor& values, const int64_t* rows,
+                 int64_t first, int64_t last, int64_t heads, float scaling, float* out) {
+  const int64_t b = keys.size(1), groups = keys.size(2), d = D ? D : keys.size(3), repeats = heads / groups;
+  const int64_t token = groups * d, page = b * token, count = last - first;
+  const T *key_pool = keys.const_data_ptr<T>(), *value_pool = values.const_data_ptr<T>();
+  // A page at a time: calls f(k, tokens, offset) for the tokens k..k+tokens-1 of this task, which lie at `offset`.
+  const auto for_each_page = [&](const auto& f) {
+    for (int64_t k = 0, tokens; k < count; k += tokens) {
+      tokens = std::min(b - (first + k) % b, count - k);
+      f(k, tokens, rows[(first + k) / b] * page + (first + k) % b * token);
+    }
+  };
+  thread_local std::vector<float> scores_memory, query_memory;
+  scores_memory.resize(heads * count);
+  query_memory.resize(heads * d);
+  float *scores = scores_memory.data(), *q = query_memory.data();  // [H, count], [H, d]
+  for (int64_t h = 0; h < heads; ++h)
+    for (int64_t j = 0; j < d; ++j) q[h * d + j] = to_float(query[h * q_at.head + j]) * scaling;
+  for_each_page([&](int64_t k, int64_t tokens, int64_t offset) {
+    for (int64_t h = 0; h < heads; ++h) {
+      const T* own = key_pool + offset + h / repeats * d;
+      const float* one = q + h * d;
+      for (int64_t t = 0; t < tokens; ++t) scores[h * count + k + t] = dot(one, own + t * token, d);
+    }
+  });
+  float *total = out + heads * d, *top = total + heads;
+  for (int64_t h = 0; h < heads; ++h) {
+    float* score = scores + h * count;
+    float high = kNone, sum = 0;
+#pragma omp simd reduction(max : high)
+    for (int64_t k = 0; k < count; ++k) high = score[k] > high ? score[k] : high;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t k = 0; k < count; ++k) sum += score[k] = exp_negative(score[k] - high);
+    total[h] = sum;
+    top[h] = high;
+  }
+  std::fill(out, out + heads * d, 0.0f);
+  for_each_page([&](int64_t k, int64_t tokens, int64_t offset) {
+    for (int64_t h = 0; h < heads; ++h) {
+      const T* own = value_pool + offset + h / repeats * d;
+      const float* weight = scores + h * count + k;
+      float* sum = out + h * d;
+      constexpr int64_t kColumns = D ? D : 16;  // so many sums stay in registers
+      for (int64_t j0 = 0; j0 < d; j0 += kColumns) {
+        const int64_t columns = D ? D : std::min(kColumns, d - j0);
+        float part[kColumns] = {};
+        for (int64_t t = 0; t < tokens; ++t)
+#pragma omp simd
+          for (int64_t j = 0; j < columns; ++j) part[j] += weight[t] * to_float(own[t * token + j0 + j]);
+        for (int64_t j = 0; j < columns; ++j) sum[j0 + j] += part[j];
+      }
+    }
+  });
+}
+
+template <typename T>
+void decode(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& table, const Tensor& lengths,
+            float scaling, Tensor& out) {
+  const int64_t count = query.size(0), heads = query.size(1), d = query.size(2), size = heads * (d + 2);
+  const Strided q_at(query);
+  const T* q_all = query.const_data_ptr<T>();
+  const int64_t *length = lengths.const_data_ptr<int64_t>(), *rows = table.const_data_ptr<int64_t>();
+  std::vector<std::array<int64_t, 2>> parts;  // sequence, first key
+  std::vector<int64_t> first_part(count + 1, 0);
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t first = 0; first < length[i]; first += kDecodeKeys) parts.push_back({i, first});
+    first_part[i + 1] = parts.size();
+  }
+  std::vector<float> results(parts.size() * size);
+  const auto part = d == 64 ? decode_part<T, 64> : d == 128 ? decode_part<T, 128> : decode_part<T, 0>;
+  for_each_task(parts.size(), [&](int64_t index) {
+    const auto [i, first] = parts[index];
+    part(q_all + i * q_at.token, q_at, keys, values, rows + i * table.stride(0), first,
+                std::min(first + kDecodeKeys, length[i]), heads, scaling, results.data() + index * size);
+  });
+  std::vector<float> sum(d);
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t h = 0; h < heads; ++h) {
+      const float *begin = results.data() + first_part[i] * size, *end = results.data() + first_part[i + 1] * size;
+      float high = kNone, total = 0;
+      for (const float* part = begin; part < end; part += size) high = std::max(high, part[heads * (d + 1) + h]);
+      std::fill(sum.begin(), sum.end(), 0.0f);
+      for (const float* part = begin; part < end; part += size) {
+        const float weight = exp_negative(part[heads * (d + 1) + h] - high);
+        total += weight * part[heads * d + h];
+        for (int64_t j = 0; j < d; ++j) sum[j] += weight * part[h * d + j];
+      }
+      T* to = out.data_ptr<T>() + (i * heads + h) * d;
+      for (int64_t j = 0; j < d; ++j) to[j] = from_float<T>(sum[j] / total);
+    }
+}
+
+// Calls f<T>(...) for the tensor's dtype.
+#define FOR_DTYPE(tensor, f, ...)                                                               \
+  do {                                                                                          \
+    const auto dtype = (tensor).scalar_type();                                                  \
+    TORCH_CHECK(dtype == at::kBFloat16 || dtype == at::kFloat, "dtype ", dtype, " is not ours"); \
+    if (dtype == at::kBFloat16) f<BFloat16>(__VA_ARGS__);                                       \
+    else f<float>(__VA_ARGS__);                                                                 \
+  } while (false)
+
+int64_t sum_of(at::IntArrayRef lens) { return std::accumulate(lens.begin(), lens.end(), int64_t{0}); }
+
+Tensor prefill_attention(const Tensor& query, const Tensor& key, const Tensor& value, at::IntArrayRef query_lens,
+                         at::IntArrayRef key_lens, double scaling) {
+  const int64_t d = query.size(2);
+  for (const Tensor& t : {query, key, value})
+    TORCH_CHECK(t.dim() == 3 && t.stride(2) == 1 && t.size(2) == d && t.scalar_type() == query.scalar_type());
+  TORCH_CHECK(d % 2 == 0 && query.size(1) % key.size(1) == 0 && key.sizes() == value.sizes());
+  TORCH_CHECK(query_lens.size() == key_lens.size() && sum_of(query_lens) == query.size(0) &&
+              sum_of(key_lens) == key.size(0));
+  for (size_t i = 0; i < query_lens.size(); ++i) TORCH_CHECK(0 <= query_lens[i] && query_lens[i] <= key_lens[i]);
+  Tensor out = at::empty(query.sizes(), query.options());
+  FOR_DTYPE(query, prefill, query, key, value, query_lens, key_lens, static_cast<float>(scaling), out);
+  return out;
+}
+
+Tensor decode_attention(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& table,
+                        const Tensor& lengths, double scaling) {
+  TORCH_CHECK(keys.is_contiguous() && values.is_contiguous() && keys.sizes() == values.sizes() && keys.dim() == 4);
+  TORCH_CHECK(query.dim() == 3 && query.stride(2) == 1 && query.size(2) == keys.size(3) &&
+              query.size(1) % keys.size(2) == 0);
+  TORCH_CHECK(query.scalar_type() == keys.scalar_type() && query.scalar_type() == values.scalar_type());
+  TORCH_CHECK(table.scalar_type() == at::kLong && lengths.scalar_type() == at::kLong && lengths.is_contiguous());
+  TORCH_CHECK(table.dim() == 2 && table.stride(1) == 1 && table.size(0) == query.size(0) &&
+              lengths.size(0) == query.size(0));
+  Tensor out = at::empty(query.sizes(), query.options());
+  FOR_DTYPE(query, decode, query, keys, values, table, lengths, static_cast<float>(scaling), out);
+  return out;
+}
+
+constexpr int64_t kGrain = 1 << 14;  // elements that are worth a thread
+
+template <typename T>
+void norm(Tensor& hidden, const std::optional<Tensor>& delta, const Tensor& weight, float eps, Tensor& out) {
+  const int64_t width = hidden.size(-1), tokens = hidden.numel() / width;
+  T* all = hidden.data_ptr<T>();
+  const T *add = delta ? delta->const_data_ptr<T>() : nullptr, *scale = weight.const_data_ptr<T>();
+  T* to_all = out.data_ptr<T>();
+  at::parallel_for(0, tokens, std::max<int64_t>(1, kGrain / width), [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      T *row = all + i * width, *to = to_all + i * width;
+      if (add) {
+        const T* more = add + i * width;
+#pragma omp simd
+        for (int64_t j = 0; j < width; ++j) row[j] = from_float<T>(to_float(row[j]) + to_float(more[j]));
+      }
+      float squares = 0;
+#pragma omp simd reduction(+ : squares)
+      for (int64_t j = 0; j < width; ++j) squares += to_float(row[j]) * to_float(row[j]);
+      const float factor = 1.0f / std::sqrt(squares / static_cast<float>(width) + eps);
+#pragma omp simd
+      for (int64_t j = 0; j < width; ++j) to[j] = from_float<T>(to_float(row[j]) * factor * to_float(scale[j]));
+    }
+  });
+}
+
+// hidden += delta (in place, when there is one); returns RMS norm of hidden, times weight.
+Tensor add_rms_norm(Tensor hidden, const std::optional<Tensor>& delta, const Tensor& weight, double eps) {
+  TORCH_CHECK(hidden.is_contiguous() && weight.is_contiguous() && weight.numel() == hidden.size(-1) &&
+              weight.scalar_type() == hidden.scalar_type());
+  TORCH_CHECK(!delta || (delta->is_contiguous() && delta->sizes() == hidden.sizes() &&
+                         delta->scalar_type() == hidden.scalar_type()));
+  Tensor out = at::empty_like(hidden);
+  FOR_DTYPE(hidden, norm, hidden, delta, weight, static_cast<float>(eps), out);
+  return out;
+}
+
+template <typename T>
+void rotate(Tensor& x, const Tensor& cos, const Tensor& sin) {
+  const int64_t tokens = x.size(0), heads = x.size(1), d = x.size(2), half = d / 2;
+  const Strided at(x);
+  T* all = x.data_ptr<T>();
+  const T *cos_all = cos.const_data_ptr<T>(), *sin_all = sin.const_data_ptr<T>();
+  at::parallel_for(0, tokens, std::max<int64_t>(1, kGrain / (heads * d)), [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const T *c = cos_all + i * d, *s = sin_all + i * d;
+      for (int64_t h = 0; h < heads; ++h) {
+        T *low = all + i * at.token + h * at.head, *high = low + half;
+#pragma omp simd
+        for (int64_t j = 0; j < half; ++j) {
+          const float x1 = to_float(low[j]), x2 = to_float(high[j]);
+          low[j] = from_float<T>(x1 * to_float(c[j]) - x2 * to_float(s[j]));
+          high[j] = from_float<T>(x2 * to_float(c[half + j]) + x1 * to_float(s[half + j]));
+        }
+      }
+    }
+  });
+}
+
+// Rotary embedding in place, the halves of a head as pairs. x [S, H, d]; cos and sin [S, d].
+void rotate_(Tensor x, const Tensor& cos, const Tensor& sin) {
+  TORCH_CHECK(x.dim() == 3 && x.stride(2) == 1 && x.size(2) % 2 == 0);
+  for (const Tensor& t : {cos, sin})
+    TORCH_CHECK(t.is_contiguous() && t.dim() == 2 && t.size(0) == x.size(0) && t.size(1) == x.size(2) &&
+                t.scalar_type() == x.scalar_type());
+  FOR_DTYPE(x, rotate, x, cos, sin);
+}
+
+template <typename T>
+void gate(Tensor& gate, const Tensor& up) {
+  T* g = gate.data_ptr<T>();
+  const T* u = up.const_data_ptr<T>();
+  at::parallel_for(0, gate.numel(), kGrain, [&](int64_t first, int64_t last) {
+#pragma omp simd
+    for (int64_t i = first; i < last; ++i) {
+      const float x = to_float(g[i]), power = exp_negative(x < 0 ? x : -x);
+      const float sigmoid = (x < 0 ? power : 1.0f) / (1.0f + power);
+      g[i] = from_float<T>(x * sigmoid * to_float(u[i]));
+    }
+  });
+}
+
+// gate = silu(gate) * up, in place.
+void silu_mul_(Tensor x, const Tensor& up) {
+  TORCH_CHECK(x.is_contiguous() && up.is_contiguous() && x.sizes() == up.sizes() && x.scalar_type() == up.scalar_type());
+  FOR_DTYPE(x, gate, x, up);
+}
+
+}  // namespace
+
+TORCH_LIBRARY(focusllava, m) {
+  m.def(
+      "prefill_attention(Tensor query, Tensor key, Tensor value, int[] query_lens, int[] key_lens, float scaling) -> "
+      "Tensor",
+      prefill_attention);
+  m.def(
+      "decode_attention(Tensor query, Tensor keys, Tensor values, Tensor table, Tensor lengths, float scaling) -> Tensor",
+      decode_attention);
+  m.def("add_rms_norm(Tensor(a!) hidden, Tensor? delta, Tensor weight, float eps) -> Tensor", add_rms_norm);
+  m.def("rotate_(Tensor(a!) x, Tensor cos, Tensor sin) -> ()", rotate_);
+  m.def("silu_mul_(Tensor(a!) gate, Tensor up) -> ()", silu_mul_);
+}

@@ -1,0 +1,93 @@
+"""Builds native.cpp with the machine's own compiler, once, and loads it: the operators `torch.ops.focusllava.*`.
+
+python -m services.llm.kernels.native      builds now what the first use would build, and says where it lies
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import tempfile
+
+import torch
+from torch.utils.cpp_extension import include_paths
+
+SOURCE = pathlib.Path(__file__).with_suffix(".cpp")
+# Without errno and traps the compiler may vectorise; nothing here changes what a float operation gives.
+FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+TORCH_LIBRARIES = ("torch", "torch_cpu", "c10")
+COMPILE_SECONDS = 600
+
+log = logging.getLogger(__name__)
+
+
+class CannotBuild(Exception):
+    """There is no compiler that can make the library; says why."""
+
+
+def cache_folder() -> pathlib.Path:
+    """Where built libraries are kept: $FOCUSLLAVA_CACHE, or the user's cache folder."""
+    own = os.environ.get("FOCUSLLAVA_CACHE")
+    return (
+        pathlib.Path(own)
+        if own
+        else pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "focusllava"
+    )
+
+
+def build(folder: pathlib.Path) -> pathlib.Path:
+    """The library in `folder`, built if it is not there yet. Raises CannotBuild.
+
+    Its name is a hash of the source, the flags, torch and the processor, so a change of any of them builds anew.
+    """
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise CannotBuild("no C++ compiler: install g++ or set CXX")
+    parts = (SOURCE.read_text(), *FLAGS, compiler, torch.__version__, _processor())
+    library = folder / f"native-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
+    if library.exists():
+        return library
+    torch_libraries = pathlib.Path(torch.__file__).parent / "lib"
+    command = [compiler, *FLAGS, str(SOURCE), *(f"-I{path}" for path in include_paths()), f"-L{torch_libraries}"]
+    command += [f"-l{name}" for name in TORCH_LIBRARIES]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Another process may be building the same: each writes a file of its own, the last to end puts its in place.
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            made = pathlib.Path(scratch) / library.name
+            done = subprocess.run(
+                [*command, "-o", str(made)], capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False
+            )
+            if done.returncode:
+                raise CannotBuild(f"{compiler} ended with status {done.returncode}: {done.stderr.strip()[-2000:]}")
+            made.replace(library)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise CannotBuild(str(error)) from error
+    return library
+
+
+@functools.cache
+def load() -> bool:
+    """Whether the operators are there; builds and loads them at the first call. Why not goes to the log, once."""
+    try:
+        torch.ops.load_library(str(build(cache_folder())))
+    except (CannotBuild, OSError) as error:
+        log.warning("no native CPU kernels, slower ones in plain torch instead: %s", error)
+        return False
+    return True
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+

@@ -1,0 +1,159 @@
+"""The compiled CPU operators against plain torch, the fused decoder layer against transformers', and the building."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from services.checkpoint.config import FocusLlavaConfig
+from services.llm.fused_layer import can_fuse
+from services.llm.kernels import native
+from services.llm.model import Decoder
+from tests.attention_oracle import prefill_oracle
+from tests.tiny_llm import checkpoint
+
+ops = torch.ops.focusllava
+DTYPES = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
+"""Largest relative error: a rounding or two."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def loaded() -> None:
+    assert native.load(), "this machine has a compiler: setup asks for one"
+
+
+def close(ours: torch.Tensor, exact: torch.Tensor) -> None:
+    torch.testing.assert_close(ours.double(), exact, rtol=DTYPES[ours.dtype], atol=DTYPES[ours.dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens, width", [(1, 8), (3, 50), (700, 512)])
+def test_add_rms_norm(tokens: int, width: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(width)
+    hidden, delta, weight = (
+        torch.randn(shape, generator=generator).to(dtype) for shape in ((tokens, width), (tokens, width), (width,))
+    )
+    total = (hidden.float() + delta.float()).to(dtype)
+    alone = hidden.clone()
+    close(ops.add_rms_norm(alone, None, weight, 1e-5), F.rms_norm(hidden.double(), (width,), weight.double(), 1e-5))
+    assert torch.equal(alone, hidden)
+    close(ops.add_rms_norm(hidden, delta, weight, 1e-5), F.rms_norm(total.double(), (width,), weight.double(), 1e-5))
+    assert torch.equal(hidden, total)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens, heads, width", [(1, 1, 2), (5, 3, 10), (300, 4, 64)])
+def test_rotate(tokens: int, heads: int, width: int, dtype: torch.dtype) -> None:
+    x, cos, sin = torch.randn(tokens, heads, width), torch.randn(tokens, width), torch.randn(tokens, width)
+    x, cos, sin = x.to(dtype), cos.to(dtype), sin.to(dtype)
+    first, second = x.double().chunk(2, dim=-1)
+    exact = x.double() * cos[:, None].double() + torch.cat((-second, first), -1) * sin[:, None].double()
+    ops.rotate_(x, cos, sin)
+    torch.testing.assert_close(x.double(), exact, rtol=DTYPES[dtype], atol=4 * DTYPES[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_silu_mul(dtype: torch.dtype) -> None:
+    gate = torch.cat((torch.linspace(-200, 200, 4001), torch.zeros(1))).to(dtype)
+    up = torch.randn(len(gate)).to(dtype)
+    exact = F.silu(gate.double()) * up.double()
+    ops.silu_mul_(gate, up)
+    close(gate, exact)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: ops.prefill_attention(x, x, x, [3], [3], 1.0),
+        lambda x: ops.prefill_attention(x, x, x, [5], [4], 1.0),
+        lambda x: ops.prefill_attention(x, x, x[:, :, ::2], [4], [4], 1.0),
+        lambda x: ops.prefill_attention(x.double(), x.double(), x.double(), [4], [4], 1.0),
+        lambda x: ops.rotate_(x, x[:2], x[:2]),
+        lambda x: ops.add_rms_norm(x, x[:1], x[0, 0], 1e-5),
+        lambda x: ops.silu_mul_(x, x.bfloat16()),
+    ],
+)
+def test_what_does_not_fit_is_refused(call) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(RuntimeError):
+        call(torch.randn(4, 2, 8))
+
+
+class WholePrompt:
+    """One prompt, no cache; the queries of the last layer may be the last ones only."""
+
+    def __init__(self, final_rows: torch.Tensor | None = None):
+        self.final_rows = final_rows
+
+    def attend(self, layer: int, query, key, value, scaling):  # type: ignore[no-untyped-def]
+        query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))
+        return prefill_oracle(query, key, value, [len(query)], [len(key)], scaling).to(query.dtype)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+def test_fused_layers_are_transformers_own(family: str) -> None:
+    config = FocusLlavaConfig.load(checkpoint(family)).text_config
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(config)
+    for parameter in lm.parameters():  # norms of ones and biases of zeros would hide that they are left out
+        nn.init.normal_(parameter, std=0.2)
+    state = {name: tensor.detach().clone() for name, tensor in lm.state_dict().items()}
+    fused = Decoder.from_state(config, dict(state), dtype=torch.float32, device="cpu")
+    plain = Decoder.from_state(config, dict(state), dtype=torch.float64, device="cpu")
+    assert fused.fused and not plain.fused and all(map(can_fuse, fused.layers))
+    ids, position = torch.arange(11) + 3, torch.arange(11) * 3
+    final_rows = torch.tensor([10])
+    results = []
+    for decoder in (fused, plain):
+        hidden, rotary, last = decoder.embed(ids), decoder.rotary(position), decoder.num_layers
+        middle = decoder.run_layers(hidden, rotary, 0, last - 1, WholePrompt())
+        kept = middle.clone()
+        whole = decoder.run_layers(middle, rotary, last - 1, last, WholePrompt())
+        assert torch.equal(middle, kept), "what comes in is not written to"
+        end = decoder.run_layers(middle, rotary, last - 1, last, WholePrompt(final_rows))
+        assert end.shape == (1, hidden.shape[1])
+        torch.testing.assert_close(end, whole[final_rows])
+        results.append(decoder.logits(whole))
+    torch.testing.assert_close(results[0].double(), results[1], rtol=1e-4, atol=1e-4)
+
+
+def test_the_library_is_built_once_and_anew_for_another_source(tmp_path: pathlib.Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    source = tmp_path / "native.cpp"
+    source.write_text("int one() { return 1; }\n")
+    monkeypatch.setattr(native, "SOURCE", source)
+    first = native.build(tmp_path / "cache")
+    stamp = first.stat().st_mtime_ns
+    assert native.build(tmp_path / "cache") == first and first.stat().st_mtime_ns == stamp
+    source.write_text("int two() { return 2; }\n")
+    assert native.build(tmp_path / "cache") != first
+    assert sorted(p.suffix for p in (tmp_path / "cache").iterdir()) == [".so", ".so"], "no scratch is left"
+
+
+def test_a_compiler_that_fails_is_named(tmp_path: pathlib.Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    source = tmp_path / "native.cpp"
+    source.write_text("int one() { return }\n")
+    monkeypatch.setattr(native, "SOURCE", source)
+    with pytest.raises(native.CannotBuild, match=r"(?s)ended with status 1.*error: "):
+        native.build(tmp_path / "cache")
+    monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
+    with pytest.raises(native.CannotBuild, match="no-such-compiler"):
+        native.build(tmp_path / "cache")
+
+
+def test_without_a_compiler_answers_come_from_plain_torch(tmp_path: pathlib.Path) -> None:
+    program = (
+        "import torch\n"
+        "from services.llm.kernels import choose_kernels\n"
+        "print(type(choose_kernels(torch.device('cpu'), torch.float32)).__name__)"
+    )
+    environment = {**os.environ, "CXX": str(tmp_path / "none"), "FOCUSLLAVA_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "ReferenceKernels"
+    assert "no native CPU kernels" in done.stderr
