@@ -1,16 +1,14 @@
-"""The command `focusllava`: ask, info, import, serve, completion."""
+"""The command `focusllava`: ask, explain, info, import, serve, completion."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import math
 import pathlib
 import signal
 import sys
 import threading
-from types import ModuleType
 from typing import Any, Self
 
 import click
@@ -19,6 +17,8 @@ from click.shell_completion import get_completion_class
 from focusllava import FocusClient, FocusClientError, ImageSource, RetryPolicy, __version__
 from focusllava.accounting import accounting_lines, logprob_lines
 from focusllava.connection import DEFAULT_ADDRESS
+from focusllava.explain import explain
+from focusllava.extras import part
 from focusllava.messages import Settings
 
 PROGRAM = "focusllava"
@@ -66,6 +66,9 @@ _as_json = click.option("--json", "as_json", is_flag=True, help="One JSON object
 @click.version_option(__version__, prog_name=PROGRAM)
 def cli() -> None:
     """High-resolution image questions at a fraction of the visual tokens."""
+
+
+cli.add_command(explain)
 
 
 @cli.command()
@@ -136,7 +139,7 @@ def info(checkpoint: pathlib.Path | None, verify: bool, as_json: bool, address: 
     if checkpoint is not None:
         facts = _checkpoint_facts(checkpoint)
         if verify:
-            facts["fingerprint"] = _part("services.checkpoint.store", "serve").verify(checkpoint)
+            facts["fingerprint"] = part("services.checkpoint.store", "serve").verify(checkpoint)
     elif verify:
         raise click.UsageError("--verify needs a CHECKPOINT")
     else:
@@ -156,7 +159,7 @@ def info(checkpoint: pathlib.Path | None, verify: bool, as_json: bool, address: 
 @click.argument("destination", metavar="DST", type=click.Path(file_okay=False, path_type=pathlib.Path))
 def import_checkpoint(source: pathlib.Path, destination: pathlib.Path) -> None:
     """Turn a hub-format LLaVA-NeXT folder SRC into a FocusLLaVA checkpoint DST, with fresh samplers."""
-    importer = _part("services.checkpoint.import_llava_next", "serve")
+    importer = part("services.checkpoint.import_llava_next", "serve")
     with _Percent("importing") as percent:
         report = importer.import_llava_next(source, destination, progress=percent)
     click.echo(report)
@@ -167,7 +170,7 @@ def import_checkpoint(source: pathlib.Path, destination: pathlib.Path) -> None:
 @click.option("--grpc-port", type=click.IntRange(0, 65535), default=9000, show_default=True, help="0: a free one.")
 def serve(checkpoint: str | None, grpc_port: int) -> None:
     """Serve CHECKPOINT (default: FOCUSLLAVA_CHECKPOINT, then the shipped one) on this machine until Ctrl-C."""
-    local = _part("cluster.local", "serve")
+    local = part("cluster.local", "serve")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with local.LocalCluster(checkpoint=checkpoint, grpc_port=grpc_port) as cluster:
@@ -194,10 +197,6 @@ def completion(shell: str) -> None:
     click.echo(completer(cli, {}, PROGRAM, "_FOCUSLLAVA_COMPLETE").source())
 
 
-class _NotInstalled(click.ClickException):
-    exit_code = 2
-
-
 class _Percent:
     """Progress on standard error: one line, rewritten; nothing where nobody watches."""
 
@@ -217,16 +216,6 @@ class _Percent:
         if percent != self._shown and sys.stderr.isatty():
             self._shown = percent
             click.echo(f"\r{self._what} {percent} %", nl=False, err=True)
-
-
-def _part(module: str, extra: str) -> ModuleType:
-    """A part that the plain install leaves out. By name, so that nothing here depends on it."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise _NotInstalled(
-            f"{error.name} is not installed, and this command needs it: pip install 'focusllava[{extra}]'"
-        ) from None
 
 
 def _checkpoint_facts(folder: pathlib.Path) -> dict[str, Any]:

@@ -221,3 +221,44 @@ def test_a_missing_extra_is_said_in_one_line(tmp_path: pathlib.Path) -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 2 and "pip install 'focusllava[serve]'" in run.stderr and run.stderr.count("\n") == 1
+
+
+def test_explain_draws_and_answers(tmp_path: pathlib.Path, capsys) -> None:
+    output, sample = tmp_path / "red.png", pathlib.Path(__file__).parents[2] / "docs" / "assets" / "sample.png"
+    question = "What number is on the red card?"
+    assert main(["explain", str(sample), question, "--output", str(output)]) == 0
+    out, err = capsys.readouterr()
+    assert out == "60\n" and "kept for this question" in err and str(output) in err
+    assert output.read_bytes().startswith(b"\x89PNG")
+    written = json.loads(output.with_suffix(".json").read_text(encoding="utf8"))
+    assert (written["question"], written["answer"], len(written["images"])) == (question, "60", 1)
+    options = ["--no-vision-sampler", "--no-text-sampler", "-o", str(output), "--json"]
+    assert main(["explain", str(sample), str(sample), "How many cards are there?", *options]) == 0
+    tokens = json.loads(capsys.readouterr().out)["visual_tokens"]
+    assert tokens["kept"] == tokens["sampled"] == tokens["uncompressed"] == 2 * written["visual_tokens"]["uncompressed"]
+
+
+def test_explain_refuses_what_it_cannot_use(tmp_path: pathlib.Path, image: str, capsys) -> None:
+    sample = str(pathlib.Path(__file__).parents[2] / "docs" / "assets" / "sample.png")
+    output = ["-o", str(tmp_path / "focus.png")]
+    for arguments, said in (
+        (["missing.png", "q", *output], "missing.png"),
+        ([image, "q", *output], "not a readable image"),
+        ([sample, "q", "-o", str(tmp_path / "focus.jpg")], "focus.jpg"),
+        ([sample, "q", *output, "--checkpoint", str(tmp_path)], str(tmp_path)),
+        ([sample, "q", *output, "--threshold", "3"], "3.0"),
+    ):
+        assert main(["explain", *arguments]) == 3, arguments
+        assert said in capsys.readouterr().err
+    assert main(["explain", "q"]) == 2
+    assert not (tmp_path / "focus.png").exists()
+
+
+def test_explain_without_its_extra_says_what_to_install(image: str) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from focusllava.cli import main\n"
+        f"sys.exit(main(['explain', {image!r}, 'What?']))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 2 and "pip install 'focusllava[serve]'" in run.stderr and run.stderr.count("\n") == 1

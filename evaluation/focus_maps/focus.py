@@ -1,0 +1,237 @@
+"""What the samplers chose for images and a question: the two served stages run in process, and their choices are read.
+
+Legend: S tokens of a prompt, D width, H/G query/key heads, d head width, N visual tokens of all images of a question,
+L layers, K = L - 1 layers before which pruning is possible (1..L-1).
+"""
+
+from __future__ import annotations
+
+import itertools
+import pathlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from PIL import Image
+
+from evaluation.focus_maps.geometry import TokenLayout, layout
+from services.checkpoint.config import FocusLlavaConfig
+from services.common.errors import InvalidInput
+from services.common.media import open_image
+from services.common.types import (
+    ChatTurn,
+    CompressedVisualTokens,
+    FinishedEvent,
+    GenerateRequest,
+    ImagePart,
+    PruneDecision,
+    PruneParams,
+    SamplingParams,
+    TextPart,
+    TokenEvent,
+    Usage,
+)
+from services.encoder.pipeline import EncoderPipeline, PreparedImage
+from services.llm.engine import Engine
+from services.llm.kernels import Kernels
+from services.llm.sequence import Sequence as EngineSequence
+
+MOST_KV_CACHE_BYTES = 2**31
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedPicture:
+    """An image as the encoder stage left it, and where each of its visual tokens lies."""
+
+    picture: Image.Image
+    """RGB, upright, all pixels."""
+    tokens: CompressedVisualTokens
+    layout: TokenLayout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Focus:
+    """One question's answer, and what of its images the language model looked at."""
+
+    question: str
+    answer: str
+    pictures: tuple[EncodedPicture, ...]
+    decision: PruneDecision | None
+    """The engine's own; None where nothing was pruned."""
+    importance_KN: torch.Tensor
+    """float32: row k - 1 is S_j of Eq. 8, had the model pruned before layer k. All images' tokens in order."""
+    usage: Usage
+
+    @property
+    def kept_N(self) -> torch.Tensor:
+        """bool [N]: the tokens that the layers from the pruning layer on saw."""
+        if self.decision is None:
+            return torch.ones(self.importance_KN.shape[1], dtype=torch.bool)
+        kept_N = torch.zeros(self.importance_KN.shape[1], dtype=torch.bool)
+        kept_N[self.decision.kept] = True
+        return kept_N
+
+    def of_picture(self, values_N: torch.Tensor, index: int) -> torch.Tensor:
+        """One image's part of something that has an entry a visual token, along the last dimension."""
+        return values_N.split([len(picture.layout) for picture in self.pictures], dim=-1)[index]
+
+    def importance_by_kind(self, layer: int) -> dict[str, float]:
+        """Shares of the summed importance before `layer` (1..L-1) on grid tiles, base tile and newlines, over all
+        images."""
+        importance_N = self.importance_KN[layer - 1].double()
+        shares = dict.fromkeys(("map", "base", "newline"), 0.0)
+        for index, picture in enumerate(self.pictures):
+            part, where = self.of_picture(importance_N, index), picture.layout
+            for kind, mask_N in (("map", where.is_map_N), ("base", where.is_base_N), ("newline", where.is_newline_N)):
+                shares[kind] += float(part[mask_N].sum() / importance_N.sum())
+        return shares
+
+
+@dataclass(kw_only=True)
+class FocusModel:
+    """Both stages of one checkpoint. `encode` once an image, `ask` once a question."""
+
+    pipeline: EncoderPipeline
+    engine: Engine
+    """Without prefix reuse, and with room for any prompt in one chunk: then importance by layer and the engine's
+    decision come from equal passes."""
+    _requests: itertools.count[int] = field(default_factory=itertools.count)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        folder: str | pathlib.Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str = "cpu",
+        kv_cache_bytes: int | None = None,
+    ) -> FocusModel:
+        """dtype None keeps the checkpoint's. kv_cache_bytes bounds the longest prompt (TooLarge says what it needs);
+        None has room for one that fills the context, up to MOST_KV_CACHE_BYTES."""
+        text = FocusLlavaConfig.load(folder).text_config
+        context = text.max_position_embeddings
+        if kv_cache_bytes is None:
+            # At most 4 bytes a number; K and V as wide as the queries at most, and the hidden states beside them.
+            token_bytes = 4 * text.hidden_size * (2 * text.num_hidden_layers + 1)
+            kv_cache_bytes = min(context * token_bytes, MOST_KV_CACHE_BYTES)
+        return cls(
+            pipeline=EncoderPipeline.from_checkpoint(folder, dtype=dtype, device=device),
+            engine=Engine.from_checkpoint(
+                folder,
+                dtype=dtype,
+                device=device,
+                kv_cache_bytes=kv_cache_bytes,
+                max_batch_tokens=context,
+                prefix_reuse=False,
+            ),
+        )
+
+    def encode(self, image: bytes, *, vision_sampler: bool = True) -> EncodedPicture:
+        """An image file through the encoder stage. Raises InvalidInput or TooLarge naming what is wrong with it."""
+        config, prepared = self.pipeline.config, self.pipeline.prepare(image)
+        sampler = config.vision_sampler
+        sampled = vision_sampler and sampler.enabled
+        (tokens,) = self.pipeline.encode([prepared], [vision_sampler])
+        where = layout(
+            prepared.tiles,
+            tokens,
+            tile_px=config.tile_px,
+            patches_per_side=config.patches_per_side,
+            window=sampler.window,
+            branches=sampler.branches,
+            sampled=sampled,
+            base_tile=sampler.base_tile,
+            base_branch_ids_M=self._base_branches(prepared) if sampled and sampler.base_tile == "sample" else None,
+        )
+        # `prepare` may have decoded a JPEG at reduced scale; a map is drawn over every pixel.
+        return EncodedPicture(picture=open_image(image, self.pipeline.limits).image, tokens=tokens, layout=where)
+
+    def ask(
+        self,
+        pictures: Sequence[EncodedPicture],
+        question: str,
+        *,
+        prune: PruneParams | None = None,
+        max_tokens: int = 64,
+    ) -> Focus:
+        """A greedy answer to a question about one or several images, and what it was read from.
+
+        Raises InvalidInput where there is no image or no question.
+        """
+        if not pictures:
+            raise InvalidInput("is empty, expected one or more", field="images")
+        parts: tuple[ImagePart | TextPart, ...] = (
+            *(ImagePart(image=index) for index in range(len(pictures))),
+            TextPart(text=question),
+        )
+        sequence = self.engine.prepare(
+            GenerateRequest(
+                request_id=f"focus-{next(self._requests)}",
+                turns=(ChatTurn(role="user", parts=parts),),
+                images=tuple(picture.tokens for picture in pictures),
+                sampling=SamplingParams(max_tokens=max_tokens),
+                prune=prune or PruneParams(),
+            )
+        )
+        importance_KN = importance_by_layer(self.engine, sequence)
+        self.engine.enqueue(sequence)
+        answer, usage = "", Usage()
+        while self.engine.has_work():
+            for _, event in self.engine.step():
+                if isinstance(event, TokenEvent):
+                    answer += event.text
+                elif isinstance(event, FinishedEvent):
+                    usage = event.usage
+        return Focus(
+            question=question,
+            answer=answer.strip(),
+            pictures=tuple(pictures),
+            decision=sequence.decision,
+            importance_KN=importance_KN,
+            usage=usage,
+        )
+
+    @torch.inference_mode()
+    def _base_branches(self, prepared: PreparedImage) -> torch.Tensor:
+        """Branches that the regions of a sampled base tile chose: the wire carries the map's alone."""
+        model, side = self.pipeline.model, self.pipeline.config.patches_per_side
+        (feature_map,) = model.project([prepared.tiles])
+        base_HWD = feature_map.base_PD.view(side, side, -1)
+        return model.vision_guided_sampler(base_HWD, feature_map.base_PD, model.image_newline).branch_ids_M.cpu()
+
+
+@dataclass(kw_only=True)
+class WholePrompt:
+    """An `AttentionStep` of one whole prompt: each token sees those before it, nothing is cached."""
+
+    kernels: Kernels
+    final_rows: torch.Tensor | None = None
+
+    def attend(
+        self, layer: int, query_HSd: torch.Tensor, key_GSd: torch.Tensor, value_GSd: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """See AttentionStep."""
+        query_SHd, key_SGd, value_SGd = (tensor.transpose(0, 1) for tensor in (query_HSd, key_GSd, value_GSd))
+        return self.kernels.prefill(query_SHd, key_SGd, value_SGd, [len(query_SHd)], [len(key_SGd)], scaling)
+
+
+@torch.inference_mode()
+def importance_by_layer(engine: Engine, sequence: EngineSequence) -> torch.Tensor:
+    """Eq. 8 before each layer 1..L-1 of a pass in which no token is dropped, float32 [K, N], on the CPU.
+
+    Where the engine prunes, this is its own decision's importance, to the bit: the same layers on the same prompt, and
+    the same `Decoder.select_visual_tokens`. sequence: what `Engine.prepare` made, not yet finished.
+    """
+    decoder = engine.decoder
+    visual_N = sequence.visual_N.to(decoder.device)
+    instruction_T = torch.tensor(sequence.prompt.instruction_positions, device=decoder.device)
+    assert sequence.visual_ND is not None
+    hidden_SD = decoder.embed(sequence.input_ids_S.to(decoder.device))
+    hidden_SD.index_copy_(0, visual_N, sequence.visual_ND.to(decoder.device))
+    rotary = decoder.rotary(torch.arange(len(hidden_SD), device=decoder.device))
+    whole, rows = WholePrompt(kernels=engine.runner.kernels), []
+    for layer in range(1, decoder.num_layers):
+        hidden_SD = decoder.run_layers(hidden_SD, rotary, layer - 1, layer, whole)
+        _, importance_N = decoder.select_visual_tokens(hidden_SD, rotary, layer, instruction_T, visual_N, 1.0)
+        rows.append(importance_N.cpu())
+    return torch.stack(rows)

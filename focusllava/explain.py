@@ -1,0 +1,81 @@
+"""The command `focusllava explain`: what both samplers chose for an image and a question, drawn over the image."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+from typing import Any
+
+import click
+
+from focusllava.extras import part
+from focusllava.messages import ImageSource, read_image
+
+
+@click.command()
+@click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path(allow_dash=True))
+@click.argument("question")
+@click.option(
+    "--checkpoint",
+    type=click.Path(file_okay=False),
+    help="Folder; default: FOCUSLLAVA_CHECKPOINT, then the shipped one.",
+)
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(dir_okay=False, path_type=pathlib.Path),
+    default="focus.png",
+    show_default=True,
+    help="The drawing (.png); the numbers go beside it (.json). Both are overwritten.",
+)
+@click.option("--threshold", type=float, help="gamma of Eq. 9, in (0, 1]; 1 keeps every visual token.")
+@click.option("--keep-ratio", type=float, help="Keep this share of visual tokens instead of by threshold, in (0, 1].")
+@click.option("--no-vision-sampler", is_flag=True, help="Leave the vision-guided sampler out.")
+@click.option("--no-text-sampler", is_flag=True, help="Leave the text-guided sampler out.")
+@click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True, help="Most tokens to generate.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+def explain(
+    images: tuple[str, ...],
+    question: str,
+    checkpoint: str | None,
+    output: pathlib.Path,
+    threshold: float | None,
+    keep_ratio: float | None,
+    no_vision_sampler: bool,
+    no_text_sampler: bool,
+    max_tokens: int,
+    as_json: bool,
+) -> None:
+    """Draw which visual tokens of IMAGE were chosen to answer QUESTION: scale map, kept tokens, importance by layer.
+
+    Needs no server: both stages of the checkpoint run in this process (the [serve] extra). IMAGE "-" is standard input.
+    """
+    sources: list[ImageSource] = [sys.stdin.buffer if image == "-" else image for image in images]
+    files = [(name, read_image(source)) for name, source in zip(images, sources, strict=True)]
+    report = part("evaluation.focus_maps.report", "serve").explain(
+        part("cluster.checks", "serve").find_checkpoint(checkpoint),
+        files,
+        question,
+        output,
+        vision_sampler=not no_vision_sampler,
+        prune={"threshold": threshold, "keep_ratio": keep_ratio, "enabled": not no_text_sampler},
+        max_tokens=max_tokens,
+    )
+    summary: dict[str, Any] = {
+        "text": report["answer"],
+        "visual_tokens": report["visual_tokens"],
+        "branch_shares": [image["branch_shares"] for image in report["images"]],
+        "png": str(output),
+        "json": str(output.with_suffix(".json")),
+    }
+    if as_json:
+        click.echo(json.dumps(summary, ensure_ascii=False))
+    else:
+        tokens = report["visual_tokens"]
+        click.echo(report["answer"])
+        click.echo(
+            f"visual tokens: {tokens['uncompressed']} uncompressed, {tokens['sampled']} after the vision-guided "
+            f"sampler, {tokens['kept']} kept for this question\nwrote {summary['png']} and {summary['json']}",
+            err=True,
+        )
