@@ -17,7 +17,7 @@ from services.llm.prompt import PromptRenderer
 from training.config import ConfigError, RunConfig, build
 from training.data.branches import BranchBuilder
 from training.data.conversations import ConversationBatches
-from training.data.scene_batches import Curriculum, SceneBatches
+from training.data.scene_batches import SOURCES, Curriculum, SceneBatches
 from training.data.tokenizer import build_tokenizer
 from training.dense_labels import labelled_batch
 from training.joint_model import JointModel, LossWeights
@@ -38,7 +38,7 @@ class JointStage:
     loss: dict[str, Any] = field(default_factory=dict)
     """Fields of LossWeights."""
     data: str = "scenes"
-    """"scenes" for the procedural generator, or a JSON file of conversations in LLaVA's format."""
+    """"scenes" or "posters" for a procedural generator, or a JSON file of conversations in LLaVA's format."""
     questions_per_image: int = 6
     kind_weights: dict[str, float] = field(default_factory=dict)
     """How much likelier a kind of question is asked than one of weight 1."""
@@ -82,7 +82,7 @@ class JointTask:
         )
         builder = BranchBuilder(renderer)
         self.data: SceneBatches | ConversationBatches
-        if stage.data == "scenes":
+        if stage.data in SOURCES:
             self.data = SceneBatches(
                 self.config,
                 builder,
@@ -91,6 +91,7 @@ class JointTask:
                 questions_per_image=stage.questions_per_image,
                 kind_weights=stage.kind_weights,
                 curriculum=build(Curriculum, stage.curriculum, "stage.curriculum."),
+                source=SOURCES[stage.data],
             )
         else:
             self.data = ConversationBatches(

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
+
+from PIL import Image
 
 from services.checkpoint.config import FocusLlavaConfig
 from services.encoder.anyres import best_resolution, tile_image
 from training.data.branches import BranchBuilder, Exchange
+from training.data.poster_questions import poster_questions
+from training.data.posters import poster_at, render_poster
 from training.data.questions import QuestionAnswer, questions
 from training.data.rendering import render
-from training.data.scenes import Scene
-from training.data.splits import Split, scene_at
+from training.data.splits import scene_at
 from training.layout import Sample
 
 STEPS_SORTED_TOGETHER = 8
@@ -29,13 +33,31 @@ class Curriculum:
     """Most tiles of an image meanwhile, the base tile not counted."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class SceneSource:
+    """A generator of images: its scenes have `size_wh` in model pixels and a `render_scale`."""
+
+    at: Callable[..., Any]
+    """(split, seed, index, accept) -> scene."""
+    ask: Callable[..., list[QuestionAnswer]]
+    """(scene, rng) -> its questions."""
+    draw: Callable[..., Image.Image]
+
+
+SOURCES: dict[str, SceneSource] = {
+    "scenes": SceneSource(at=scene_at, ask=questions, draw=render),
+    "posters": SceneSource(at=poster_at, ask=poster_questions, draw=render_poster),
+}
+"""Values of a stage's `data` that name a generator."""
+
+
 class SceneBatches:
     """The same (step, rank) gives the same samples."""
 
     def __init__(self, config: FocusLlavaConfig, builder: BranchBuilder, *, seed: int, images: int,
-                 questions_per_image: int, kind_weights: Mapping[str, float], split: Split = "train",
-                 curriculum: Curriculum | None = None):  # fmt: skip
-        self.config, self.builder, self.split = config, builder, split
+                 questions_per_image: int, kind_weights: Mapping[str, float], split: str = "train",
+                 curriculum: Curriculum | None = None, source: SceneSource = SOURCES["scenes"]):  # fmt: skip
+        self.config, self.builder, self.split, self.source = config, builder, split, source
         self.curriculum = curriculum or Curriculum()
         self.seed, self.images, self.questions_per_image = seed, images, questions_per_image
         self.kind_weights = dict(kind_weights)
@@ -53,7 +75,7 @@ class SceneBatches:
         rng = random.Random(f"{self.seed}/{index}/questions")
         config = self.config
         image = tile_image(
-            render(scene),
+            self.source.draw(scene),
             tile_px=config.tile_px,
             pinpoints=config.image_grid_pinpoints,
             mean=config.image_mean,
@@ -61,7 +83,7 @@ class SceneBatches:
         )
         branches = []
         prefix: tuple[int, ...] = ()
-        for asked in self._choose(questions(scene, rng), rng):
+        for asked in self._choose(self.source.ask(scene, rng), rng):
             exchange = Exchange(question=asked.question, answer=asked.answer, evidence_xyxy=asked.box_xyxy)
             prefix, branch = self.builder.build(exchange)
             branches.append(branch)
@@ -85,11 +107,11 @@ class SceneBatches:
     def _starts_small(self, block: int) -> bool:
         return block * STEPS_SORTED_TOGETHER < self.curriculum.steps
 
-    def _scene(self, index: int, small: bool) -> Scene:
+    def _scene(self, index: int, small: bool) -> Any:
         most = self.curriculum.max_tiles * self.config.tile_px**2
-        return scene_at(self.split, self.seed, index, lambda scene: not small or self._size(scene)[0] <= most)
+        return self.source.at(self.split, self.seed, index, lambda scene: not small or self._size(scene)[0] <= most)
 
-    def _size(self, scene: Scene) -> tuple[int, int]:
+    def _size(self, scene: Any) -> tuple[int, int]:
         size_hw = (round(scene.size_wh[1] * scene.render_scale), round(scene.size_wh[0] * scene.render_scale))
         height, width = best_resolution(size_hw, self.config.image_grid_pinpoints)
         return height * width, size_hw[0] * size_hw[1]

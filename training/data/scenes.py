@@ -126,14 +126,14 @@ def sample_scene(rng: random.Random) -> Scene:
         card_count, shape_count = rng.randint(2, 4), rng.randint(1, 3)
 
     cards, shapes = place_objects(
-        rng, (width, height), card_count, shape_count, tile_lines=_tile_lines((width, height), (rows, columns))
+        rng, (width, height), card_count, shape_count, tile_lines=inner_tile_lines((width, height), (rows, columns))
     )
     return Scene(
         size_wh=(width, height),
         background=sample_background(rng),
         cards=cards,
         shapes=shapes,
-        render_scale=_sample_render_scale(rng, rows, columns),
+        render_scale=sample_render_scale(rng, rows, columns),
     )
 
 
@@ -167,25 +167,25 @@ def place_objects(
     for colour, number, word in zip(rng.sample(list(COLOURS), card_count), numbers, words, strict=True):
         kind: Literal["number", "word"] = "number" if rng.random() < 0.5 else "word"
         text = str(number) if kind == "number" else word
-        card = _sample_card(rng, size_wh, taken, colour, kind, text)
+        card = sample_card(rng, size_wh, taken, colour, kind, text)
         if rng.random() < WHOLE_TEXT_PREFERENCE:
             for _ in range(WHOLE_TEXT_TRIES):
-                if card is None or not _is_cut(card.text_box_xyxy, tile_lines):
+                if card is None or not is_cut(card.text_box_xyxy, tile_lines):
                     break
-                card = _sample_card(rng, size_wh, taken, colour, kind, text) or card
+                card = sample_card(rng, size_wh, taken, colour, kind, text) or card
         if card is not None:
             cards.append(card)
             taken.append(card.box_xyxy)
     for colour, shape in zip(rng.sample(list(COLOURS), shape_count), rng.sample(SHAPES, shape_count), strict=True):
         side = rng.randint(*SHAPE_SIDE_PX)
-        box = _free_box(rng, size_wh, (side, side), taken)
+        box = free_box(rng, size_wh, (side, side), taken)
         if box is not None:
-            shapes.append(Shape(box_xyxy=box, colour=colour, fill=_jittered(rng, COLOURS[colour]), shape=shape))
+            shapes.append(Shape(box_xyxy=box, colour=colour, fill=jittered(rng, COLOURS[colour]), shape=shape))
             taken.append(box)
     return tuple(cards), tuple(shapes)
 
 
-def _sample_card(
+def sample_card(
     rng: random.Random,
     size_wh: tuple[int, int],
     taken: list[Box],
@@ -199,14 +199,14 @@ def _sample_card(
     text_width, text_height = ink_x1 - ink_x0, ink_y1 - ink_y0
     width = rng.randint(max(CARD_WIDTH_PX[0], round(text_width) + 8), max(CARD_WIDTH_PX[1], round(text_width) + 8))
     height = rng.randint(*CARD_HEIGHT_PX)
-    box = _free_box(rng, size_wh, (width, height), taken)
+    box = free_box(rng, size_wh, (width, height), taken)
     if box is None:
         return None
     # The text's place on the card jitters, with at least 3 px of card around it.
     left = box[0] + (width - text_width) / 2 + _jitter(rng, min(5, (width - text_width) / 2 - 3))
     top = box[1] + (height - text_height) / 2 + _jitter(rng, min(4, (height - text_height) / 2 - 3))
     origin = (round(left - ink_x0, 2), round(top - ink_y0, 2))
-    fill = _jittered(rng, COLOURS[colour])
+    fill = jittered(rng, COLOURS[colour])
     luma = 0.299 * fill[0] + 0.587 * fill[1] + 0.114 * fill[2]
     return Card(
         box_xyxy=box,
@@ -222,7 +222,7 @@ def _sample_card(
     )
 
 
-def _free_box(rng: random.Random, size_wh: tuple[int, int], object_wh: tuple[int, int], taken: list[Box]) -> Box | None:
+def free_box(rng: random.Random, size_wh: tuple[int, int], object_wh: tuple[int, int], taken: list[Box]) -> Box | None:
     """A random place on the canvas that keeps GAP_PX to everything taken; None when none was found."""
     (canvas_width, canvas_height), (width, height) = size_wh, object_wh
     if width + 2 > canvas_width or height + 2 > canvas_height:
@@ -238,7 +238,7 @@ def _free_box(rng: random.Random, size_wh: tuple[int, int], object_wh: tuple[int
     return None
 
 
-def _tile_lines(size_wh: tuple[int, int], grid: tuple[int, int]) -> tuple[list[float], list[float]]:
+def inner_tile_lines(size_wh: tuple[int, int], grid: tuple[int, int]) -> tuple[list[float], list[float]]:
     """x and y of the inner tile boundaries on the canvas; anyres centres the image on its grid."""
     (width, height), (rows, columns) = size_wh, grid
     x_offset, y_offset = (columns * TILE_PX - width) / 2, (rows * TILE_PX - height) / 2
@@ -248,12 +248,12 @@ def _tile_lines(size_wh: tuple[int, int], grid: tuple[int, int]) -> tuple[list[f
     )
 
 
-def _is_cut(box: Box, tile_lines: tuple[Sequence[float], Sequence[float]]) -> bool:
+def is_cut(box: Box, tile_lines: tuple[Sequence[float], Sequence[float]]) -> bool:
     x_lines, y_lines = tile_lines
     return any(box[0] < x < box[2] for x in x_lines) or any(box[1] < y < box[3] for y in y_lines)
 
 
-def _sample_render_scale(rng: random.Random, rows: int, columns: int) -> float:
+def sample_render_scale(rng: random.Random, rows: int, columns: int) -> float:
     # Anyres gives a larger file a larger grid while one exists, so a small canvas drawn large is seen enlarged and
     # no longer shows a small grid. Only canvases that fill the largest grids are freely high-resolution files.
     if rows * columns <= 4 and max(rows, columns) < 4:
@@ -265,7 +265,7 @@ def _pale(rng: random.Random) -> RGB:
     return rng.randint(226, 255), rng.randint(226, 255), rng.randint(226, 255)
 
 
-def _jittered(rng: random.Random, colour: RGB) -> RGB:
+def jittered(rng: random.Random, colour: RGB) -> RGB:
     red, green, blue = (min(255, max(0, channel + rng.randint(-FILL_JITTER, FILL_JITTER))) for channel in colour)
     return red, green, blue
 

@@ -1,0 +1,53 @@
+"""Which split a word and a two-digit number may be seen together in: held-out pairs of words and numbers all known.
+
+Words and numbers fall into six groups each by their hash, and the sum of a pair's groups decides its split. So every
+word and every number occurs in every split, a pair in one alone, and any words of one group go with any numbers of
+another: an image may show many of both.
+"""
+
+import hashlib
+from functools import lru_cache
+from typing import Literal
+
+from training.data.vocabulary import NUMBERS, WORDS
+
+PosterSplit = Literal["train", "validation", "test"]
+
+GROUPS = 6
+SPLIT_OF_RESIDUE: tuple[PosterSplit, ...] = ("test", "validation", "train", "train", "train", "train")
+"""(word's group + number's group) modulo GROUPS -> split."""
+
+
+@lru_cache(maxsize=1)
+def word_groups() -> tuple[tuple[str, ...], ...]:
+    """Four words a group."""
+    return _groups(list(WORDS))
+
+
+@lru_cache(maxsize=1)
+def number_groups() -> tuple[tuple[str, ...], ...]:
+    """Fifteen numbers a group, as they are written."""
+    return _groups([str(number) for number in NUMBERS])
+
+
+def cells_of(split: PosterSplit) -> list[tuple[int, int]]:
+    """The (word group, number group) whose pairs belong to a split."""
+    if split not in SPLIT_OF_RESIDUE:
+        raise ValueError(f"split must be 'train', 'validation' or 'test', not {split!r}")
+    cells = [(word, number) for word in range(GROUPS) for number in range(GROUPS)]
+    return [(word, number) for word, number in cells if SPLIT_OF_RESIDUE[(word + number) % GROUPS] == split]
+
+
+def split_of_pair(word: str, number: str) -> PosterSplit:
+    """Decided by the pair alone. Raises ValueError for what is not in the vocabulary."""
+    for text, groups in ((word, word_groups()), (number, number_groups())):
+        if not any(text in group for group in groups):
+            raise ValueError(f"{text!r} is not in the vocabulary")
+    word_group = next(n for n, group in enumerate(word_groups()) if word in group)
+    number_group = next(n for n, group in enumerate(number_groups()) if number in group)
+    return SPLIT_OF_RESIDUE[(word_group + number_group) % GROUPS]
+
+
+def _groups(texts: list[str]) -> tuple[tuple[str, ...], ...]:
+    by_hash = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
+    return tuple(tuple(sorted(by_hash[group::GROUPS])) for group in range(GROUPS))
