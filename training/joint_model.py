@@ -13,8 +13,11 @@ from transformers import AutoModelForCausalLM
 from services.checkpoint.config import FocusLlavaConfig
 from services.encoder.model import EncodedImage, EncoderModel
 from services.sampler.balance import balance_loss
+from services.sampler.rivals.base import MapRival
+from services.sampler.rivals.layers import LayerRival, asking_tokens
 from training.grounding import branch_attention, evidence_tokens, grounding_loss, reading_loss
 from training.layout import ATTENTION_NAME, Sample, TextBatch, attention_mask, pack_text, positions
+from training.rivals import drop, encode_with_rival, stage_index
 from training.stochastic_prune import PruneSchedule, decide, gather_index
 
 
@@ -37,9 +40,11 @@ class JointModel(nn.Module):
     """forward gives the loss and what to print. `schedule` None turns text-guided pruning off."""
 
     def __init__(self, config: FocusLlavaConfig, *, weights: LossWeights, schedule: PruneSchedule | None,
-                 vision_sampler: bool, pad_id: int, seed: int = 0):  # fmt: skip
+                 vision_sampler: bool, pad_id: int, seed: int = 0, map_rival: MapRival | None = None,
+                 layer_rival: LayerRival | None = None):  # fmt: skip
         super().__init__()
         self.config, self.weights, self.schedule = config, weights, schedule
+        self.map_rival, self.layer_rival = map_rival, layer_rival
         self.vision_sampler, self.pad_id, self.seed = vision_sampler, pad_id, seed
         self.encoder = EncoderModel(config)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config, attn_implementation=ATTENTION_NAME)
@@ -52,7 +57,11 @@ class JointModel(nn.Module):
         """batch: the worker's rank and samples. What is drawn depends on seed, step and rank alone."""
         rank, samples = batch
         rng = random.Random(f"{self.seed}/{step}/{rank}")
-        encoded = self.encoder([s.image for s in samples], [self.vision_sampler] * len(samples))
+        images = [s.image for s in samples]
+        if self.map_rival:
+            encoded = encode_with_rival(self.encoder, images, self.map_rival)
+        else:
+            encoded = self.encoder(images, [self.vision_sampler] * len(samples))
         text = pack_text(samples, self.pad_id)
         grounding = [evidence_tokens(s, e) for s, e in zip(samples, encoded, strict=True)]
         hidden_BQTD, extra = self._run(encoded, text, grounding if self.weights.grounding else None, rng)
@@ -90,7 +99,24 @@ class JointModel(nn.Module):
         cut = self.schedule.draw_layer(rng) if self.schedule else len(decoder.layers)
         extra: dict[str, torch.Tensor] = {}
         grounded = []
+        stages = dict(self.layer_rival.stages) if self.layer_rival else {}
+        present = totals = [count for count in visual_lens for _ in range(branches)]
         for index, layer in enumerate(decoder.layers):
+            if self.layer_rival and index in stages:
+                row = torch.arange(batch * branches).unsqueeze(1)
+                if mask is not None:
+                    # From here on each branch has visual tokens of its own.
+                    whole = [[torch.arange(count)] * branches for count in visual_lens]
+                    source, starts = gather_index(whole, before, prefix, length)
+                    hidden, cos, sin = (x[row // branches, source] for x in (hidden, cos, sin))
+                    mask = None
+                asking = asking_tokens(self.layer_rival.asks, text.instruction_BQT, text.answer_start_BQ).flatten(0, 1)
+                stay = drop(self.layer_rival, stages[index], layer, hidden, cos, sin, asking, before, present, totals)
+                source, starts = stage_index(stay, before, starts, length)
+                hidden, cos, sin = hidden[row, source], cos[row, source], sin[row, source]
+                present = [len(kept) for kept in stay]
+                shares = [count / total for count, total in zip(present, totals, strict=True)]
+                extra["kept_share"] = torch.tensor(sum(shares) / len(shares))
             if index == cut:
                 assert self.schedule is not None
                 thresholds = [[self.schedule.draw_threshold(rng) for _ in range(branches)] for _ in range(batch)]

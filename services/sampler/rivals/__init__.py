@@ -1,0 +1,1 @@
+"""Other published ways to reduce visual tokens, behind two interfaces: `base` (the image), `layers` (the LLM)."""
