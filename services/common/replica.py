@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from services.common.malloc import keep_freed_memory
 from services.common.settings import require
 
 REPORT_PERIOD_S = 1.0
@@ -21,8 +22,8 @@ class ModelSettings:
     checkpoint: str
     device: str = "auto"
     """"auto" takes a GPU when there is one."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Unset: bfloat16 on a GPU, float32 on a CPU."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """"auto": bfloat16 on a GPU and on a CPU that multiplies in it, float32 on any other CPU."""
     torch_threads: int | None = None
     """Unset: torch's own choice, one a core."""
 
@@ -30,13 +31,22 @@ class ModelSettings:
         require(self.torch_threads is None or self.torch_threads >= 1, "torch_threads", self.torch_threads, "1 or more")
 
     def place(self) -> tuple[str, torch.dtype]:
-        """Sets this process's threads; returns the device and the dtype of the weights."""
+        """Sets up this process, its threads and on a CPU its allocator; returns the device and the weights' dtype."""
         if self.torch_threads:
             torch.set_num_threads(self.torch_threads)
         device = self.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        return device, getattr(torch, self.dtype or ("float32" if device == "cpu" else "bfloat16"))
+        if device == "cpu":
+            keep_freed_memory()
+        if self.dtype != "auto":
+            return device, getattr(torch, self.dtype)
+        return device, torch.bfloat16 if device != "cpu" or cpu_has_bfloat16() else torch.float32
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU has instructions that multiply in bfloat16; elsewhere oneDNN widens to float32 and is slower."""
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
 
 
 class Reporter:

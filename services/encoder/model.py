@@ -42,8 +42,7 @@ class EncoderModel(nn.Module):
 
     def patch_features(self, pixels_T3HW: torch.Tensor) -> torch.Tensor:
         """Vision tower's features [T, P, C], before the projector."""
-        parameter = self.multi_modal_projector.linear_1.weight
-        pixels = pixels_T3HW.to(parameter.device, parameter.dtype)
+        pixels = pixels_T3HW.to(self.image_newline.device, self.image_newline.dtype)
         return patch_features(self.vision_tower, pixels, self.config.vision_feature_layer)
 
     def project(self, images: Sequence[ImageTiles]) -> list[ProjectedFeatureMap]:

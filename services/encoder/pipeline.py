@@ -11,10 +11,12 @@ import torch
 
 from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.store import fingerprint, load_stage
+from services.common.linear import can_pack
 from services.common.media import MediaLimits, content_hash, open_image
 from services.common.types import CompressedVisualTokens, ImageTiles
 from services.encoder.anyres import decoded_hw, tile_image
 from services.encoder.model import EncoderModel
+from services.encoder.packed import pack_encoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,8 @@ class EncoderPipeline:
         embeddings.register_buffer(
             "position_ids", torch.arange(embeddings.num_positions, device=device).expand((1, -1)), persistent=False
         )
+        if can_pack(torch.device(device), dtype):
+            pack_encoder(model)
         return cls(model, fingerprint(folder), limits, reduced_jpeg=reduced_jpeg)
 
     def prepare(self, image: bytes) -> PreparedImage:

@@ -7,7 +7,6 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from services.common.errors import InvalidInput
-from services.encoder.attention import ATTENTION_NAME
 
 
 class ConvStem(nn.Sequential):
@@ -43,7 +42,7 @@ def _factors(number: int) -> list[int]:
 
 
 def build_vision_tower(config: CLIPVisionConfig, stem: str = "patch") -> CLIPVisionModel:
-    tower = CLIPVisionModel._from_config(config, attn_implementation=ATTENTION_NAME)
+    tower = CLIPVisionModel._from_config(config, attn_implementation="sdpa")
     if stem == "conv":
         tower.embeddings.patch_embedding = ConvStem(config.hidden_size, int(config.patch_size))  # type: ignore[arg-type]
     return tower

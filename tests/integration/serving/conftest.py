@@ -21,7 +21,12 @@ def checkpoint(tmp_path_factory) -> tuple[pathlib.Path, str]:
 @pytest.fixture(scope="package")
 def cluster(checkpoint):
     said: list[str] = []
-    with LocalCluster(checkpoint=checkpoint[0], grpc_port=0, timeout_s=400) as local:
+    with LocalCluster(
+        checkpoint=checkpoint[0],
+        grpc_port=0,
+        timeout_s=400,
+        args={stage: {"dtype": "float32"} for stage in ("encoder", "llm")},  # compared with fp32
+    ) as local:
         local.start(progress=said.append)
         assert any("gateway running" in line for line in said)
         yield local
