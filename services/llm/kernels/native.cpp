@@ -37,9 +37,10 @@ constexpr int64_t kDecodeKeys = 256;  // keys of one decode task; a longer seque
 constexpr float kNone = -1e30f;       // a score that nothing is below, finite so that differences are
 
 inline float to_float(float x) { return x; }
-inline float to_float(BFloat16 x) {
-  return std::bit_cast<float>(static_cast<uint32_t>(x.x) << 16);
-}
+inline float to_float(uint16_t bfloat16) { return std::bit_cast<float>(static_cast<uint32_t>(bfloat16) << 16); }
+inline float to_float(BFloat16 x) { return to_float(x.x); }
+template <typename T>
+using Bits = std::conditional_t<std::is_same_v<T, BFloat16>, uint16_t, float>;
 template <typename T>
 inline T from_float(float x);
 template <>
@@ -51,8 +52,8 @@ inline BFloat16 from_float<BFloat16>(float x) {  // to nearest even; no NaN come
   return BFloat16(static_cast<uint16_t>(bits >> 16), BFloat16::from_bits());
 }
 
-// exp(x) for x <= 0, 2 ulp; below -87 it is 0 or nearly so. Written so that it vectorises.
-inline float exp_negative(float x) {
+// exp(x) for x <= 88, 2 ulp, and exp(-87) below that. Without a branch, so that it vectorises.
+inline float exp_clamped(float x) {
   x = x > -87.0f ? x : -87.0f;
   const float whole = std::floor(x * 1.442695041f + 0.5f);
   float r = x - whole * 0.693359375f;
@@ -199,13 +200,13 @@ void prefill(const Tensor& query, const Tensor& key, const Tensor& value, at::In
         float sum = 0;
 #pragma omp simd reduction(+ : sum)
         for (int64_t k = 0; k < visible; ++k) {
-          const float p = exp_negative(score[k] * scaling - high);
+          const float p = exp_clamped(score[k] * scaling - high);
           sum += p;
           prob[k] = from_float<T>(p);
         }
         std::fill(prob + visible, prob + keys, T(0.0f));
         if (high > top[row]) {
-          const float shrink = exp_negative(top[row] - high);
+          const float shrink = exp_clamped(top[row] - high);
           total[row] *= shrink;
           float* held = sums.data() + row * d;
           for (int64_t j = 0; j < d; ++j) held[j] *= shrink;
@@ -224,6 +225,11 @@ void prefill(const Tensor& query, const Tensor& key, const Tensor& value, at::In
       }
     blas::brgemm_release(pairs);
   });
+}
+
+template <typename T>
+inline void prefetch(const T* x, int64_t count) {
+  for (int64_t j = 0; j < count; j += 64 / sizeof(T)) __builtin_prefetch(x + j);
 }
 
 // Sixteen sums side by side, added up in pairs: a single sum would be a chain of d additions.
@@ -250,11 +256,13 @@ void decode_part(const T* query, const Strided& q_at, const Tensor& keys, const 
   const int64_t b = keys.size(1), groups = keys.size(2), d = D ? D : keys.size(3), repeats = heads / groups;
   const int64_t token = groups * d, page = b * token, count = last - first;
   const T *key_pool = keys.const_data_ptr<T>(), *value_pool = values.const_data_ptr<T>();
-  // A page at a time: calls f(k, tokens, offset) for the tokens k..k+tokens-1 of this task, which lie at `offset`.
-  const auto for_each_page = [&](const auto& f) {
+  // A page at a time: calls f(k, tokens, at, next) for the tokens k..k+tokens-1, which lie at `at`. Pages lie apart, so
+  // the processor cannot guess the next one: f asks for its keys while it works, a head's share at a time.
+  const auto for_each_page = [&](const T* pool, const auto& f) {
     for (int64_t k = 0, tokens; k < count; k += tokens) {
       tokens = std::min(b - (first + k) % b, count - k);
-      f(k, tokens, rows[(first + k) / b] * page + (first + k) % b * token);
+      const T* next = pool + rows[std::min(first + k + tokens, last - 1) / b] * page;
+      f(k, tokens, pool + rows[(first + k) / b] * page + (first + k) % b * token, next);
     }
   };
   thread_local std::vector<float> scores_memory, query_memory;
@@ -263,11 +271,14 @@ void decode_part(const T* query, const Strided& q_at, const Tensor& keys, const 
   float *scores = scores_memory.data(), *q = query_memory.data();  // [H, count], [H, d]
   for (int64_t h = 0; h < heads; ++h)
     for (int64_t j = 0; j < d; ++j) q[h * d + j] = to_float(query[h * q_at.head + j]) * scaling;
-  for_each_page([&](int64_t k, int64_t tokens, int64_t offset) {
+  for_each_page(key_pool, [&](int64_t k, int64_t tokens, const T* at, const T* next) {
     for (int64_t h = 0; h < heads; ++h) {
-      const T* own = key_pool + offset + h / repeats * d;
+      const T *own = at + h / repeats * d, *ahead = next + h / repeats * d;
       const float* one = q + h * d;
-      for (int64_t t = 0; t < tokens; ++t) scores[h * count + k + t] = dot(one, own + t * token, d);
+      for (int64_t t = 0; t < tokens; ++t) {
+        if (h % repeats == 0) prefetch(ahead + t * token, d);
+        scores[h * count + k + t] = dot(one, own + t * token, d);
+      }
     }
   });
   float *total = out + heads * d, *top = total + heads;
@@ -277,23 +288,25 @@ void decode_part(const T* query, const Strided& q_at, const Tensor& keys, const 
 #pragma omp simd reduction(max : high)
     for (int64_t k = 0; k < count; ++k) high = score[k] > high ? score[k] : high;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t k = 0; k < count; ++k) sum += score[k] = exp_negative(score[k] - high);
+    for (int64_t k = 0; k < count; ++k) sum += score[k] = exp_clamped(score[k] - high);
     total[h] = sum;
     top[h] = high;
   }
   std::fill(out, out + heads * d, 0.0f);
-  for_each_page([&](int64_t k, int64_t tokens, int64_t offset) {
+  for_each_page(value_pool, [&](int64_t k, int64_t tokens, const T* at, const T* next) {
     for (int64_t h = 0; h < heads; ++h) {
-      const T* own = value_pool + offset + h / repeats * d;
+      const T *own = at + h / repeats * d, *ahead = next + h / repeats * d;
       const float* weight = scores + h * count + k;
       float* sum = out + h * d;
       constexpr int64_t kColumns = D ? D : 16;  // so many sums stay in registers
       for (int64_t j0 = 0; j0 < d; j0 += kColumns) {
         const int64_t columns = D ? D : std::min(kColumns, d - j0);
         float part[kColumns] = {};
-        for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t t = 0; t < tokens; ++t) {
+          if (h % repeats == 0) prefetch(ahead + t * token + j0, columns);
 #pragma omp simd
           for (int64_t j = 0; j < columns; ++j) part[j] += weight[t] * to_float(own[t * token + j0 + j]);
+        }
         for (int64_t j = 0; j < columns; ++j) sum[j0 + j] += part[j];
       }
     }
@@ -328,7 +341,7 @@ void decode(const Tensor& query, const Tensor& keys, const Tensor& values, const
       for (const float* part = begin; part < end; part += size) high = std::max(high, part[heads * (d + 1) + h]);
       std::fill(sum.begin(), sum.end(), 0.0f);
       for (const float* part = begin; part < end; part += size) {
-        const float weight = exp_negative(part[heads * (d + 1) + h] - high);
+        const float weight = exp_clamped(part[heads * (d + 1) + h] - high);
         total += weight * part[heads * d + h];
         for (int64_t j = 0; j < d; ++j) sum[j] += weight * part[h * d + j];
       }
@@ -444,18 +457,23 @@ void rotate_(Tensor x, const Tensor& cos, const Tensor& sin) {
   FOR_DTYPE(x, rotate, x, cos, sin);
 }
 
+// On bits: the compiler does not vectorise this loop over a struct that it reads and writes.
+template <typename T>
+void gate_part(Bits<T>* __restrict gate, const Bits<T>* __restrict up, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const float x = to_float(gate[i]);
+    const float power = exp_clamped(x > -88.0f ? -x : 88.0f);
+    gate[i] = std::bit_cast<Bits<T>>(from_float<T>(x / (1.0f + power) * to_float(up[i])));
+  }
+}
+
 template <typename T>
 void gate(Tensor& gate, const Tensor& up) {
-  T* g = gate.data_ptr<T>();
-  const T* u = up.const_data_ptr<T>();
-  at::parallel_for(0, gate.numel(), kGrain, [&](int64_t first, int64_t last) {
-#pragma omp simd
-    for (int64_t i = first; i < last; ++i) {
-      const float x = to_float(g[i]), power = exp_negative(x < 0 ? x : -x);
-      const float sigmoid = (x < 0 ? power : 1.0f) / (1.0f + power);
-      g[i] = from_float<T>(x * sigmoid * to_float(u[i]));
-    }
-  });
+  auto* to = reinterpret_cast<Bits<T>*>(gate.data_ptr<T>());
+  const auto* with = reinterpret_cast<const Bits<T>*>(up.const_data_ptr<T>());
+  at::parallel_for(0, gate.numel(), kGrain,
+                   [&](int64_t first, int64_t last) { gate_part<T>(to + first, with + first, last - first); });
 }
 
 // gate = silu(gate) * up, in place.
