@@ -46,13 +46,14 @@ inline T from_float(float x);
 template <>
 inline float from_float<float>(float x) { return x; }
 template <>
-inline BFloat16 from_float<BFloat16>(float x) {  // to nearest even; no NaN comes here
+inline BFloat16 from_float<BFloat16>(float x) {  // to nearest even
   uint32_t bits = std::bit_cast<uint32_t>(x);
   bits += 0x7fff + ((bits >> 16) & 1);
   return BFloat16(static_cast<uint16_t>(bits >> 16), BFloat16::from_bits());
 }
 
-// exp(x) for x <= 88, 2 ulp, and exp(-87) below that. Without a branch, so that it vectorises.
+// exp(x) for x <= 88, 2 ulp, and exp(-87) below that. Without a branch, so that it vectorises. The polynomial and the two
+// parts of ln 2 are those of expf in S. Moshier's Cephes library.
 inline float exp_clamped(float x) {
   x = x > -87.0f ? x : -87.0f;
   const float whole = std::floor(x * 1.442695041f + 0.5f);
