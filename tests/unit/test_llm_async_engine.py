@@ -111,7 +111,7 @@ async def test_a_failed_pass_is_an_internal_error_for_its_requests_and_the_engin
         def fail(*_: object) -> None:
             raise RuntimeError("secret detail /some/path")
 
-        hook = engine.engine.decoder.layers[3].register_forward_hook(fail)
+        hook = engine.engine.decoder.layers[3].self_attn.v_proj.register_forward_hook(fail)
         results = await asyncio.gather(
             *(answer(engine, tiny_llm.request(engine.engine, f"r{i}")) for i in range(3)), return_exceptions=True
         )
