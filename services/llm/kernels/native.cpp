@@ -84,9 +84,9 @@ struct Strided {  // a [tokens, heads, d] view, d contiguous
   explicit Strided(const Tensor& t) : token(t.stride(0)), head(t.stride(1)) {}
 };
 
-// Operand layouts of brgemm: bf16 takes pairs of the inner dimension side by side, fp32 takes rows.
 inline int64_t key_pad(int64_t keys) { return (keys + kKeyStep - 1) / kKeyStep * kKeyStep; }
 
+// Operand layouts of brgemm: bf16 takes pairs of the inner dimension side by side, fp32 takes rows.
 // K^T of `tile` keys, columns beyond `count` zero: bf16 [d/2][tile][2], fp32 [d][tile].
 void pack_key(const BFloat16* in, int64_t stride, int64_t count, int64_t tile, int64_t d, BFloat16* out) {
   uint32_t* pairs = reinterpret_cast<uint32_t*>(out);
