@@ -18,6 +18,7 @@ from services.common.types import ProjectedFeatureMap
 from services.encoder.model import EncoderModel
 from services.encoder.pipeline import EncoderPipeline
 
+SELECTOR = "vision_guided_sampler.selector.linear"
 PICTURES = 4
 STEPS = 24
 
@@ -49,10 +50,12 @@ def set_vision_keep_ratio(folder: str | pathlib.Path, ratio: float) -> float:
             low, high = (preference, high) if kept > ratio else (low, preference)
     if abs(kept - ratio) > 0.02:
         raise ValueError(f"the nearest share that this sampler can keep is {kept:.3f}, not {ratio}")
+    # Only the selector changed, and a served encoder's packed weights are in no state dict.
+    selector = {f"{SELECTOR}.weight": linear.weight, f"{SELECTOR}.bias": linear.bias}
     save_checkpoint(
         folder,
         FocusLlavaConfig.load(folder),
-        model.state_dict(),
+        {name: tensor.clone() for name, tensor in (load_stage(folder, "encoder") | selector).items()},
         {name: tensor.clone() for name, tensor in load_stage(folder, "llm").items()},
         folder,
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import pathlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,7 @@ from services.common.types import (
     TextPart,
     TokenEvent,
 )
+from services.llm.attention import PackedStep
 from services.llm.engine import Engine
 from tests.tiny_checkpoints import make_random_checkpoint
 
@@ -37,6 +39,23 @@ QUESTIONS = (
     "How many?",
     "Describe the image in one sentence.",
 )
+
+
+@contextlib.contextmanager
+def broken_layer(layer: int, message: str) -> Iterator[None]:
+    """Passes raise RuntimeError(message) in this layer's attention, which every way through a layer calls."""
+    attend = PackedStep.attend
+
+    def fail(step: PackedStep, index: int, *arguments: Any) -> torch.Tensor:
+        if index == layer:
+            raise RuntimeError(message)
+        return attend(step, index, *arguments)
+
+    PackedStep.attend = fail  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        PackedStep.attend = attend  # type: ignore[method-assign]
 
 
 @functools.cache

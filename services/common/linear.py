@@ -6,6 +6,7 @@ move to no other device and are in no state dict.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -62,11 +63,17 @@ class Int8Linear(nn.Module):
         return out_MN.mul_(step_M1) if self._bias is None else torch.addcmul(self._bias, out_MN, step_M1)
 
 
-def prepare_linears(causal_lm: nn.Module, device: torch.device, dtype: torch.dtype, quantize: Quantize | None) -> None:
+def prepare_linears(
+    causal_lm: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantize: Quantize | None,
+    pack: Callable[[nn.Linear], nn.Module] = PackedLinear,
+) -> None:
     """Replaces every nn.Linear that has a faster form on this device, one at a time to save memory.
 
-    quantize "int8" takes those of the decoder layers; the head that makes logits keeps its precision. Raises
-    InvalidInput where int8 cannot run.
+    quantize "int8" takes those of the decoder layers; the head that makes logits keeps its precision. `pack` makes the
+    others' form. Raises InvalidInput where int8 cannot run.
     """
     if quantize is not None:
         if quantize != "int8":
@@ -78,7 +85,7 @@ def prepare_linears(causal_lm: nn.Module, device: torch.device, dtype: torch.dty
             )
         _replace(causal_lm.get_submodule("model.layers"), Int8Linear)
     if can_pack(device, dtype):
-        _replace(causal_lm, PackedLinear)
+        _replace(causal_lm, pack)
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
@@ -88,7 +95,7 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _replace(module: nn.Module, made: type[PackedLinear] | type[Int8Linear]) -> None:
+def _replace(module: nn.Module, made: Callable[[nn.Linear], nn.Module]) -> None:
     for name, child in module.named_children():
         if type(child) is nn.Linear:
             setattr(module, name, made(child))

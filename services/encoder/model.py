@@ -13,7 +13,7 @@ from services.common.types import ImageTiles, ProjectedFeatureMap
 from services.encoder.anyres import join_tiles
 from services.encoder.projector import Projector
 from services.encoder.vision_tower import build_vision_tower, patch_features
-from services.sampler.vision_guided import SampledMap, VisionGuidedSampler
+from services.sampler.vision_guided import Choice, SampledMap, VisionGuidedSampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,8 @@ class EncodedImage:
     map_hw: tuple[int, int]
     uncompressed_tokens: int
     sampled: SampledMap | None
+    map_tokens: int = 0
+    """Those that came out of the feature map, newlines apart."""
 
 
 class EncoderModel(nn.Module):
@@ -55,14 +57,20 @@ class EncoderModel(nn.Module):
             maps.append(ProjectedFeatureMap(base_PD=projected[0], map_HWD=joined))
         return maps
 
-    def tokens(self, feature_map: ProjectedFeatureMap, vision_sampler: bool) -> EncodedImage:
-        """Feature map to visual tokens: base tile, then rows of regions (or of the map) closed by newlines."""
+    def tokens(
+        self, feature_map: ProjectedFeatureMap, vision_sampler: bool, choose: Choice | None = None
+    ) -> EncodedImage:
+        """Feature map to visual tokens: base tile, then rows of regions (or of the map) closed by newlines.
+
+        `choose` takes the selector's place on the map, in experiments.
+        """
         base_PD, map_HWD = feature_map.base_PD, feature_map.map_HWD
         height, width, depth = map_HWD.shape
         sampled = None
         if vision_sampler:
-            sampled = self.vision_guided_sampler(map_HWD, base_PD, self.image_newline)
+            sampled = self.vision_guided_sampler(map_HWD, base_PD, self.image_newline, choose)
             rest_ND = sampled.tokens_ND
+            newlines = sampled.region_grid[0]
             mode = self.config.vision_sampler.base_tile
             if mode == "sample":
                 side = self.config.patches_per_side
@@ -74,9 +82,11 @@ class EncoderModel(nn.Module):
         else:
             newline = self.image_newline.to(map_HWD.dtype).expand(height, 1, depth)
             rest_ND = torch.cat((map_HWD, newline), dim=1).flatten(0, 1)
+            newlines = height
         return EncodedImage(
             tokens_ND=torch.cat((base_PD, rest_ND)),
             map_hw=(height, width),
+            map_tokens=len(rest_ND) - newlines,
             uncompressed_tokens=feature_map.base_PD.shape[0] + height * (width + 1),
             sampled=sampled,
         )

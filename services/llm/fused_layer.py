@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from services.llm.attention import AttentionStep
+from services.llm.kernels.panel_linear import add_linear_, gated_linear, linears
 
 FAMILIES = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
 """Layers of one shape: norm, attention, norm, gated MLP, each of the two halves added to what came in."""
@@ -38,21 +39,22 @@ def fused_layer(
     one: Any = layer
     ops, attention, mlp = torch.ops.focusllava, one.self_attn, one.mlp
     norm_SD = _norm(one.input_layernorm, hidden_SD)
-    key_SGd = attention.k_proj(norm_SD).unflatten(-1, (-1, attention.head_dim))
-    value_SGd = attention.v_proj(norm_SD).unflatten(-1, (-1, attention.head_dim))
+    if rows_R is None:
+        query_SD, key_SD, value_SD = linears(norm_SD, attention.q_proj, attention.k_proj, attention.v_proj)
+    else:
+        key_SD, value_SD = linears(norm_SD, attention.k_proj, attention.v_proj)
+        query_SD, hidden_SD = attention.q_proj(norm_SD[rows_R]), hidden_SD[rows_R]
+    query_SHd, key_SGd, value_SGd = (t.unflatten(-1, (-1, attention.head_dim)) for t in (query_SD, key_SD, value_SD))
     ops.rotate_(key_SGd, cos_Sd, sin_Sd)
     if rows_R is not None:
-        norm_SD, hidden_SD, cos_Sd, sin_Sd = norm_SD[rows_R], hidden_SD[rows_R], cos_Sd[rows_R], sin_Sd[rows_R]
-    query_SHd = attention.q_proj(norm_SD).unflatten(-1, (-1, attention.head_dim))
+        cos_Sd, sin_Sd = cos_Sd[rows_R], sin_Sd[rows_R]
     ops.rotate_(query_SHd, cos_Sd, sin_Sd)
     query_HSd, key_GSd, value_GSd = (tensor.transpose(0, 1) for tensor in (query_SHd, key_SGd, value_SGd))
     out_SHd = step.attend(attention.layer_idx, query_HSd, key_GSd, value_GSd, attention.scaling)
-    norm_SD = _norm(one.post_attention_layernorm, hidden_SD, attention.o_proj(out_SHd.flatten(1)))
-    gate_SF = mlp.gate_proj(norm_SD)
-    ops.silu_mul_(gate_SF, mlp.up_proj(norm_SD))
-    return hidden_SD.add_(mlp.down_proj(gate_SF))
+    add_linear_(hidden_SD, out_SHd.flatten(1), attention.o_proj)
+    norm_SD = _norm(one.post_attention_layernorm, hidden_SD)
+    return add_linear_(hidden_SD, gated_linear(norm_SD, mlp.gate_proj, mlp.up_proj), mlp.down_proj)
 
 
-def _norm(norm: Any, hidden_SD: torch.Tensor, delta_SD: torch.Tensor | None = None) -> torch.Tensor:
-    """Adds delta to hidden in place, then normalises."""
-    return torch.ops.focusllava.add_rms_norm(hidden_SD, delta_SD, norm.weight, norm.eps)
+def _norm(norm: Any, hidden_SD: torch.Tensor) -> torch.Tensor:
+    return torch.ops.focusllava.add_rms_norm(hidden_SD, None, norm.weight, norm.eps)

@@ -19,6 +19,7 @@ from services.common.linear import Quantize, can_pack, prepare_linears
 from services.llm.attention import ATTENTION_NAME, AttentionStep
 from services.llm.fused_layer import can_fuse, fused_layer
 from services.llm.kernels import native
+from services.llm.kernels.panel_linear import pack_linear
 from services.sampler.text_guided import keep_by_share, text_importance
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
@@ -94,7 +95,7 @@ class Decoder:
         assert not any(tensor.is_meta for tensor in (*lm.parameters(), *lm.buffers()))
         state.clear()  # or the plain weights would stay beside the packed ones
         _fuse_norms(lm)
-        prepare_linears(lm.requires_grad_(False), torch.device(device), dtype, quantize)
+        prepare_linears(lm.requires_grad_(False), torch.device(device), dtype, quantize, pack_linear)
         return cls(lm)
 
     @classmethod

@@ -199,12 +199,8 @@ def test_a_failed_step_ends_its_requests_only_and_nobody_finds_what_it_computed(
     for name in ("a", "b", "c"):
         engine.submit(tiny_llm.request(engine, name))
     expected = tiny_llm.run(tiny_llm.engine(), [tiny_llm.request(engine, "c")])["c"][0]
-    broken = engine.decoder.layers[layer].self_attn.v_proj.register_forward_hook(
-        lambda *_: (_ for _ in ()).throw(RuntimeError("broken card"))
-    )
-    with pytest.raises(StepFailed) as failure:
+    with tiny_llm.broken_layer(layer, "broken card"), pytest.raises(StepFailed) as failure:
         engine.step()
-    broken.remove()
     assert failure.value.request_ids == ("a", "b")
     assert "broken card" not in str(failure.value) and "broken card" in str(failure.value.__cause__)
     engine.check_integrity()

@@ -6,12 +6,19 @@ import json
 import math
 
 import pytest
+import torch
 
 from benchmarks.engine import compare
+from benchmarks.keep_ratio import PICTURES, SELECTOR, set_vision_keep_ratio
 from benchmarks.measure import Progress, Timeline, closed_loop, parse_cores, percentile, ratio_of, summary, take_turns
 from benchmarks.prefill import prefill_work
 from benchmarks.report import DOCUMENT, MARKER, TABLES, fill, markdown
 from benchmarks.workload import jpeg
+from services.checkpoint.config import FocusLlavaConfig
+from services.checkpoint.store import STAGES, load_stage, verify
+from services.encoder.model import EncoderModel
+from services.encoder.pipeline import EncoderPipeline
+from tests.tiny_checkpoints import make_random_checkpoint
 
 
 class Counter:
@@ -120,3 +127,33 @@ def test_the_document_has_every_table():
 
 def test_markdown():
     assert markdown(("a", "b"), [(1, 2)]) == "| a | b |\n| --- | ---: |\n| 1 | 2 |\n"
+
+
+def test_setting_the_kept_share_changes_the_selector_and_nothing_else(tmp_path):
+    folder = tmp_path / "checkpoint"
+    make_random_checkpoint(folder, dtype="bfloat16", tile_px=112)
+    before = {stage: {n: t.clone() for n, t in load_stage(folder, stage).items()} for stage in STAGES}
+    files = {p.name: p.read_bytes() for p in folder.glob("*.json*") if ".safetensors." not in p.name}
+
+    said = set_vision_keep_ratio(folder, 0.49)
+
+    assert said == pytest.approx(0.49, abs=0.02)
+    verify(folder)
+    assert {name: (folder / name).read_bytes() for name in files} == files
+    with torch.device("meta"):
+        whole = EncoderModel(FocusLlavaConfig.load(folder)).state_dict()
+    load_stage(folder, "encoder", expected={name: tensor.shape for name, tensor in whole.items()})
+    changed = set()
+    for stage in STAGES:
+        after = load_stage(folder, stage)
+        assert set(after) == set(before[stage])
+        for name, tensor in after.items():
+            assert tensor.dtype == before[stage][name].dtype == torch.bfloat16
+            changed |= {name} if not torch.equal(tensor, before[stage][name]) else set()
+    assert changed == {f"{SELECTOR}.weight", f"{SELECTOR}.bias"}
+
+    pipeline = EncoderPipeline.from_checkpoint(folder)
+    encoded = pipeline.encode([pipeline.prepare(jpeg(seed)) for seed in range(PICTURES)], [True] * PICTURES)
+    kept, full = (sum(n) for n in zip(*((len(e.tokens_ND), e.uncompressed_tokens) for e in encoded), strict=True))
+    assert kept / full == pytest.approx(said, abs=1e-3)
+    assert len({int(branch) for e in encoded for branch in e.branch_ids_M}) > 1

@@ -9,6 +9,7 @@ from torch import nn
 
 from services.common.errors import InvalidInput
 from services.common.linear import Int8Linear, PackedLinear, can_pack, prepare_linears
+from services.llm.kernels.panel_linear import PanelLinear
 from services.llm.kernels.reference import ReferenceKernels
 from services.llm.model import Decoder
 from tests import tiny_llm
@@ -94,11 +95,11 @@ def test_int8_takes_zeros_and_the_largest_values(dtype: torch.dtype) -> None:
 def test_every_linear_of_a_loaded_decoder_is_packed() -> None:
     decoder = Decoder.from_checkpoint(tiny_llm.checkpoint(), dtype=torch.float32)
     kinds = {type(module) for module in decoder.lm.modules()}
-    assert PackedLinear in kinds and nn.Linear not in kinds and nn.RMSNorm in kinds
+    assert kinds & {PackedLinear, PanelLinear} and nn.Linear not in kinds and nn.RMSNorm in kinds
     quantised = Decoder.from_checkpoint(tiny_llm.checkpoint(), dtype=torch.float32, quantize="int8")
-    assert isinstance(quantised.lm.lm_head, PackedLinear), "the head keeps its precision"
+    assert isinstance(quantised.lm.lm_head, PackedLinear | PanelLinear), "the head keeps its precision"
     kinds = {type(module) for module in quantised.layers.modules()}
-    assert Int8Linear in kinds and PackedLinear not in kinds
+    assert Int8Linear in kinds and not kinds & {PackedLinear, PanelLinear}
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])

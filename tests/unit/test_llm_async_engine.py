@@ -108,14 +108,10 @@ async def test_a_failed_pass_is_an_internal_error_for_its_requests_and_the_engin
         good = tiny_llm.request(engine.engine, max_tokens=6)
         expected, _ = await answer(engine, good)
 
-        def fail(*_: object) -> None:
-            raise RuntimeError("secret detail /some/path")
-
-        hook = engine.engine.decoder.layers[3].self_attn.v_proj.register_forward_hook(fail)
-        results = await asyncio.gather(
-            *(answer(engine, tiny_llm.request(engine.engine, f"r{i}")) for i in range(3)), return_exceptions=True
-        )
-        hook.remove()
+        with tiny_llm.broken_layer(3, "secret detail /some/path"):
+            results = await asyncio.gather(
+                *(answer(engine, tiny_llm.request(engine.engine, f"r{i}")) for i in range(3)), return_exceptions=True
+            )
         assert [type(result).__mro__[1] for result in results] == [InternalError] * 3
         assert not any("secret" in str(result) for result in results)
         assert (await answer(engine, good))[0] == expected

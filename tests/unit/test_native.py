@@ -14,8 +14,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from services.checkpoint.config import FocusLlavaConfig
+from services.common.linear import PackedLinear
 from services.llm.fused_layer import can_fuse
 from services.llm.kernels import native
+from services.llm.kernels.panel_linear import PanelLinear, add_linear_, gated_linear, linears
 from services.llm.model import Decoder
 from tests.attention_oracle import prefill_oracle
 from tests.tiny_llm import checkpoint
@@ -30,8 +32,13 @@ def loaded() -> None:
     assert native.load(), "this machine has a compiler: setup asks for one"
 
 
-def close(ours: torch.Tensor, exact: torch.Tensor) -> None:
-    torch.testing.assert_close(ours.double(), exact, rtol=DTYPES[ours.dtype], atol=DTYPES[ours.dtype])
+SUMS = 2e-5
+"""Largest error of an fp32 sum of thousands of products, which are added one by one."""
+
+
+def close(ours: torch.Tensor, exact: torch.Tensor, sums: float = 0) -> None:
+    error = max(DTYPES[ours.dtype], sums)
+    torch.testing.assert_close(ours.double(), exact, rtol=error, atol=error)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -67,6 +74,89 @@ def test_silu_mul(dtype: torch.dtype) -> None:
     exact = F.silu(gate.double()) * up.double()
     ops.silu_mul_(gate, up)
     close(gate, exact)
+
+
+def linear(inputs: int, outputs: int, bias: bool, dtype: torch.dtype) -> nn.Linear:
+    torch.manual_seed(inputs + outputs)
+    return nn.Linear(inputs, outputs, bias=bias).to(dtype).requires_grad_(False)
+
+
+def exactly(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(x.double(), layer.weight.double(), None if layer.bias is None else layer.bias.double())
+
+
+SHAPES = {"one panel": (64, 64), "narrow": (10, 3), "ragged": (100, 333), "two pieces of inputs": (5000, 70)}
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("inputs, outputs", SHAPES.values(), ids=SHAPES)
+def test_panel_linears(inputs: int, outputs: int, bias: bool, dtype: torch.dtype) -> None:
+    first, second = linear(inputs, outputs, bias, dtype), linear(inputs, outputs, not bias, dtype)
+    other = linear(inputs, 2 * outputs + 1, bias, dtype)
+    panels = [PanelLinear(layer) for layer in (first, other, second)]
+    assert not list(panels[0].parameters()) and not panels[0].state_dict()
+    for tokens in (1, 5, 13, 97, 200):  # passes of six tokens, tasks of 96
+        x, hidden = torch.randn(tokens, inputs).to(dtype), torch.randn(tokens, outputs).to(dtype)
+        for layer, out in zip((first, other, second), linears(x, *panels), strict=True):
+            close(out, exactly(layer, x), SUMS)
+        exact = F.silu(exactly(first, x)) * exactly(second, x)
+        close(gated_linear(x, panels[0], panels[2]), exact, SUMS)
+        exact = hidden.double() + exactly(first, x)
+        assert add_linear_(hidden, x, panels[0]) is hidden
+        close(hidden, exact, SUMS)
+    assert panels[1](torch.randn(2, 3, inputs).to(dtype)).shape == (2, 3, 2 * outputs + 1)
+    assert panels[1](torch.randn(0, inputs).to(dtype)).shape == (0, 2 * outputs + 1)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("inputs", [512, 5000])
+def test_a_tokens_products_are_the_same_bit_for_bit_in_any_batch(inputs: int, dtype: torch.dtype) -> None:
+    gate, up = (PanelLinear(linear(inputs, 200, bias, dtype)) for bias in (True, False))
+    x, hidden = torch.randn(230, inputs).to(dtype), torch.randn(230, 200).to(dtype)
+    whole = [*linears(x, gate, up), gated_linear(x, gate, up), add_linear_(hidden.clone(), x, up)]
+    for first, last in ((0, 1), (95, 97), (3, 20), (7, 103), (1, 230)):
+        part = x[first:last].clone()
+        alone = [*linears(part, gate, up), gated_linear(part, gate, up)]
+        alone.append(add_linear_(hidden[first:last].clone(), part, up))
+        assert all(torch.equal(one, all_[first:last]) for one, all_ in zip(alone, whole, strict=True))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layers_of_another_kind_give_what_panels_give(dtype: torch.dtype) -> None:
+    gate, up, down = linear(64, 100, True, dtype), linear(64, 100, False, dtype), linear(100, 64, True, dtype)
+    x = torch.randn(9, 64).to(dtype)
+    results = []
+    for made in (PackedLinear, PanelLinear):
+        gated = gated_linear(x, made(gate), made(up))
+        results.append([*linears(x, made(gate), made(up)), gated, add_linear_(x.clone(), gated, made(down))])
+    for packed, panels in zip(*results, strict=True):
+        torch.testing.assert_close(packed, panels, rtol=3 * DTYPES[dtype], atol=3 * DTYPES[dtype])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"x": torch.randn(4, 62)},
+        {"x": torch.randn(4, 64, dtype=torch.float64)},
+        {"x": torch.randn(4, 64).bfloat16()},
+        {"x": torch.randn(64, 4).T},
+        {"hidden": torch.randn(4, 65)},
+        {"hidden": torch.randn(3, 64)},
+        {"hidden": torch.randn(4, 64).bfloat16()},
+        {"bias": torch.randn(63)},
+        {"bias": torch.randn(64).bfloat16()},
+    ],
+)
+def test_products_of_what_does_not_fit_are_refused(change: dict[str, torch.Tensor]) -> None:
+    panels = PanelLinear(linear(64, 64, True, torch.float32))
+    fitting = {"hidden": torch.randn(4, 64), "x": torch.randn(4, 64), "weight": panels.weight_PKNp, "bias": panels.bias}
+    ops.linear_add_(**fitting)
+    with pytest.raises(RuntimeError):
+        ops.linear_add_(**{**fitting, **change})
 
 
 @pytest.mark.parametrize(
@@ -127,7 +217,7 @@ def test_fused_layers_are_transformers_own(family: str) -> None:
 def test_the_library_is_built_once_and_anew_for_another_source(tmp_path: pathlib.Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     source = tmp_path / "native.cpp"
     source.write_text("int one() { return 1; }\n")
-    monkeypatch.setattr(native, "SOURCE", source)
+    monkeypatch.setattr(native, "SOURCES", (source,))
     first = native.build(tmp_path / "cache")
     stamp = first.stat().st_mtime_ns
     assert native.build(tmp_path / "cache") == first and first.stat().st_mtime_ns == stamp
@@ -139,7 +229,7 @@ def test_the_library_is_built_once_and_anew_for_another_source(tmp_path: pathlib
 def test_a_compiler_that_fails_is_named(tmp_path: pathlib.Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     source = tmp_path / "native.cpp"
     source.write_text("int one() { return }\n")
-    monkeypatch.setattr(native, "SOURCE", source)
+    monkeypatch.setattr(native, "SOURCES", (source,))
     with pytest.raises(native.CannotBuild, match=r"(?s)ended with status 1.*error: "):
         native.build(tmp_path / "cache")
     monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))

@@ -7,27 +7,19 @@
 //
 // Legend: S queries, K keys, H query heads, G key heads, R = H / G query heads a key head, d head width, D hidden width,
 // F MLP width, n sequences, b tokens of a page.
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/native/CPUBlas.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <array>
-#include <atomic>
-#include <bit>
-#include <cmath>
-#include <cstring>
 #include <numeric>
-#include <optional>
-#include <vector>
+
+#include "native.h"
 
 namespace {
 
-using at::BFloat16;
-using at::Tensor;
+using namespace focusllava;
 namespace blas = at::native::cpublas;
 
 constexpr int64_t kRows = 64;         // query rows of a tile: heads that share keys, times positions
@@ -35,49 +27,6 @@ constexpr int64_t kKeys = 512;        // keys of a tile: scores and probabilitie
 constexpr int64_t kKeyStep = 32;      // keys of a tile are rounded up to it, so that few kernels are generated
 constexpr int64_t kDecodeKeys = 256;  // keys of one decode task; a longer sequence is shared out among threads
 constexpr float kNone = -1e30f;       // a score that nothing is below, finite so that differences are
-
-inline float to_float(float x) { return x; }
-inline float to_float(uint16_t bfloat16) { return std::bit_cast<float>(static_cast<uint32_t>(bfloat16) << 16); }
-inline float to_float(BFloat16 x) { return to_float(x.x); }
-template <typename T>
-using Bits = std::conditional_t<std::is_same_v<T, BFloat16>, uint16_t, float>;
-template <typename T>
-inline T from_float(float x);
-template <>
-inline float from_float<float>(float x) { return x; }
-template <>
-inline BFloat16 from_float<BFloat16>(float x) {  // to nearest even
-  uint32_t bits = std::bit_cast<uint32_t>(x);
-  bits += 0x7fff + ((bits >> 16) & 1);
-  return BFloat16(static_cast<uint16_t>(bits >> 16), BFloat16::from_bits());
-}
-
-// exp(x) for x <= 88, 2 ulp, and exp(-87) below that. Without a branch, so that it vectorises. The polynomial and the two
-// parts of ln 2 are those of expf in S. Moshier's Cephes library.
-inline float exp_clamped(float x) {
-  x = x > -87.0f ? x : -87.0f;
-  const float whole = std::floor(x * 1.442695041f + 0.5f);
-  float r = x - whole * 0.693359375f;
-  r = r + whole * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  return p * std::bit_cast<float>((static_cast<int32_t>(whole) + 127) << 23);
-}
-
-// Runs tasks 0..count-1, each on whichever thread is free next.
-template <typename F>
-void for_each_task(int64_t count, const F& task) {
-  std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), count);
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < count; i = next++) task(i);
-  });
-}
 
 struct Strided {  // a [tokens, heads, d] view, d contiguous
   int64_t token, head;
@@ -351,15 +300,6 @@ void decode(const Tensor& query, const Tensor& keys, const Tensor& values, const
     }
 }
 
-// Calls f<T>(...) for the tensor's dtype.
-#define FOR_DTYPE(tensor, f, ...)                                                               \
-  do {                                                                                          \
-    const auto dtype = (tensor).scalar_type();                                                  \
-    TORCH_CHECK(dtype == at::kBFloat16 || dtype == at::kFloat, "dtype ", dtype, " is not ours"); \
-    if (dtype == at::kBFloat16) f<BFloat16>(__VA_ARGS__);                                       \
-    else f<float>(__VA_ARGS__);                                                                 \
-  } while (false)
-
 int64_t sum_of(at::IntArrayRef lens) { return std::accumulate(lens.begin(), lens.end(), int64_t{0}); }
 
 Tensor prefill_attention(const Tensor& query, const Tensor& key, const Tensor& value, at::IntArrayRef query_lens,
@@ -462,11 +402,7 @@ void rotate_(Tensor x, const Tensor& cos, const Tensor& sin) {
 template <typename T>
 void gate_part(Bits<T>* __restrict gate, const Bits<T>* __restrict up, int64_t count) {
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    const float x = to_float(gate[i]);
-    const float power = exp_clamped(x > -88.0f ? -x : 88.0f);
-    gate[i] = std::bit_cast<Bits<T>>(from_float<T>(x / (1.0f + power) * to_float(up[i])));
-  }
+  for (int64_t i = 0; i < count; ++i) gate[i] = to_bits<T>(silu(to_float(gate[i])) * to_float(up[i]));
 }
 
 template <typename T>

@@ -1,4 +1,4 @@
-"""Builds native.cpp with the machine's own compiler, once, and loads it: the operators `torch.ops.focusllava.*`.
+"""Builds native.cpp and linear.cpp with the machine's own compiler, once, and loads them: `torch.ops.focusllava.*`.
 
 python -m services.llm.kernels.native      builds now what the first use would build, and says where it lies
 """
@@ -18,7 +18,9 @@ import tempfile
 import torch
 from torch.utils.cpp_extension import include_paths
 
-SOURCE = pathlib.Path(__file__).with_suffix(".cpp")
+FOLDER = pathlib.Path(__file__).parent
+SOURCES = (FOLDER / "native.cpp", FOLDER / "linear.cpp")
+HEADERS = (FOLDER / "native.h",)
 # Without errno and traps the compiler may vectorise; nothing here changes what a float operation gives.
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 TORCH_LIBRARIES = ("torch", "torch_cpu", "c10")
@@ -49,12 +51,12 @@ def build(folder: pathlib.Path) -> pathlib.Path:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise CannotBuild("no C++ compiler: install g++ or set CXX")
-    parts = (SOURCE.read_text(), *FLAGS, compiler, torch.__version__, _processor())
+    parts = (*(path.read_text() for path in (*SOURCES, *HEADERS)), *FLAGS, compiler, torch.__version__, _processor())
     library = folder / f"native-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
     if library.exists():
         return library
     torch_libraries = pathlib.Path(torch.__file__).parent / "lib"
-    command = [compiler, *FLAGS, str(SOURCE), *(f"-I{path}" for path in include_paths()), f"-L{torch_libraries}"]
+    command = [compiler, *FLAGS, *map(str, SOURCES), *(f"-I{path}" for path in include_paths()), f"-L{torch_libraries}"]
     command += [f"-l{name}" for name in TORCH_LIBRARIES]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -90,3 +92,7 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+
+
+if __name__ == "__main__":
+    print(build(cache_folder()))
