@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
-from training.data.questions import QuestionAnswer, questions
-from training.data.splits import scene_at
+from training.data.questions import QuestionAnswer
 from training.data.vocabulary import COLOURS, SHAPES, WORDS
 
 SEEN_OFTEN = 5
@@ -17,20 +15,14 @@ SLOTS: dict[str, str] = {"colour": "|".join(COLOURS), "shape": "|".join(SHAPES),
 CLOSED_WORDS = re.compile("|".join(rf"\b(?P<{name}>{words})\b" for name, words in SLOTS.items()) + r"|(?P<number>\d+)")
 
 
-def scene_questions(scenes: int = 4000, seed: int = 0) -> Iterator[QuestionAnswer]:
-    """All questions on training scenes."""
-    for index in range(scenes):
-        yield from questions(scene_at("train", seed, index), random.Random(f"{seed}/{index}"))
-
-
 class Baselines:
-    """Counts the answers to training questions; those on training scenes when none are given."""
+    """Counts the answers to training questions."""
 
-    def __init__(self, asked: Iterable[QuestionAnswer] | None = None):
+    def __init__(self, asked: Iterable[QuestionAnswer]):
         self.by_kind: dict[str, Counter[str]] = defaultdict(Counter)
         self.by_question: dict[str, Counter[str]] = defaultdict(Counter)
         self.by_form: dict[str, Counter[str]] = defaultdict(Counter)
-        for question in scene_questions() if asked is None else asked:
+        for question in asked:
             self.by_kind[question.kind][question.answer] += 1
             self.by_question[question.question][question.answer] += 1
             self.by_form[form_of(question.question)][question.answer] += 1

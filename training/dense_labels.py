@@ -12,14 +12,17 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel
 
+from services.checkpoint.config import FocusLlavaConfig
+from services.checkpoint.store import load_stage, save_checkpoint
 from services.encoder.anyres import normalise
 from services.encoder.vision_tower import build_vision_tower, patch_features
 from training.config import RunConfig, build
 from training.data.tiles import IGNORE, LABEL_CLASSES, tile_batch
 
 MEAN = STD = (0.5, 0.5, 0.5)
+TOWER = "vision_tower."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +51,12 @@ class DenseHeads(nn.Module):
         for name, head in self.heads.items():
             target = labels[name].flatten()
             asked = target != IGNORE
-            if not asked.any():
-                continue
             logits, target = head(features).flatten(0, 1)[asked].float(), target[asked]
-            losses.append(nn.functional.cross_entropy(logits, target))
+            # Without a label the loss is zero, not absent: every worker must have a gradient for every parameter.
+            losses.append(nn.functional.cross_entropy(logits, target, reduction="sum") / max(1, len(target)))
             telling = target > 0 if name in ("kind", "colour") else torch.ones_like(target, dtype=torch.bool)
-            metrics[name] = float((logits.argmax(-1) == target)[telling].float().mean())
+            if telling.any():
+                metrics[name] = float((logits.argmax(-1) == target)[telling].float().mean())
         return torch.stack(losses).sum(), metrics
 
 
@@ -96,13 +99,41 @@ def scale_features(tower: CLIPVisionModel, factor: float) -> None:
         module.bias.mul_(factor)
 
 
+def tower_of(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The vision tower's state dict, from tensors named as an encoder's or a vision stage's."""
+    return {name.removeprefix(TOWER): tensor for name, tensor in tensors.items() if name.startswith(TOWER)}
+
+
+def replace_tower(source: pathlib.Path, folder: pathlib.Path, tower: dict[str, torch.Tensor]) -> None:
+    """Writes the checkpoint `source` to `folder` with another vision tower."""
+    config = FocusLlavaConfig.load(source)
+    dtype = getattr(torch, config.dtype)
+    encoder = load_stage(source, "encoder") | {f"{TOWER}{name}": tensor.to(dtype) for name, tensor in tower.items()}
+    save_checkpoint(
+        folder,
+        config,
+        encoder_tensors={name: tensor.clone() for name, tensor in encoder.items()},
+        llm_tensors={name: tensor.clone() for name, tensor in load_stage(source, "llm").items()},
+        tokenizer=AutoTokenizer.from_pretrained(str(source)),
+    )
+
+
 class DenseTask:
-    """Task of `training/vision_pretrain.py`."""
+    """Task of `training/vision_pretrain.py`.
+
+    With `init_from`, a checkpoint's own tower learns more, and that checkpoint is exported with it.
+    """
 
     def __init__(self, run: RunConfig):
         self.run = run
         stage: DenseStage = build(DenseStage, run.stage, "stage.")
+        self.source = pathlib.Path(run.init_from) if run.init_from else None
+        if self.source:
+            config = FocusLlavaConfig.load(self.source)
+            stage = DenseStage(vision=config.vision, vision_stem=config.vision_stem)
         self.module = DenseModel(stage.vision, stage.vision_stem)
+        if self.source:
+            self.module.vision_tower.load_state_dict(tower_of(load_stage(self.source, "encoder")))
 
     def batch(self, step: int, rank: int, world_size: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return labelled_batch(self.run.seed, step * world_size + rank, self.run.samples_per_worker)
@@ -113,6 +144,8 @@ class DenseTask:
             pixels, _ = self.batch(0, 0, 1)
             spread = patch_features(self.module.vision_tower, pixels, -1).std().item()
         scale_features(self.module.vision_tower, 1 / spread)
+        if self.source:
+            replace_tower(self.source, folder, self.module.vision_tower.state_dict())
         folder.mkdir(parents=True, exist_ok=True)
         save_file(
             {k: v.float().contiguous() for k, v in self.module.state_dict().items()}, folder / "vision.safetensors"

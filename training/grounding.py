@@ -7,30 +7,45 @@ over heads. Before that, in `reading_layers`, the last prompt token is to read t
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
 from services.encoder.model import EncodedImage
 from services.sampler.text_guided import apply_rotary
+from training.data.fonts import Box
 from training.layout import Sample, TextBatch
 
 
 def evidence_tokens(sample: Sample, encoded: EncodedImage) -> list[torch.Tensor | None]:
-    """For each branch, indices of the full-resolution map's tokens that its evidence box touches, or None."""
+    """For each branch, indices of the tokens that its evidence box touches, or None.
+
+    Those of the base tile count too: where something is in the whole image is told by its place there.
+    """
     if encoded.sampled is not None:
         return [None] * len(sample.branches)
     height, width = encoded.map_hw
-    first = len(encoded.tokens_ND) - height * (width + 1)
+    base = len(encoded.tokens_ND) - height * (width + 1)
+    side = math.isqrt(base)
     found: list[torch.Tensor | None] = []
     for branch in sample.branches:
-        if branch.evidence_xyxy is None:
+        box = branch.evidence_xyxy
+        if box is None:
             found.append(None)
             continue
-        x0, y0, x1, y1 = branch.evidence_xyxy
-        rows = torch.arange(int(y0 * height), min(height, int(y1 * height) + 1))
-        cols = torch.arange(int(x0 * width), min(width, int(x1 * width) + 1))
-        found.append((first + rows.unsqueeze(1) * (width + 1) + cols).flatten())
+        in_base = _cells_under(box, side, side, side)
+        in_map = _cells_under(box, height, width, width + 1) + base
+        found.append(torch.cat((in_base, in_map)))
     return found
+
+
+def _cells_under(box_xyxy: Box, height: int, width: int, stride: int) -> torch.Tensor:
+    """Row-major indices of the cells of a height x width grid that a box touches; a row is `stride` long."""
+    x0, y0, x1, y1 = box_xyxy
+    rows = torch.arange(int(y0 * height), min(height, int(y1 * height) + 1))
+    cols = torch.arange(int(x0 * width), min(width, int(x1 * width) + 1))
+    return (rows.unsqueeze(1) * stride + cols).flatten()
 
 
 def branch_attention(layer: nn.Module, hidden_BSD: torch.Tensor, cos_BSd: torch.Tensor, sin_BSd: torch.Tensor,

@@ -15,6 +15,7 @@ from services.encoder.model import EncodedImage, EncoderModel
 from services.sampler.balance import balance_loss
 from services.sampler.rivals.base import MapRival
 from services.sampler.rivals.layers import LayerRival, asking_tokens
+from training.branch_controls import BranchControl
 from training.grounding import branch_attention, evidence_tokens, grounding_loss, reading_loss
 from training.layout import ATTENTION_NAME, Sample, TextBatch, attention_mask, pack_text, positions
 from training.rivals import drop, encode_with_rival, stage_index
@@ -36,35 +37,48 @@ class LossWeights:
         return {*self.grounding_layers, *self.reading_layers}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What the model would answer, by teacher forcing, and the visual tokens that it took."""
+
+    encoded: list[EncodedImage]
+    exact_BQ: torch.Tensor
+    """bool: every token of the branch's answer, its end included, is the likeliest: what greedy decoding would say."""
+    asked_BQ: torch.Tensor
+    """bool: False for a branch that is padding."""
+    tokens_BQL: torch.Tensor
+    """int64: visual tokens that each decoder layer sees; their mean is Sec. 4.4's converted count."""
+
+
 class JointModel(nn.Module):
     """forward gives the loss and what to print. `schedule` None turns text-guided pruning off."""
 
     def __init__(self, config: FocusLlavaConfig, *, weights: LossWeights, schedule: PruneSchedule | None,
                  vision_sampler: bool, pad_id: int, seed: int = 0, map_rival: MapRival | None = None,
-                 layer_rival: LayerRival | None = None):  # fmt: skip
+                 layer_rival: LayerRival | None = None, branch_control: BranchControl | None = None):  # fmt: skip
         super().__init__()
         self.config, self.weights, self.schedule = config, weights, schedule
-        self.map_rival, self.layer_rival = map_rival, layer_rival
+        self.map_rival, self.layer_rival, self.branch_control = map_rival, layer_rival, branch_control
         self.vision_sampler, self.pad_id, self.seed = vision_sampler, pad_id, seed
         self.encoder = EncoderModel(config)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config, attn_implementation=ATTENTION_NAME)
         # Parameters that no forward pass reaches would make the optimizer wait for their gradients.
         self.encoder.vision_tower.post_layernorm.requires_grad_(False)
-        if not vision_sampler:
+        self.selects = vision_sampler and (branch_control is None or branch_control.selects)
+        if not self.selects:
             self.encoder.vision_guided_sampler.requires_grad_(False)
 
     def forward(self, batch: tuple[int, Sequence[Sample]], step: int) -> tuple[torch.Tensor, dict[str, float]]:
         """batch: the worker's rank and samples. What is drawn depends on seed, step and rank alone."""
         rank, samples = batch
         rng = random.Random(f"{self.seed}/{step}/{rank}")
-        images = [s.image for s in samples]
-        if self.map_rival:
-            encoded = encode_with_rival(self.encoder, images, self.map_rival)
-        else:
-            encoded = self.encoder(images, [self.vision_sampler] * len(samples))
+        encoded = self.encode(samples, random.Random(f"{self.seed}/{step}/{rank}/branches"))
         text = pack_text(samples, self.pad_id)
-        grounding = [evidence_tokens(s, e) for s, e in zip(samples, encoded, strict=True)]
-        hidden_BQTD, extra = self._run(encoded, text, grounding if self.weights.grounding else None, rng)
+        # Only the unsampled map has its tokens where evidence can be looked up.
+        grounding = (
+            [evidence_tokens(*pair) for pair in zip(samples, encoded, strict=True)] if self.weights.grounding else None
+        )
+        hidden_BQTD, extra = self._run(encoded, text, grounding, rng)
         loss, metrics = self._language_loss(hidden_BQTD, text)
         if self.weights.grounding:
             loss = loss + self.weights.grounding * extra["grounding"]
@@ -72,14 +86,44 @@ class JointModel(nn.Module):
         if self.vision_sampler:
             probs = torch.cat([e.sampled.probs_MK for e in encoded if e.sampled])
             balance = balance_loss(probs, self.config.vision_sampler.balance_coefficients)
-            loss = loss + self.weights.balance * balance
+            if self.selects:
+                loss = loss + self.weights.balance * balance
             metrics["balance"] = balance.item()
-            used = torch.bincount(probs.argmax(1), minlength=probs.shape[1]).float() / len(probs)
+            ids = torch.cat([e.sampled.branch_ids_M for e in encoded if e.sampled])
+            used = torch.bincount(ids, minlength=probs.shape[1]).float() / len(ids)
             metrics |= {f"branch_{k}": float(share) for k, share in enumerate(used)}
         full = sum(e.uncompressed_tokens for e in encoded)
         metrics["sampled_share"] = sum(len(e.tokens_ND) for e in encoded) / full
-        metrics |= {k: v.item() for k, v in extra.items() if k != "grounding"}
+        if "kept_share" in extra:
+            metrics["kept_share"] = extra["kept_share"].item()
         return loss, metrics
+
+    def encode(self, samples: Sequence[Sample], rng: random.Random) -> list[EncodedImage]:
+        """Visual tokens by this run's sampler, rival or control; `rng` is for a control that draws."""
+        images = [s.image for s in samples]
+        if self.map_rival:
+            return encode_with_rival(self.encoder, images, self.map_rival)
+        if not self.vision_sampler or self.branch_control is None:
+            return self.encoder(images, [self.vision_sampler] * len(samples))
+        encoded = []
+        for sample, features in zip(samples, self.encoder.project(images), strict=True):
+            height, width, _ = features.map_HWD.shape
+            window = self.config.vision_sampler.window
+            choose = self.branch_control.choice(rng, (height, width), window, sample.glyph_boxes)
+            encoded.append(self.encoder.tokens(features, True, choose))
+        return encoded
+
+    @torch.no_grad()
+    def answer(self, samples: Sequence[Sample], rng: random.Random) -> Answers:
+        """Scores each branch's own answer; a schedule, where there is one, prunes as it does in training."""
+        encoded = self.encode(samples, rng)
+        text = pack_text(samples, self.pad_id)
+        hidden_BQTD, extra = self._run(encoded, text, None, rng)
+        target = text.labels_BQT[:, :, 1:]
+        likeliest = self.language_model.lm_head(hidden_BQTD[:, :, :-1]).argmax(-1)
+        exact_BQ = ((likeliest == target) | (target == -100)).all(-1)
+        tokens_BQL = extra["visual_tokens_LR"].T.unflatten(0, text.answer_start_BQ.shape)
+        return Answers(encoded=encoded, exact_BQ=exact_BQ, asked_BQ=text.answer_start_BQ > 0, tokens_BQL=tokens_BQL)
 
     def _run(self, encoded: list[EncodedImage], text: TextBatch, grounding: list[list[torch.Tensor | None]] | None,
              rng: random.Random) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
@@ -101,6 +145,8 @@ class JointModel(nn.Module):
         grounded = []
         stages = dict(self.layer_rival.stages) if self.layer_rival else {}
         present = totals = [count for count in visual_lens for _ in range(branches)]
+        asked = (text.answer_start_BQ > 0).flatten().tolist()
+        tokens_LR = []
         for index, layer in enumerate(decoder.layers):
             if self.layer_rival and index in stages:
                 row = torch.arange(batch * branches).unsqueeze(1)
@@ -115,7 +161,7 @@ class JointModel(nn.Module):
                 source, starts = stage_index(stay, before, starts, length)
                 hidden, cos, sin = hidden[row, source], cos[row, source], sin[row, source]
                 present = [len(kept) for kept in stay]
-                shares = [count / total for count, total in zip(present, totals, strict=True)]
+                shares = [count / total for count, total, real in zip(present, totals, asked, strict=True) if real]
                 extra["kept_share"] = torch.tensor(sum(shares) / len(shares))
             if index == cut:
                 assert self.schedule is not None
@@ -126,7 +172,8 @@ class JointModel(nn.Module):
                 hidden, cos, sin = hidden[row, source], cos[row, source], sin[row, source]
                 # Padding is on the right only, so plain causal attention is exact.
                 mask = None
-                shares = [len(k) / n for of_image, n in zip(kept, visual_lens, strict=True) for k in of_image]
+                present = [len(k) for of_image in kept for k in of_image]
+                shares = [count / total for count, total, real in zip(present, totals, asked, strict=True) if real]
                 extra["kept_share"] = torch.tensor(sum(shares) / len(shares))
             if grounding is not None and index in self.weights.taught_layers:
                 assert mask is not None
@@ -135,7 +182,9 @@ class JointModel(nn.Module):
                     grounded.append(reading_loss(attention, text, prefix))
                 if index in self.weights.grounding_layers:
                     grounded.append(grounding_loss(attention, text, grounding))
+            tokens_LR.append(present)
             hidden = layer(hidden, attention_mask=mask, position_embeddings=(cos, sin))
+        extra["visual_tokens_LR"] = torch.tensor(tokens_LR)
         if grounded:
             extra["grounding"] = torch.stack(grounded).mean()
         hidden = decoder.norm(hidden)

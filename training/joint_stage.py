@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +13,11 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.store import load_stage, save_checkpoint
+from services.common.errors import InvalidInput
 from services.encoder.model import EncoderModel
 from services.llm.prompt import PromptRenderer
+from services.sampler.rivals.registry import layer_rival, map_rival
+from training.branch_controls import BranchControl
 from training.config import ConfigError, RunConfig, build
 from training.data.branches import BranchBuilder
 from training.data.conversations import ConversationBatches
@@ -35,10 +39,20 @@ class JointStage:
     """Whether the vision-guided sampler is on."""
     prune: dict[str, Any] = field(default_factory=dict)
     """Fields of PruneSchedule; empty trains without text-guided pruning."""
+    map_rival: dict[str, Any] = field(default_factory=dict)
+    """A rival in the vision-guided sampler's place, which is then off: its `name` in services/sampler/rivals, and its
+    options (budget, newline_rows)."""
+    layer_rival: dict[str, Any] = field(default_factory=dict)
+    """A rival in the text-guided sampler's place: `name` and options (budget; layers are the model's own)."""
+    branch_control: dict[str, Any] = field(default_factory=dict)
+    """Fields of BranchControl; empty leaves the choice to the selector."""
+    fresh_selector: bool = False
+    """Forgets what init_from's selector has learned."""
     loss: dict[str, Any] = field(default_factory=dict)
     """Fields of LossWeights."""
     data: str = "scenes"
-    """"scenes" or "posters" for a procedural generator, or a JSON file of conversations in LLaVA's format."""
+    """"scenes" or "posters" for a procedural generator, "easy_vqa" for that set's training split, or a JSON file of
+    conversations in LLaVA's format."""
     questions_per_image: int = 6
     kind_weights: dict[str, float] = field(default_factory=dict)
     """How much likelier a kind of question is asked than one of weight 1."""
@@ -60,7 +74,7 @@ class JointTask:
         self.tokenizer = AutoTokenizer.from_pretrained(str(source)) if whole else build_tokenizer()
         self.config = model_config(base, stage.model, self.tokenizer)
         weights: LossWeights = build(LossWeights, stage.loss, "stage.loss.")
-        schedule = build(PruneSchedule, stage.prune, "stage.prune.") if stage.prune else None
+        schedule = prune_schedule(stage.prune, self.config.text_config.num_hidden_layers)
         self.module = JointModel(
             self.config,
             weights=weights,
@@ -68,9 +82,10 @@ class JointTask:
             vision_sampler=stage.vision_sampler,
             pad_id=self.tokenizer.pad_token_id,
             seed=run.seed,
+            **experiment(stage, self.config),
         )
         if whole and source:
-            load_joint(self.module, source)
+            load_joint(self.module, source, fresh_selector=stage.fresh_selector)
         elif source:
             self.module.encoder.vision_tower.load_state_dict(load_vision(source))
             standardise_projector(self.module.encoder, labelled_batch(run.seed, 0, 64)[0])
@@ -80,12 +95,12 @@ class JointTask:
             image_token_id=self.config.image_token_id,
             context=self.config.text_config.max_position_embeddings,
         )
-        builder = BranchBuilder(renderer)
+        self.builder = BranchBuilder(renderer)
         self.data: SceneBatches | ConversationBatches
         if stage.data in SOURCES:
             self.data = SceneBatches(
                 self.config,
-                builder,
+                self.builder,
                 seed=run.seed,
                 images=run.samples_per_worker,
                 questions_per_image=stage.questions_per_image,
@@ -95,7 +110,7 @@ class JointTask:
             )
         else:
             self.data = ConversationBatches(
-                self.config, builder, pathlib.Path(stage.data), seed=run.seed, images=run.samples_per_worker
+                self.config, self.builder, pathlib.Path(stage.data), seed=run.seed, images=run.samples_per_worker
             )
 
     def batch(self, step: int, rank: int, world_size: int) -> tuple[int, list[Sample]]:
@@ -111,6 +126,49 @@ class JointTask:
         )
 
 
+def prune_schedule(fields: dict[str, Any], layers: int) -> PruneSchedule | None:
+    """None when there is nothing in `fields`. Raises ConfigError for what a decoder of so many layers cannot do."""
+    if not fields:
+        return None
+    schedule: PruneSchedule = build(PruneSchedule, fields, "stage.prune.")
+    (first, last), (low, high) = schedule.layers, schedule.thresholds
+    if not 1 <= first <= last < layers:
+        raise ConfigError(f"stage.prune.layers: {schedule.layers} is not an ascending pair in 1..{layers - 1}")
+    if not 0 < low <= high <= 1:
+        raise ConfigError(f"stage.prune.thresholds: {schedule.thresholds} is not an ascending pair in (0, 1]")
+    return schedule
+
+
+def experiment(stage: JointStage, config: FocusLlavaConfig) -> dict[str, Any]:
+    """The stage's rivals and controls as arguments of JointModel. Raises ConfigError for those that exclude another."""
+    if stage.map_rival and stage.vision_sampler:
+        raise ConfigError("stage.map_rival: stands in the vision-guided sampler's place, set vision_sampler: false")
+    if stage.layer_rival and stage.prune:
+        raise ConfigError("stage.layer_rival: stands in the text-guided sampler's place, leave prune empty")
+    if stage.branch_control and not stage.vision_sampler:
+        raise ConfigError("stage.branch_control: controls the vision-guided sampler, set vision_sampler: true")
+    found: dict[str, Any] = {}
+    if stage.map_rival:
+        found["map_rival"] = _rival("stage.map_rival", map_rival, stage.map_rival)
+    if stage.layer_rival:
+        options = {"layers": config.text_config.num_hidden_layers, **stage.layer_rival}
+        found["layer_rival"] = _rival("stage.layer_rival", layer_rival, options)
+    if stage.branch_control:
+        control: BranchControl = build(BranchControl, stage.branch_control, "stage.branch_control.")
+        if control.name == "permuted":
+            raise ConfigError("stage.branch_control.name: 'permuted' is for evaluation, training has to choose")
+        control.check(len(config.vision_sampler.branches))
+        found["branch_control"] = control
+    return found
+
+
+def _rival(field: str, make: Callable[..., Any], options: dict[str, Any]) -> Any:
+    try:
+        return make(**options)
+    except (InvalidInput, TypeError) as error:
+        raise ConfigError(f"{field}: {error}") from None
+
+
 def model_config(base: dict[str, Any], changes: dict[str, Any], tokenizer: Any) -> FocusLlavaConfig:
     """The checkpoint's config with the run's changes; sampler sections are merged field by field."""
     merged = {"model_type": "focusllava", "format_version": 1, **base}
@@ -122,9 +180,11 @@ def model_config(base: dict[str, Any], changes: dict[str, Any], tokenizer: Any) 
     return FocusLlavaConfig.from_dict(merged)
 
 
-def load_joint(joint: JointModel, folder: pathlib.Path) -> None:
+def load_joint(joint: JointModel, folder: pathlib.Path, *, fresh_selector: bool = False) -> None:
     """Fills the joint model from a checkpoint. A sampler of another shape (another window, say) starts fresh."""
     encoder = load_stage(folder, "encoder")
+    if fresh_selector:
+        encoder = {k: v for k, v in encoder.items() if not k.startswith("vision_guided_sampler.")}
     own = joint.encoder.state_dict()
     fits = {k: v for k, v in encoder.items() if k in own and own[k].shape == v.shape}
     lost = [k for k in own if k not in fits and not k.startswith("vision_guided_sampler.")]

@@ -46,6 +46,8 @@ class Sample:
     image: ImageTiles
     prefix_ids: tuple[int, ...]
     branches: tuple[Branch, ...]
+    glyph_boxes: tuple[tuple[float, float, float, float], ...] = ()
+    """Everything in the image that only full resolution shows, as fractions; an oracle's, where the source knows."""
 
 
 @dataclass(frozen=True, kw_only=True)

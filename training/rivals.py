@@ -55,7 +55,13 @@ def encode_with_rival(
         base_PD = base_PD[:0] if config.vision_sampler.base_tile == "drop" else base_PD
         tokens_ND = torch.cat((base_PD, reduced.tokens_SD))
         encoded.append(
-            EncodedImage(tokens_ND=tokens_ND, map_hw=(height, width), uncompressed_tokens=uncompressed, sampled=None)
+            EncodedImage(
+                tokens_ND=tokens_ND,
+                map_hw=(height, width),
+                map_tokens=reduced.content_tokens,
+                uncompressed_tokens=uncompressed,
+                sampled=None,
+            )
         )
     return encoded
 

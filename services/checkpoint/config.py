@@ -26,7 +26,8 @@ class VisionSamplerConfig:
     window: int = 4
     """w: side of a region, in tokens."""
     branches: tuple[tuple[int, int], ...] = ((1, 1), (2, 2), (4, 4))
-    """Pooling kernel (height, width) of each branch, finest first; each must divide the window."""
+    """Pooling kernel (height, width) of each branch, finest first; each must divide the window. (0, 0) drops the region
+    (window 1 of Tab. 4)."""
     base_grid: tuple[int, int] = (24, 24)
     """Patches of the base tile; N of the context is their product."""
     similarity: Literal["inner_product", "normalized"] = "inner_product"
@@ -93,7 +94,24 @@ class FocusLlavaConfig:
                 f"has {len(sampler.balance_coefficients)} values for {len(sampler.branches)} branches",
                 field="vision_sampler.balance_coefficients",
             )
+        if sampler.window < 1:
+            raise InvalidInput(f"is {sampler.window}, expected 1 or more", field="vision_sampler.window")
+        if not sampler.branches:
+            raise InvalidInput("is empty", field="vision_sampler.branches")
+        if min(sampler.balance_coefficients) < 0 or not sum(sampler.balance_coefficients):
+            raise InvalidInput(
+                f"is {sampler.balance_coefficients}, expected none below 0 and one above",
+                field="vision_sampler.balance_coefficients",
+            )
+        if sampler.selector_temperature <= 0:
+            raise InvalidInput(
+                f"is {sampler.selector_temperature}, expected above 0", field="vision_sampler.selector_temperature"
+            )
         for height, width in sampler.branches:
+            if (height, width) == (0, 0):  # drops the region
+                continue
+            if height < 1 or width < 1:
+                raise InvalidInput(f"has {(height, width)}, expected 1 or more", field="vision_sampler.branches")
             if sampler.window % height or sampler.window % width:
                 raise InvalidInput(
                     f"has {(height, width)}, which does not divide the window of {sampler.window}",

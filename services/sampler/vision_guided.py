@@ -6,12 +6,19 @@ N base-tile tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from services.common.errors import InvalidInput
+
+Choice = Callable[[torch.Tensor, tuple[int, int]], torch.Tensor]
+"""Branches decided from outside: (p float32 [M, K], rows and columns of regions) -> branch ids int64 [M]."""
+
+DROP = (0, 0)
+"""The kernel of a branch that emits nothing: with a window of 1 a token is kept or dropped (Tab. 4)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +55,12 @@ def pool(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Max-pools with kernel = stride over the real tokens only; returns [M, cells, D] and which cells are real.
 
-    Unreal cells hold zeros.
+    Unreal cells hold zeros. DROP has no cells.
     """
     regions, window, _, depth = regions_MwwD.shape
     height, width = kernel
+    if kernel == DROP:
+        return regions_MwwD.new_zeros(regions, 0, depth), real_Mww.new_zeros(regions, 0)
     cells = (regions, window // height, height, window // width, width)
     real_cells = real_Mww.view(cells).amax((2, 4)).flatten(1)
     if kernel == (1, 1):
@@ -133,13 +142,17 @@ class VisionGuidedSampler(nn.Module):
             temperature=selector_temperature,
         )
 
-    def forward(self, map_HWD: torch.Tensor, base_ND: torch.Tensor, newline_D: torch.Tensor) -> SampledMap:
-        """Compresses one image's unpadded feature map with its base-tile features as context."""
+    def forward(self, map_HWD: torch.Tensor, base_ND: torch.Tensor, newline_D: torch.Tensor,
+                choose: Choice | None = None) -> SampledMap:  # fmt: skip
+        """Compresses one image's unpadded feature map with its base-tile features as context.
+
+        `choose` decides in the selector's place, as an experiment's control; then there is no gate either.
+        """
         regions, real, grid = split_regions(map_HWD, self.window)
         with torch.autocast(map_HWD.device.type, enabled=False):
             probs_MK = self.selector(regions, real, base_ND)
-        branch_ids_M = probs_MK.argmax(dim=1)
-        gated = self.training and torch.is_grad_enabled()
+        branch_ids_M = choose(probs_MK, grid) if choose else probs_MK.argmax(dim=1)
+        gated = self.training and torch.is_grad_enabled() and choose is None
         cells, emitted = [], []
         for branch, kernel in enumerate(self.branches):
             chosen_M = branch_ids_M == branch
@@ -163,8 +176,8 @@ class VisionGuidedSampler(nn.Module):
         if self.probability_gate == "paper":
             return pooled_MCD * prob_M11
         if self.probability_gate == "straight_through":
-            # 1 + p - sg(p), since p / sg(p) is 0/0 once p underflows.
-            return pooled_MCD * (1 + prob_M11 - prob_M11.detach())
+            # 1 + (p - sg(p)), since p / sg(p) is 0/0 once p underflows; the difference first, for it is exactly zero.
+            return pooled_MCD * (1 + (prob_M11 - prob_M11.detach()))
         with torch.no_grad():
             others = [self._resize(pool(regions, real, kernel)[0], real, kernel, self.branches[branch])
                       for kernel in self.branches]  # fmt: skip
@@ -174,7 +187,10 @@ class VisionGuidedSampler(nn.Module):
     def _resize(
         self, pooled_MCD: torch.Tensor, real: torch.Tensor, source: tuple[int, int], target: tuple[int, int]
     ) -> torch.Tensor:
-        """Brings one branch's cells to another's grid: nearest repeat, then the target's max-pool."""
+        """Brings one branch's cells to another's grid: nearest repeat, then the target's max-pool; dropped is zero."""
+        if DROP in (source, target):
+            count = (self.window // target[0]) * (self.window // target[1]) if target != DROP else 0
+            return pooled_MCD.new_zeros(len(pooled_MCD), count, pooled_MCD.shape[-1])
         rows, cols = self.window // source[0], self.window // source[1]
         full = pooled_MCD.unflatten(1, (rows, cols)).repeat_interleave(source[0], 1).repeat_interleave(source[1], 2)
         return pool(full, real, target)[0]

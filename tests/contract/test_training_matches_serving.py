@@ -1,13 +1,19 @@
 """What the joint model is trained to do is what the two served stages do: same tokens, same choice, same answer."""
 
+import dataclasses
 import io
 import random
+from dataclasses import dataclass, field
 
 import pytest
 import torch
+from PIL import Image
+from transformers import AutoModelForCausalLM
 
+from services.checkpoint.config import TextSamplerConfig, VisionSamplerConfig
 from services.common.types import (
     ChatTurn,
+    CompressedVisualTokens,
     FinishedEvent,
     GenerateRequest,
     ImagePart,
@@ -17,7 +23,12 @@ from services.common.types import (
 )
 from services.encoder.pipeline import EncoderPipeline
 from services.llm.engine import Engine
+from services.llm.prompt import PromptRenderer
+from tests.llm_reference import causal_mask, naive_kept
+from tests.tiny_checkpoints import make_random_checkpoint
 from tests.tiny_training import tiny_run
+from tests.unit import sampler_oracles as oracle
+from training.data.branches import BranchBuilder, Exchange
 from training.data.questions import questions
 from training.data.rendering import render
 from training.data.splits import scene_at
@@ -108,3 +119,174 @@ def test_gradients_reach_every_trained_part(task):
     # A bias that softmax cancels (keys) has no gradient by nature.
     assert [n for n in without if not n.endswith("k_proj.bias")] == []
     assert 0 < metrics["kept_share"] < 1 and metrics["sampled_share"] < 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotedSchedule(PruneSchedule):
+    """Draws as its parent does, and notes what."""
+
+    drawn: list[float] = field(default_factory=list)
+
+    def draw_layer(self, rng):
+        self.drawn.append(super().draw_layer(rng))
+        return self.drawn[-1]
+
+    def draw_threshold(self, rng):
+        self.drawn.append(super().draw_threshold(rng))
+        return self.drawn[-1]
+
+
+def one_question(lm, tokens_ND, sample, branch, prune_layer, threshold):
+    """transformers' own decoder on one question, tokens taken out before a layer; hidden states, and who was kept."""
+    before, count, length = len(sample.prefix_ids), len(tokens_ND), len(branch.token_ids)
+    words = lm.model.embed_tokens(torch.tensor([*sample.prefix_ids, *branch.token_ids]))
+    hidden_1SD = torch.cat((words[:before], tokens_ND, words[before:]))[None]
+    position_S, kept = torch.arange(before + count + length), list(range(count))
+    for index, layer in enumerate(lm.model.layers):
+        if index == prune_layer:
+            asked = [before + count + t for t, theirs in enumerate(branch.instruction) if theirs]
+            visual = list(range(before, before + count))
+            kept = naive_kept(layer, hidden_1SD[0], lm.model.rotary_emb(hidden_1SD, position_S[None]), asked, visual,
+                              threshold)  # fmt: skip
+            stay = [p for p in range(len(position_S)) if not before <= p < before + count or p - before in kept]
+            hidden_1SD, position_S = hidden_1SD[:, stay], position_S[stay]
+        hidden_1SD = layer(
+            hidden_1SD,
+            attention_mask=causal_mask(len(position_S)),
+            position_embeddings=lm.model.rotary_emb(hidden_1SD, position_S[None]),
+        )
+    return lm.model.norm(hidden_1SD)[0, -length:], kept
+
+
+@pytest.mark.parametrize(
+    ("layers", "thresholds"), [((2, 2), (0.6, 0.6)), ((1, 3), (0.85, 0.85)), ((1, 3), (0.3, 0.95))]
+)
+def test_layer_and_threshold_fixed_or_drawn_prune_as_plain_loops_do(task, layers, thresholds):
+    joint = task.module
+    lm = AutoModelForCausalLM.from_config(joint.config.text_config, attn_implementation="eager").eval()
+    lm.load_state_dict(joint.language_model.state_dict())
+    samples = [task.data.sample(i) for i in range(2)]
+    seen = set()
+    for seed in (0, 1, 5):
+        joint.schedule = schedule = NotedSchedule(layers=layers, thresholds=thresholds)
+        with torch.no_grad():
+            encoded = joint.encoder([s.image for s in samples], [True, True])
+            text = pack_text(samples, joint.pad_id)
+            together = joint._run(encoded, text, None, random.Random(seed))[0]
+            layer, *gammas = schedule.drawn
+            seen.add(layer)
+            branches = text.token_ids_BQT.shape[1]
+            assert len(gammas) == 2 * branches and len(set(gammas)) == (1 if thresholds[0] == thresholds[1] else 6)
+            for b, sample in enumerate(samples):
+                for q, branch in enumerate(sample.branches):
+                    gamma = gammas[b * branches + q]
+                    expected, kept = one_question(lm, encoded[b].tokens_ND, sample, branch, layer, gamma)
+                    assert 0 < len(kept) < len(encoded[b].tokens_ND)
+                    torch.testing.assert_close(together[b, q, : len(branch.token_ids)], expected, rtol=1e-3, atol=1e-3)
+    assert all(layers[0] <= layer <= layers[1] for layer in seen) and (len(seen) > 1) == (layers[0] < layers[1])
+
+
+def test_what_a_step_draws_depends_on_seed_step_and_rank_alone(task):
+    joint, samples = task.module, [task.data.sample(0)]
+
+    def drawn(step, rank):
+        joint.schedule = NotedSchedule(layers=(1, 3), thresholds=(0.3, 0.9))
+        with torch.no_grad():
+            joint((rank, samples), step)
+        return joint.schedule.drawn
+
+    assert drawn(3, 1) == drawn(3, 1)
+    assert len({tuple(drawn(step, rank)) for step in (0, 3) for rank in (0, 1)}) == 4
+
+
+@pytest.mark.parametrize("coefficients", [(1.0, 1.0, 1.0), (7.1, 5.0, 1.5)])
+def test_the_balance_loss_is_over_all_regions_of_the_batch(task, monkeypatch, coefficients):
+    joint, samples = task.module, [task.data.sample(i) for i in range(3)]
+    joint.schedule = None
+    sampler = joint.config.vision_sampler
+    monkeypatch.setattr(joint, "config", dataclasses.replace(
+        joint.config, vision_sampler=dataclasses.replace(sampler, balance_coefficients=coefficients)))  # fmt: skip
+    with torch.no_grad():
+        loss, metrics = joint((0, samples), 0)
+        encoded = joint.encoder([s.image for s in samples], [True] * 3)
+    probs = [p for e in encoded for p in e.sampled.probs_MK.tolist()]
+    expected = oracle.balance(probs, coefficients)
+    assert metrics["balance"] == pytest.approx(expected, rel=1e-4)
+    assert loss.item() == pytest.approx(metrics["language"] + 0.1 * expected, rel=1e-4)
+    chosen = oracle.likeliest(probs)
+    assert [metrics[f"branch_{k}"] for k in range(3)] == pytest.approx(
+        [chosen.count(k) / len(chosen) for k in range(3)]
+    )
+
+
+@pytest.mark.parametrize("instruction", ["last_turn", "all_turns"])
+def test_users_words_choose_and_an_answer_never_does(task, instruction):
+    config = task.config
+    renderer = PromptRenderer(task.tokenizer, image_token_id=config.image_token_id, context=2048,
+                              instruction=instruction)  # fmt: skip
+    history = [Exchange(question="what colour is the card ?", answer="green")]
+    _, branch = BranchBuilder(renderer).build(Exchange(question="how many cards ?", answer="green"), history)
+    asked = [token for token, theirs in zip(branch.token_ids, branch.instruction, strict=True) if theirs]
+    words = task.tokenizer.decode(asked).split()
+    both = "what colour is the card ? how many cards ?".split()
+    assert "".join(words) == "".join(both if instruction == "all_turns" else both[-4:])
+
+
+def picture(seed, size_wh):
+    pixels = torch.randint(0, 256, (size_wh[1], size_wh[0], 3), dtype=torch.uint8,
+                           generator=torch.Generator().manual_seed(seed))  # fmt: skip
+    file = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("base_tile", ["keep", "sample", "drop"])
+@pytest.mark.parametrize("pruned", [False, True])
+def test_serving_emits_and_reports_what_the_loops_say(tmp_path, base_tile, pruned):
+    folder, side, layers, prune_layer = tmp_path / "checkpoint", 4, 3, 1
+    sampler = VisionSamplerConfig(
+        base_grid=(side, side), similarity="normalized", region_pool="max", base_tile=base_tile, window=2,
+        branches=((1, 1), (2, 2)), balance_coefficients=(1.0, 1.0),
+    )  # fmt: skip
+    text_sampler = TextSamplerConfig(layer=prune_layer, threshold=0.5, enabled=pruned)
+    make_random_checkpoint(folder, layers=layers, vision_sampler=sampler, text_sampler=text_sampler)
+    pipeline = EncoderPipeline.from_checkpoint(folder)
+    engine = Engine.from_checkpoint(folder, kv_cache_bytes=1 << 23)
+    images = [pipeline.prepare(picture(seed, size_wh)) for seed, size_wh in ((0, (56, 40)), (1, (80, 30)))]
+    encoded: list[CompressedVisualTokens] = pipeline.encode(images, [True, True])
+    with torch.inference_mode():
+        maps = pipeline.model.project([image.tiles for image in images])
+    linear, newline = pipeline.model.vision_guided_sampler.selector.linear, pipeline.model.image_newline.tolist()
+    chooser = oracle.Selection(weight=linear.weight.tolist(), bias=linear.bias.tolist(), similarity="normalized",
+                               region_pool="max")  # fmt: skip
+    uncompressed = 0
+    for features, tokens in zip(maps, encoded, strict=True):
+        base, grid = features.base_PD.tolist(), features.map_HWD.tolist()
+
+        def sampled(of, base=base):
+            chosen = oracle.likeliest(oracle.probabilities(of, base, 2, chooser))
+            return oracle.tokens(of, newline, 2, sampler.branches, chosen), chosen
+
+        square = [base[row * side : (row + 1) * side] for row in range(side)]
+        first = {"keep": base, "sample": sampled(square)[0], "drop": []}[base_tile]
+        expected, chosen = sampled(grid)
+        torch.testing.assert_close(tokens.tokens_ND, torch.tensor([*first, *expected]), rtol=1e-4, atol=1e-4)
+        assert tokens.branch_ids_M.tolist() == chosen and len(set(chosen)) == 2
+        assert tokens.uncompressed_tokens == side * side + len(grid) * (len(grid[0]) + 1)
+        assert tokens.map_hw == (len(grid), len(grid[0]))
+        uncompressed += tokens.uncompressed_tokens
+
+    parts = (ImagePart(image=0), ImagePart(image=1), TextPart(text="Which word is written above?"))
+    turns = (ChatTurn(role="user", parts=parts),)
+    sampling = SamplingParams(max_tokens=1, ignore_eos=True)
+    engine.submit(GenerateRequest(request_id="r", turns=turns, images=tuple(encoded), sampling=sampling))
+    events = []
+    while engine.has_work():
+        events += engine.step()
+    usage = events[-1][1].usage
+    total = sum(len(tokens.tokens_ND) for tokens in encoded)
+    assert (usage.visual_tokens_uncompressed, usage.visual_tokens_sampled) == (uncompressed, total)
+    assert (usage.visual_tokens_kept < total) == pruned
+    seen = [total] * prune_layer + [usage.visual_tokens_kept] * (layers - prune_layer)
+    assert usage.converted_visual_tokens == pytest.approx(sum(seen) / layers)
+    assert usage.converted_share == pytest.approx(sum(seen) / layers / uncompressed)

@@ -6,9 +6,9 @@ import sys
 import pytest
 
 from evaluation.baselines import Baselines, form_of
-from evaluation.easy_vqa import EASY_VQA_KINDS, IMAGES, QUESTIONS, easy_vqa, kind_of
 from evaluation.scenes import exact_match, is_exact, training_questions
 from services.common.errors import InvalidInput
+from training.data.easy_vqa import EASY_VQA_KINDS, IMAGES, QUESTIONS, easy_vqa, kind_of
 from training.data.questions import QuestionAnswer
 
 

@@ -56,8 +56,8 @@ def test_evidence_is_the_tokens_under_the_box():
     tokens = torch.zeros(base + height * (width + 1), 8)
     encoded = EncodedImage(tokens_ND=tokens, map_hw=(height, width), uncompressed_tokens=len(tokens), sampled=None)
     inside = evidence_tokens(sample(branch(1, (0.5, 0.25, 0.6, 0.49)), branch(1)), encoded)
-    # Row 1, column 3; each row ends with a newline.
-    assert inside[0].tolist() == [base + 1 * (width + 1) + 3] and inside[1] is None
+    # Of the 3 x 3 base tile rows 0 and 1, column 1; of the map row 1, column 3, where each row ends with a newline.
+    assert inside[0].tolist() == [1, 4, base + 1 * (width + 1) + 3] and inside[1] is None
 
 
 def test_a_branch_continues_where_its_own_image_ends():

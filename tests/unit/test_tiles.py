@@ -4,7 +4,11 @@ import random
 
 import numpy as np
 
+from training.data.charts import Bar, Chart
+from training.data.panels import set_text
+from training.data.posters import Poster
 from training.data.scenes import Background, Card, Scene, Shape
+from training.data.tables import Table
 from training.data.tiles import (
     COLOUR_NAMES,
     GRID,
@@ -13,6 +17,7 @@ from training.data.tiles import (
     LABEL_CLASSES,
     View,
     label_patches,
+    label_poster,
     labelled_tile,
     tile_batch,
 )
@@ -100,6 +105,66 @@ def test_labels_follow_the_scale():
     assert (labels["colour"][:4] == COLOUR_NAMES.index("red")).all()
     assert (labels["colour"][4:] == 0).all()
     assert _where(labels["tens"] == 4) == {(0, 2), (0, 3), (1, 2), (1, 3)}
+
+
+def _poster_labels(poster: Poster, **view) -> dict[str, np.ndarray]:
+    labels = label_poster(poster, View(**{"scale_xy": (1.0, 1.0), **view}))
+    return {name: array.reshape(GRID, GRID) for name, array in labels.items()}
+
+
+EMPTY = Scene(size_wh=(96, 96), background=PLAIN, cards=(), shapes=(), render_scale=1.0)
+# A panel over patches (1..6, 1..4). The red bar's top edge lies in patch (2, 2), the blue one's in (5, 3).
+CHART = Chart(
+    box_xyxy=(12, 12, 60, 84),
+    plot_xyxy=(20, 18, 56, 78),
+    top_value=9,
+    bars=(
+        Bar(box_xyxy=(25, 30, 35, 78), colour="red", fill=(218, 38, 42), value=8),
+        Bar(box_xyxy=(37, 66, 47, 78), colour="blue", fill=(36, 82, 212), value=2),
+    ),
+    ticks=(),
+)
+
+
+def test_a_bar_is_labelled_where_it_stands_and_its_value_at_its_top():
+    labels = _poster_labels(Poster(scene=EMPTY, chart=CHART, table=None, distractors=()))
+    red, blue = {(row, 2) for row in (2, 3, 4, 5, 6)}, {(5, 3), (6, 3)}
+    assert _where(labels["colour"] == COLOUR_NAMES.index("red")) == red
+    assert _where(labels["colour"] == COLOUR_NAMES.index("blue")) == blue
+    bars = labels["kind"] == KIND_NAMES.index("bar")
+    assert _where(bars) == red | blue
+    panel = {(row, column) for row in range(1, 7) for column in range(1, 5)}
+    assert _where(bars | (labels["kind"] == KIND_NAMES.index("chart"))) == panel
+    assert _where(labels["value"] == 7) == {(2, 2)} and _where(labels["value"] == 1) == {(5, 3)}
+    assert _where(labels["value"] != IGNORE) == {(2, 2), (5, 3)}
+
+
+def test_a_chart_cut_by_the_tile_keeps_its_colours_and_loses_its_values():
+    labels = _poster_labels(Poster(scene=EMPTY, chart=CHART, table=None, distractors=()), offset_xy=(20, 0))
+    assert (labels["colour"] == COLOUR_NAMES.index("red")).any() and (labels["value"] == IGNORE).all()
+
+
+def test_a_tables_words_numbers_and_letters_are_labelled_on_their_own_patches():
+    table = Table(
+        box_xyxy=(0, 0, 84, 48),
+        rows=(set_text("fox", 12, (18, 36)),),
+        columns=(set_text("A", 12, (48, 12)), set_text("B", 12, (72, 12))),
+        cells=((set_text("47", 12, (48, 36)), set_text("52", 12, (72, 36))),),
+        rules=(),
+        header=None,
+    )
+    labels = _poster_labels(Poster(scene=EMPTY, chart=None, table=table, distractors=()))
+    assert (labels["kind"][:4, :7] == KIND_NAMES.index("table")).all() and (labels["kind"][4:] == 0).all()
+    for name, columns, value in (("word", {0, 1, 2}, WORDS.index("fox")), ("tens", {3}, 4), ("tens", {5}, 5),
+                                 ("ones", {4}, 7), ("ones", {6}, 2)):  # fmt: skip
+        where = _where(labels[name] == value)
+        assert where and {row for row, _ in where} <= {2, 3} and {column for _, column in where} <= columns, name
+    assert {column for _, column in _where(labels["letter"] == 0)} <= {3, 4} and (labels["letter"] == 1).any()
+
+
+def test_every_patch_says_where_in_the_tile_it_is():
+    labels = _labels(SCENE)
+    assert labels["row"][3, 5] == 3 and labels["column"][3, 5] == 5
 
 
 def test_a_batch_depends_on_seed_and_step_alone():

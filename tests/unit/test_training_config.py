@@ -7,6 +7,7 @@ import torch
 
 from training.config import ConfigError, RunConfig, build, load
 from training.dense_labels import DenseModel, labelled_batch, scale_features
+from training.joint_stage import prune_schedule
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[2] / "training/configs").glob("*.yaml"))
 
@@ -30,6 +31,22 @@ def test_shipped_configurations_load(path):
 def test_mistakes_are_named(change, message):
     with pytest.raises(ConfigError, match=message):
         build(RunConfig, {"name": "n", "steps": 1, "samples_per_worker": 1, "output": "o", **change})
+
+
+@pytest.mark.parametrize(
+    "prune",
+    [
+        {"layers": [8, 24]},
+        {"layers": [0, 2]},
+        {"layers": [3, 1]},
+        {"layers": [1, 2], "thresholds": [0.0, 1.0]},
+        {"layers": [1, 2], "thresholds": [0.7, 1.5]},
+    ],
+)
+def test_a_prune_schedule_that_the_decoder_cannot_follow_is_refused(prune):
+    """Else a layer beyond the last would prune nothing without a word."""
+    with pytest.raises(ConfigError, match="is not an ascending pair in"):
+        prune_schedule(prune, layers=4)
 
 
 def test_missing_field_and_bad_override_are_named():

@@ -26,6 +26,11 @@ class Text:
     box_xyxy: Box
     """The ink."""
 
+    @property
+    def glyph_boxes(self) -> tuple[Box, ...]:
+        """The ink of each glyph."""
+        return tuple(shift(glyph, self.origin_xy) for glyph in lay_out(self.text, self.font_px).glyph_boxes)
+
 
 def set_text(text: str, font_px: int, centre_xy: tuple[float, float]) -> Text:
     """Text whose ink is centred across, and whose digits would be centred down: one baseline a row."""

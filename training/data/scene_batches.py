@@ -13,6 +13,9 @@ from PIL import Image
 from services.checkpoint.config import FocusLlavaConfig
 from services.encoder.anyres import best_resolution, tile_image
 from training.data.branches import BranchBuilder, Exchange
+from training.data.easy_vqa import easy_vqa_asked, easy_vqa_at, open_easy_vqa
+from training.data.fonts import Box
+from training.data.poster_boxes import glyph_boxes
 from training.data.poster_questions import poster_questions
 from training.data.posters import poster_at, render_poster
 from training.data.questions import QuestionAnswer, questions
@@ -42,13 +45,16 @@ class SceneSource:
     ask: Callable[..., list[QuestionAnswer]]
     """(scene, rng) -> its questions."""
     draw: Callable[..., Image.Image]
+    glyph_boxes: Callable[..., tuple[Box, ...]] | None = None
+    """scene -> `Sample.glyph_boxes`."""
 
 
 SOURCES: dict[str, SceneSource] = {
     "scenes": SceneSource(at=scene_at, ask=questions, draw=render),
-    "posters": SceneSource(at=poster_at, ask=poster_questions, draw=render_poster),
+    "posters": SceneSource(at=poster_at, ask=poster_questions, draw=render_poster, glyph_boxes=glyph_boxes),
+    "easy_vqa": SceneSource(at=easy_vqa_at, ask=easy_vqa_asked, draw=open_easy_vqa),
 }
-"""Values of a stage's `data` that name a generator."""
+"""Values of a stage's `data` that name a generator, or a public set that is installed."""
 
 
 class SceneBatches:
@@ -87,7 +93,8 @@ class SceneBatches:
             exchange = Exchange(question=asked.question, answer=asked.answer, evidence_xyxy=asked.box_xyxy)
             prefix, branch = self.builder.build(exchange)
             branches.append(branch)
-        return Sample(image=image, prefix_ids=prefix, branches=tuple(branches))
+        boxes = self.source.glyph_boxes(scene) if self.source.glyph_boxes else ()
+        return Sample(image=image, prefix_ids=prefix, branches=tuple(branches), glyph_boxes=boxes)
 
     def _choose(self, asked: list[QuestionAnswer], rng: random.Random) -> list[QuestionAnswer]:
         """Weighted draw without replacement: the largest of u ** (1 / weight) win."""

@@ -5,14 +5,18 @@ A label lies only on the patches that show its evidence, so that features learn 
 
 import dataclasses
 import random
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from training.data.charts import TOP_VALUE, Chart
 from training.data.fonts import Box
+from training.data.posters import Poster, render_poster, sample_poster
 from training.data.rendering import fill_shape, render
 from training.data.scenes import TILE_PX, Card, Scene, place_objects, sample_background, sample_scene
+from training.data.tables import COLUMN_NAMES, Table
 from training.data.vocabulary import COLOURS, SHAPES, WORDS
 
 PATCH_PX = 12
@@ -20,7 +24,7 @@ GRID = TILE_PX // PATCH_PX
 IGNORE = -100
 """PyTorch's ignore_index: nothing is asked of this patch."""
 
-KIND_NAMES: tuple[str, ...] = ("background", "number card", "word card", *SHAPES)
+KIND_NAMES: tuple[str, ...] = ("background", "number card", "word card", *SHAPES, "chart", "bar", "table")
 COLOUR_NAMES: tuple[str, ...] = ("none", *COLOURS)
 LABEL_CLASSES: dict[str, int] = {
     "kind": len(KIND_NAMES),
@@ -28,10 +32,15 @@ LABEL_CLASSES: dict[str, int] = {
     "tens": 10,
     "ones": 10,
     "word": len(WORDS),
+    "letter": len(COLUMN_NAMES),
+    "value": TOP_VALUE[1],
+    "row": GRID,
+    "column": GRID,
 }
-"""Name of each label -> number of its classes."""
+"""Name of each label -> number of its classes. Row and column are the patch's own: where things are is asked too."""
 
-EMPTY_SHARE, THUMBNAIL_SHARE = 0.05, 0.15
+EMPTY_SHARE, THUMBNAIL_SHARE, PANEL_SHARE = 0.05, 0.15, 0.35
+"""Of all tiles: nothing on them, a whole image squeezed, cut from a poster around its chart or table."""
 ENLARGED_SHARE = 0.1
 """Tiles with glyphs up to twice their size, as when anyres enlarges a small file."""
 PADDED_SHARE = 0.1
@@ -44,6 +53,10 @@ OBJECT_COVERAGE = 0.35
 """An object owns a patch when it covers this much of it, and more than any other."""
 VISIBLE_GLYPH = 0.6
 """A glyph is labelled when this much of it is inside the tile."""
+VISIBLE_CHART = 0.95
+"""A bar's value is labelled when this much of the chart is: it is read against the axis."""
+BAR_TOP_PX = 4
+"""Height of the strip around a bar's upper edge, where its value is labelled."""
 
 Labels = dict[str, NDArray[np.int64]]
 
@@ -68,6 +81,8 @@ def labelled_tile(rng: random.Random) -> tuple[Image.Image, Labels]:
         return _cut_from(rng, card_count=0, shape_count=0)
     if draw < EMPTY_SHARE + THUMBNAIL_SHARE:
         return _thumbnail(rng)
+    if draw < EMPTY_SHARE + THUMBNAIL_SHARE + PANEL_SHARE:
+        return _cut_around_panel(rng)
     return _cut_from(rng, card_count=rng.randint(5, 7), shape_count=rng.randint(2, 4))
 
 
@@ -88,6 +103,7 @@ def label_patches(scene: Scene, view: View, *, read_text: bool = True) -> Labels
     labels = {name: np.full((GRID, GRID), IGNORE, dtype=np.int64) for name in LABEL_CLASSES}
     labels["kind"][:] = 0
     labels["colour"][:] = 0
+    labels["row"][:], labels["column"][:] = np.indices((GRID, GRID))
     covered = _coverage(scene, view)
     owner = covered.argmax(0)
     for index, thing in enumerate(scene.objects):
@@ -102,7 +118,19 @@ def label_patches(scene: Scene, view: View, *, read_text: bool = True) -> Labels
             labels["kind"][owned] = KIND_NAMES.index(thing.shape)
     if read_text:
         for card in scene.cards:
-            _label_text(labels, card, view)
+            label_text = _label_number if card.kind == "number" else _label_word
+            label_text(labels, card.text, card.glyph_boxes, view)
+    return {name: array.reshape(-1) for name, array in labels.items()}
+
+
+def label_poster(poster: Poster, view: View, *, read_text: bool = True) -> Labels:
+    """`label_patches` of the poster's scene, then of its chart and table."""
+    flat = label_patches(poster.scene, view, read_text=read_text)
+    labels = {name: array.reshape(GRID, GRID) for name, array in flat.items()}
+    if poster.chart:
+        _label_chart(labels, poster.chart, view, read_text)
+    if poster.table:
+        _label_table(labels, poster.table, view, read_text)
     return {name: array.reshape(-1) for name, array in labels.items()}
 
 
@@ -133,13 +161,49 @@ def _cut_from(rng: random.Random, card_count: int, shape_count: int) -> tuple[Im
     return tile, label_patches(scene, view)
 
 
+def _cut_around_panel(rng: random.Random) -> tuple[Image.Image, Labels]:
+    """A tile of a poster that holds the middle of its chart or table."""
+    poster = _poster_with_panel(rng)
+    panel = rng.choice([panel for panel in (poster.chart, poster.table) if panel])
+    scale = rng.uniform(0.8, 1.3)
+    poster = _at_scale(poster, scale)
+    image = render_poster(poster)
+    x0, y0, x1, y1 = (edge * scale for edge in panel.box_xyxy)
+    # Mostly whole where a tile can hold it, as its questions need.
+    spare = [max(8.0, (TILE_PX - side) / 2 + 6) for side in (x1 - x0, y1 - y0)]
+    x, y = (
+        min(max(0, round(middle + rng.uniform(-room, room) - TILE_PX / 2)), max(0, size - TILE_PX))
+        for middle, room, size in zip(((x0 + x1) / 2, (y0 + y1) / 2), spare, image.size, strict=True)
+    )
+    window = (0, 0, min(TILE_PX, image.width), min(TILE_PX, image.height))
+    view = View(scale_xy=(scale, scale), offset_xy=(x, y), window=window)
+    return image.crop((x, y, x + TILE_PX, y + TILE_PX)), label_poster(poster, view)
+
+
+def _poster_with_panel(rng: random.Random) -> Poster:
+    while True:
+        poster = sample_poster(rng, "train")
+        if poster.chart or poster.table:
+            return poster
+
+
+def _at_scale(poster: Poster, scale: float) -> Poster:
+    return dataclasses.replace(poster, scene=dataclasses.replace(poster.scene, render_scale=scale))
+
+
 def _thumbnail(rng: random.Random) -> tuple[Image.Image, Labels]:
-    """A whole scene squeezed into one tile, as anyres makes the base tile; its text is too small to ask for."""
-    scene = dataclasses.replace(sample_scene(rng), render_scale=1.0)
-    width, height = scene.size_wh
-    tile = render(scene).resize((TILE_PX, TILE_PX), Image.Resampling.BICUBIC)
-    view = View(scale_xy=(TILE_PX / width, TILE_PX / height))
-    return tile, label_patches(scene, view, read_text=False)
+    """A whole image squeezed into one tile, as anyres makes the base tile; its text is too small to ask for."""
+    if rng.random() < 0.5:
+        poster = _at_scale(sample_poster(rng, "train"), 1.0)
+        image, (width, height) = render_poster(poster), poster.size_wh
+        view = View(scale_xy=(TILE_PX / width, TILE_PX / height))
+        labels = label_poster(poster, view, read_text=False)
+    else:
+        scene = dataclasses.replace(sample_scene(rng), render_scale=1.0)
+        image, (width, height) = render(scene), scene.size_wh
+        view = View(scale_xy=(TILE_PX / width, TILE_PX / height))
+        labels = label_patches(scene, view, read_text=False)
+    return image.resize((TILE_PX, TILE_PX), Image.Resampling.BICUBIC), labels
 
 
 def _padded_window(rng: random.Random) -> tuple[int, int, int, int]:
@@ -169,24 +233,61 @@ def _coverage(scene: Scene, view: View) -> NDArray[np.float64]:
     return np.stack(rows)
 
 
-def _label_text(labels: Labels, card: Card, view: View) -> None:
-    glyphs_seen = [_visible_share(view, glyph) >= VISIBLE_GLYPH for glyph in card.glyph_boxes]
-    if card.kind == "number":
-        for name, digit, glyph, is_seen in zip(("tens", "ones"), card.text, card.glyph_boxes, glyphs_seen, strict=True):
-            if is_seen:
-                labels[name][_patches_showing(view, glyph)] = int(digit)
-    elif all(glyphs_seen):
-        labels["word"][_patches_showing(view, card.text_box_xyxy)] = WORDS.index(card.text)
+def _label_number(labels: Labels, text: str, glyph_boxes: Sequence[Box], view: View) -> None:
+    for name, digit, glyph in zip(("tens", "ones"), text, glyph_boxes, strict=True):
+        if _visible_share(view, glyph) >= VISIBLE_GLYPH:
+            labels[name][_patches_showing(view, glyph)] = int(digit)
 
 
-def _patches_showing(view: View, box: Box) -> NDArray[np.bool_]:
-    """The patches that hold a quarter of the box, or that the box fills by a third: never a patch it only grazes."""
+def _label_word(labels: Labels, text: str, glyph_boxes: Sequence[Box], view: View) -> None:
+    if all(_visible_share(view, glyph) >= VISIBLE_GLYPH for glyph in glyph_boxes):
+        x0s, y0s, x1s, y1s = zip(*glyph_boxes, strict=True)
+        labels["word"][_patches_showing(view, (min(x0s), min(y0s), max(x1s), max(y1s)))] = WORDS.index(text)
+
+
+def _label_chart(labels: Labels, chart: Chart, view: View, read_values: bool) -> None:
+    owned = _overlap(view, chart.box_xyxy) >= OBJECT_COVERAGE * PATCH_PX**2
+    labels["kind"][owned], labels["colour"][owned] = KIND_NAMES.index("chart"), 0
+    overlaps = np.stack([_overlap(view, bar.box_xyxy) for bar in chart.bars])
+    owner = overlaps.argmax(0)
+    whole = _visible_share(view, chart.box_xyxy) >= VISIBLE_CHART
+    for index, bar in enumerate(chart.bars):
+        owned = (owner == index) & (overlaps[index] >= OBJECT_COVERAGE * PATCH_PX**2)
+        labels["kind"][owned], labels["colour"][owned] = KIND_NAMES.index("bar"), COLOUR_NAMES.index(bar.colour)
+        if whole and read_values:
+            x0, top, x1, _ = bar.box_xyxy
+            strip = (x0, top - BAR_TOP_PX / 2, x1, top + BAR_TOP_PX / 2)
+            labels["value"][_patches_showing(view, strip)] = bar.value - 1
+
+
+def _label_table(labels: Labels, table: Table, view: View, read_text: bool) -> None:
+    owned = _overlap(view, table.box_xyxy) >= OBJECT_COVERAGE * PATCH_PX**2
+    labels["kind"][owned], labels["colour"][owned] = KIND_NAMES.index("table"), 0
+    if not read_text:
+        return
+    for name in table.rows:
+        _label_word(labels, name.text, name.glyph_boxes, view)
+    for column in table.columns:
+        if _visible_share(view, column.box_xyxy) >= VISIBLE_GLYPH:
+            labels["letter"][_patches_showing(view, column.box_xyxy)] = COLUMN_NAMES.index(column.text)
+    for cell in (cell for row in table.cells for cell in row):
+        _label_number(labels, cell.text, cell.glyph_boxes, view)
+
+
+def _overlap(view: View, box: Box) -> NDArray[np.float64]:
+    """Square pixels of each patch [GRID, GRID] that a box covers."""
     x0, y0, x1, y1 = view.box_on_tile(box)
     edges = np.arange(GRID) * PATCH_PX
     window_x0, window_y0, window_x1, window_y1 = view.window
     across = np.minimum(min(x1, window_x1), edges + PATCH_PX) - np.maximum(max(x0, window_x0), edges)
     down = np.minimum(min(y1, window_y1), edges + PATCH_PX) - np.maximum(max(y0, window_y0), edges)
-    overlap = np.clip(down, 0, None)[:, None] * np.clip(across, 0, None)[None, :]
+    return np.clip(down, 0, None)[:, None] * np.clip(across, 0, None)[None, :]
+
+
+def _patches_showing(view: View, box: Box) -> NDArray[np.bool_]:
+    """The patches that hold a quarter of the box, or that the box fills by a third: never a patch it only grazes."""
+    x0, y0, x1, y1 = view.box_on_tile(box)
+    overlap = _overlap(view, box)
     return (overlap >= 0.25 * (x1 - x0) * (y1 - y0)) | (overlap >= PATCH_PX**2 / 3)
 
 
