@@ -7,10 +7,10 @@ import json
 import pathlib
 from typing import Any
 
+from evaluation.scenes import benchmark_version
 from evaluation.score import table
 from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.store import fingerprint, load_stage
-from training.data.splits import dataset_version
 
 TEMPLATE = """\
 ---
@@ -19,17 +19,18 @@ license: apache-2.0
 # {name}
 
 A FocusLLaVA of {parameters:.1f} M parameters, trained from nothing on two CPU cores, so that the whole system runs on
-a laptop. It answers short English questions about generated scenes of coloured cards (two-digit numbers and words in
-small glyphs) and shapes. It knows nothing of photographs: use it to try the system, not for its answers.
+a laptop. It answers short English questions about generated posters: coloured cards (two-digit numbers and words in
+small glyphs), shapes, bar charts and tables on large, mostly empty canvases. It knows nothing of photographs: use it to
+try the system, not for its answers.
 
 Fingerprint `{fingerprint}`.
 
 ## Scores
 
-Exact match in percent on {images} held-out scenes ({asked} questions; data `{data}`, seed 1000), greedy. "detail" is
-number, colour, word and shape together. Converted visual tokens are those of Sec. 4.4 of the paper. "majority" is the
-commonest answer of the kind, "question only" the commonest to exactly this question, both counted on 4,000 training
-scenes.
+Exact match in percent on {images} images of the benchmark's test split ({asked} questions; version `{version}`),
+greedy. "fine" needs small glyphs or a bar's few pixels to be read (number, word, card_colour, bar, cell, row), "coarse"
+does not. Converted visual tokens are those of Sec. 4.4 of the paper. "majority" is the commonest answer of the kind,
+"question only" the best guess from the question's words; both are counted on the questions of 4,000 training images.
 
 {table}
 
@@ -44,7 +45,7 @@ With both samplers on the vision-guided sampler's branches are used for {branche
 {notes}
 
 A grounding loss (`training/grounding.py`) is used in the first stage: it is not in the paper, whose models ground words
-before they meet the samplers. Held-out scenes are new scenes, not new words or numbers.
+before they meet the samplers. All splits use the same words, numbers and phrasings.
 """
 
 
@@ -56,8 +57,8 @@ def card(folder: pathlib.Path, scores: dict[str, Any], images: int, notes: str) 
         parameters=sum(t.numel() for t in (*encoder.values(), *llm.values())) / 1e6,
         fingerprint=fingerprint(folder),
         images=images,
-        asked=sum(best["questions"].values()),
-        data=dataset_version(),
+        asked=best["questions"]["all"],
+        version=benchmark_version(),
         table=table(scores),
         branches=", ".join(f"{100 * share:.0f} %" for share in best["branch_shares"]),
         notes=notes.strip(),
@@ -68,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=pathlib.Path)
     parser.add_argument("scores", type=pathlib.Path, help="what `evaluation.score --json` wrote")
-    parser.add_argument("--images", type=int, default=150)
+    parser.add_argument("--images", type=int, default=300)
     parser.add_argument("--notes", type=pathlib.Path, help="Markdown on this training: minutes, machine, limits")
     arguments = parser.parse_args()
     FocusLlavaConfig.load(arguments.checkpoint)

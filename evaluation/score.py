@@ -1,4 +1,4 @@
-"""Scores of a checkpoint on held-out scenes, by question kind: python -m evaluation.score CHECKPOINT
+"""Scores of a checkpoint on the benchmark's images, by question kind: python -m evaluation.score CHECKPOINT
 
 The questions go through the served code, encoder pipeline and engine, with every combination of the samplers.
 """
@@ -6,19 +6,25 @@ The questions go through the served code, encoder pipeline and engine, with ever
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import pathlib
-import random
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from evaluation.baselines import Baselines
+from evaluation.scenes import (
+    POSTER_KINDS,
+    SEEDS,
+    Tally,
+    benchmark_images,
+    benchmark_version,
+    exact_match,
+    training_questions,
+)
 from services.common.types import (
     ChatTurn,
     CompressedVisualTokens,
@@ -32,11 +38,9 @@ from services.common.types import (
 )
 from services.encoder.pipeline import EncoderPipeline
 from services.llm.engine import Engine
-from training.data.questions import QuestionAnswer, questions
-from training.data.rendering import render
-from training.data.splits import Split, dataset_version, scene_at
-from training.data.vocabulary import DETAIL_KINDS
+from training.data.questions import QuestionAnswer
 
+COLUMNS = ("fine", "coarse", *POSTER_KINDS)
 HeldOut = Sequence[tuple[bytes, list[QuestionAnswer]]]
 """Image files, each with its questions."""
 
@@ -56,15 +60,6 @@ SETTINGS = (
     Setting(name="text", vision=False, text=True),
     Setting(name="both", vision=True, text=True),
 )
-
-
-def held_out(images: int, split: Split, seed: int) -> Iterator[tuple[bytes, list[QuestionAnswer]]]:
-    """PNG files and their questions; seeds of evaluation differ from those of training as well as the scenes."""
-    for index in range(images):
-        scene = scene_at(split, seed, index)
-        file = io.BytesIO()
-        render(scene).save(file, "PNG")
-        yield file.getvalue(), questions(scene, random.Random(f"{seed}/{index}/score"))
 
 
 def answer(engine: Engine, tokens: CompressedVisualTokens, asked: Sequence[QuestionAnswer], text: bool,
@@ -97,24 +92,23 @@ def score(
     pipeline: EncoderPipeline, engine: Engine, data: HeldOut, setting: Setting, threshold: float | None = None
 ) -> dict[str, Any]:
     """Exact match by kind, and the visual tokens that it took."""
-    right: dict[str, list[bool]] = defaultdict(list)
+    asked_all: list[QuestionAnswer] = []
+    answers: list[str] = []
     converted = uncompressed = sampled = kept = 0.0
-    branches = torch.zeros(3, dtype=torch.long)
+    branches = torch.zeros(len(pipeline.config.vision_sampler.branches), dtype=torch.long)
     began = time.perf_counter()
     for file, asked in data:
         (tokens,) = pipeline.encode([pipeline.prepare(file)], [setting.vision])
-        branches += torch.bincount(tokens.branch_ids_M.long(), minlength=3)[:3]
-        for question, (text, usage) in zip(asked, answer(engine, tokens, asked, setting.text, threshold), strict=True):
-            right[question.kind].append(text == question.answer)
+        branches += torch.bincount(tokens.branch_ids_M.long(), minlength=len(branches))[: len(branches)]
+        asked_all += asked
+        for text, usage in answer(engine, tokens, asked, setting.text, threshold):
+            answers.append(text)
             uncompressed += usage.visual_tokens_uncompressed
             sampled += usage.visual_tokens_sampled
             kept += usage.visual_tokens_kept
             converted += usage.converted_visual_tokens
-    detail = [hit for kind in DETAIL_KINDS for hit in right[kind]]
     return {
-        "exact_percent": {kind: round(100 * sum(hits) / len(hits), 1) for kind, hits in sorted(right.items())},
-        "questions": {kind: len(hits) for kind, hits in sorted(right.items())},
-        "detail_percent": round(100 * sum(detail) / len(detail), 1),
+        **_by_kind(exact_match(asked_all, answers)),
         "sampled_percent": round(100 * sampled / uncompressed, 1),
         "kept_percent": round(100 * kept / uncompressed, 1),
         "converted_percent": round(100 * converted / uncompressed, 1),
@@ -124,40 +118,40 @@ def score(
 
 
 def baseline_scores(data: HeldOut) -> dict[str, dict[str, Any]]:
-    baselines = Baselines()
-    scores: dict[str, dict[str, Any]] = {}
-    for name, guess in (("majority", baselines.majority), ("question only", baselines.question_only)):
-        right: dict[str, list[bool]] = defaultdict(list)
-        for _, asked in data:
-            for question in asked:
-                right[question.kind].append(guess(question) == question.answer)
-        detail = [hit for kind in DETAIL_KINDS for hit in right[kind]]
-        scores[name] = {
-            "exact_percent": {kind: round(100 * sum(hits) / len(hits), 1) for kind, hits in sorted(right.items())},
-            "detail_percent": round(100 * sum(detail) / len(detail), 1),
-        }
-    return scores
+    """What can be had without looking, counted on the training split's questions."""
+    baselines = Baselines(training_questions())
+    asked = [question for _, of_image in data for question in of_image]
+    return {
+        name: _by_kind(exact_match(asked, map(guess, asked)))
+        for name, guess in (("majority", baselines.majority), ("question only", baselines.question_only))
+    }
 
 
-def table(results: dict[str, dict[str, Any]]) -> str:
-    """Markdown, a row a setting."""
-    kinds = sorted(next(iter(results.values()))["exact_percent"])
+def _by_kind(tallies: dict[str, Tally]) -> dict[str, Any]:
+    return {
+        "exact_percent": {name: round(tally.percent, 1) for name, tally in tallies.items()},
+        "questions": {name: tally.asked for name, tally in tallies.items()},
+    }
+
+
+def table(results: Mapping[str, Mapping[str, Any]], columns: Sequence[str] = COLUMNS) -> str:
+    """Markdown, a row a setting; columns: kinds of question and their groups."""
     lines = [
-        f"| samplers | visual tokens, converted % | detail % | {' | '.join(kinds)} |",
-        f"|---|---|---|{'---|' * len(kinds)}",
+        f"| samplers | visual tokens, converted % | {' | '.join(columns)} |",
+        f"|---|---|{'---|' * len(columns)}",
     ]
     for name, result in results.items():
-        by_kind = " | ".join(str(result["exact_percent"][kind]) for kind in kinds)
-        lines.append(f"| {name} | {result.get('converted_percent', '-')} | {result['detail_percent']} | {by_kind} |")
+        by_kind = " | ".join(str(result["exact_percent"].get(kind, "-")) for kind in columns)
+        lines.append(f"| {name} | {result.get('converted_percent', '-')} | {by_kind} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("checkpoint")
-    parser.add_argument("--images", type=int, default=150)
-    parser.add_argument("--split", choices=("heldout", "train"), default="heldout")
-    parser.add_argument("--seed", type=int, default=1000)
+    parser.add_argument("--images", type=int, default=300)
+    parser.add_argument("--split", choices=tuple(SEEDS), default="test")
+    parser.add_argument("--seed", type=int, help="the split's own when left out")
     parser.add_argument("--settings", default="off,vision,text,both", help="comma-separated")
     parser.add_argument("--threshold", type=float, default=None, help="gamma of Eq. 9; the checkpoint's when left out")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
@@ -166,16 +160,15 @@ def main() -> None:
     dtype = getattr(torch, arguments.dtype)
     pipeline = EncoderPipeline.from_checkpoint(arguments.checkpoint, dtype=dtype)
     engine = Engine.from_checkpoint(arguments.checkpoint, dtype=dtype, kv_cache_bytes=1 << 29)
-    data = list(held_out(arguments.images, arguments.split, arguments.seed))
+    data = list(benchmark_images(arguments.split, arguments.images, arguments.seed))
     results: dict[str, dict[str, Any]] = {}
     for setting in SETTINGS:
         if setting.name in arguments.settings.split(","):
             results[setting.name] = score(pipeline, engine, data, setting, arguments.threshold)
             print(f"{setting.name}: {json.dumps(results[setting.name])}", flush=True)
     results |= baseline_scores(data)
-    print(
-        f"\ndata {dataset_version()}, {arguments.images} {arguments.split} images, model {pipeline.fingerprint[:12]}\n"
-    )
+    print(f"\nbenchmark {benchmark_version()}, {arguments.images} {arguments.split} images, "
+          f"model {pipeline.fingerprint[:12]}\n")  # fmt: skip
     print(table(results))
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf8")

@@ -159,7 +159,7 @@ def test_interrupt(gateway: ScriptedGateway) -> None:
     process = subprocess.Popen([*COMMAND, "ask", "q"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.read(1) == b"x"
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and b"Traceback" not in err
     assert gateway.cancelled.wait(5)
 
@@ -170,7 +170,7 @@ def test_a_reader_that_leaves_ends_it_quietly(gateway: ScriptedGateway) -> None:
     assert process.stdout is not None and process.stdout.read(1) == b"x"
     process.stdout.close()
     assert process.stderr is not None and process.stderr.read() == b""
-    process.wait(timeout=20)
+    process.wait(timeout=60)
     assert gateway.cancelled.wait(5)
 
 

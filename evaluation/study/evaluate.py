@@ -1,0 +1,178 @@
+"""Scores a trained run on a split of the benchmark, in the training model: a branch a question, teacher-forced.
+
+A branch is right when every token of its answer, the end included, is the likeliest, which is what greedy decoding
+would say. Sampler, pruning and counts are the served model's (tests/unit/test_study_evaluate.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from evaluation.scenes import SEEDS, PosterSplit, asked_of
+from evaluation.scenes.scoring import GROUPS, Tally
+from evaluation.study.settings import Setting
+from services.encoder.anyres import tile_image
+from training.branch_controls import BranchControl, regions_touched
+from training.data.branches import Exchange
+from training.data.poster_boxes import content_boxes
+from training.data.posters import Poster, poster_at, render_poster
+from training.data.questions import QuestionAnswer
+from training.joint_model import Answers
+from training.joint_stage import JointTask
+from training.layout import Sample
+from training.stochastic_prune import PruneSchedule
+
+IMAGES_AT_ONCE = 4
+TIMED_QUESTIONS = 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What `evaluate` finds; the fields are those of `Result`."""
+
+    exact: dict[str, Tally]
+    sampled_percent: float
+    kept_percent: float
+    converted_percent: float
+    map_percent: float
+    branch_shares: dict[str, list[float]]
+    question_ms: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """One image of the benchmark with its questions."""
+
+    poster: Poster
+    questions: list[QuestionAnswer]
+    sample: Sample
+
+
+def evaluate(task: JointTask, setting: Setting, split: PosterSplit, images: int, *, timed: bool = True) -> Scores:
+    """Scores `task`'s weights as the setting says; the benchmark's own first `images` images and their questions."""
+    model = task.module.eval()
+    model.schedule = schedule_of(setting)
+    if setting.permuted:
+        model.branch_control = BranchControl(name="permuted")
+    tally = _Tally(task)
+    pending: list[Asked] = []
+    drawn = benchmark_samples(task, split, images)
+    for number, asked in enumerate(drawn, start=1):
+        pending.append(asked)
+        if len(pending) == IMAGES_AT_ONCE or number == images:
+            # Named by split and place, so that a control that draws gives every run the same branches.
+            answers = model.answer([one.sample for one in pending], random.Random(f"{split}/{number}"))
+            tally.add(pending, answers)
+            pending = []
+    return tally.scores(_question_ms(task, split, min(images, TIMED_QUESTIONS)) if timed else None)
+
+
+def schedule_of(setting: Setting) -> PruneSchedule | None:
+    """The text-guided sampler as the setting evaluates it: nothing is drawn."""
+    if setting.text is None:
+        return None
+    layer, threshold = setting.text
+    return PruneSchedule(layers=(layer, layer), thresholds=(threshold, threshold))
+
+
+def benchmark_samples(task: JointTask, split: PosterSplit, images: int) -> Iterator[Asked]:
+    """`evaluation.scenes.benchmark_images` without the detour over files, as samples of the training model."""
+    seed, config = SEEDS[split], task.config
+    tile: Any = partial(
+        tile_image,
+        tile_px=config.tile_px,
+        pinpoints=config.image_grid_pinpoints,
+        mean=config.image_mean,
+        std=config.image_std,
+    )
+    for index in range(images):
+        poster = poster_at(split, seed, index)
+        questions = asked_of(poster, split, seed, index)
+        built = [task.builder.build(Exchange(question=q.question, answer=q.answer)) for q in questions]
+        sample = Sample(
+            image=tile(render_poster(poster)),
+            prefix_ids=built[0][0],
+            branches=tuple(branch for _, branch in built),
+            glyph_boxes=content_boxes(poster)["glyph"],
+        )
+        yield Asked(poster=poster, questions=questions, sample=sample)
+
+
+class _Tally:
+    def __init__(self, task: JointTask) -> None:
+        self.window = task.config.vision_sampler.window
+        self.branches = len(task.config.vision_sampler.branches)
+        self.right: dict[str, list[bool]] = defaultdict(list)
+        self.counts: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(self.branches))
+        self.uncompressed = self.sampled = self.kept = self.converted = 0.0
+        self.map_tokens = self.map_cells = 0
+
+    def add(self, pending: list[Asked], answers: Answers) -> None:
+        for b, (asked, encoded) in enumerate(zip(pending, answers.encoded, strict=True)):
+            for q, question in enumerate(asked.questions):
+                groups = [name for name, kinds in GROUPS.items() if question.kind in kinds]
+                for name in ("all", question.kind, *groups):
+                    self.right[name].append(bool(answers.exact_BQ[b, q]))
+                seen_L = answers.tokens_BQL[b, q].float()
+                self.uncompressed += encoded.uncompressed_tokens
+                self.sampled += len(encoded.tokens_ND)
+                self.kept += float(seen_L[-1])
+                self.converted += float(seen_L.mean())
+            height, width = encoded.map_hw
+            self.map_cells += height * width
+            self.map_tokens += encoded.map_tokens
+            if encoded.sampled is not None:
+                self._count_regions(asked.poster, encoded.sampled.branch_ids_M, encoded.map_hw,
+                                    encoded.sampled.region_grid)  # fmt: skip
+
+    def _count_regions(
+        self, poster: Poster, branch_ids_M: torch.Tensor, map_hw: tuple[int, int], grid: tuple[int, int]
+    ) -> None:
+        rest_M = torch.ones(len(branch_ids_M), dtype=torch.bool)
+        members = {"all": rest_M}
+        for kind, boxes in content_boxes(poster).items():
+            members[kind] = regions_touched(boxes, map_hw, self.window, grid) & rest_M
+            rest_M = rest_M & ~members[kind]
+        members["empty"] = rest_M
+        for name, member_M in members.items():
+            self.counts[name] += torch.bincount(branch_ids_M[member_M], minlength=self.branches)
+
+    def scores(self, question_ms: float | None) -> Scores:
+        def percent(count: float, of: float) -> float:
+            return round(100 * count / of, 2)
+
+        return Scores(
+            exact={name: Tally(right=sum(hits), asked=len(hits)) for name, hits in sorted(self.right.items())},
+            sampled_percent=percent(self.sampled, self.uncompressed),
+            kept_percent=percent(self.kept, self.uncompressed),
+            converted_percent=percent(self.converted, self.uncompressed),
+            map_percent=percent(self.map_tokens, self.map_cells),
+            branch_shares={
+                kind: [round(float(share), 4) for share in count / count.sum()]
+                for kind, count in self.counts.items()
+                if count.sum()
+            },
+            question_ms=question_ms,
+        )
+
+
+def _question_ms(task: JointTask, split: PosterSplit, questions: int) -> float:
+    """Median milliseconds from pixels to the answer's first token, one image and one question at a time."""
+    taken = []
+    for asked in benchmark_samples(task, split, questions + 1):
+        alone = dataclasses.replace(asked.sample, branches=asked.sample.branches[:1])
+        began = time.perf_counter()
+        task.module.answer([alone], random.Random(0))
+        taken.append(1000 * (time.perf_counter() - began))
+    # The first one warms up.
+    return round(statistics.median(taken[1:]), 1)

@@ -1,0 +1,202 @@
+"""The paper's figures 2 to 10 and two of the study's own, each an SVG file from results or from a checkpoint."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from xml.etree import ElementTree
+
+from evaluation.focus_maps.focus import FocusModel
+from evaluation.study.charts import Bar, Run, Series, described, lines, scatter, stacked_areas, stacked_bars
+from evaluation.study.document import Image
+from evaluation.study.focus_figures import FOCUS_FIGURES, focus_figure
+from evaluation.study.results import Result, Spread, of_setting, spread
+from evaluation.study.settings import FIGURES, SETTINGS, TABLES
+from evaluation.study.verdicts import branch_columns, branch_names, collapsed, mean_of, score
+from services.common.errors import InvalidInput
+
+SHARES_OF = "vision"
+"""Figure 3's setting."""
+REGION_KINDS = {
+    "all": "all regions",
+    "glyph": "text or bars",
+    "shape": "shapes",
+    "distractor": "distractors",
+    "empty": "empty",
+}
+"""Of Result.branch_shares, and how the figure calls them."""
+GROUPS = ("fine", "coarse")
+SEEDS_SHOWN = 3
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def draw_figure(
+    number: int, results: Sequence[Result], folder: pathlib.Path, checkpoint: pathlib.Path | None = None
+) -> pathlib.Path:
+    """Writes figure-NUMBER.svg to the folder and says where.
+
+    Figures 2 and 3 are drawn from results, 4 to 10 from a checkpoint. Raises InvalidInput for another number, and
+    where what the figure is drawn from is not there.
+    """
+    if number not in FIGURES:
+        raise InvalidInput(f"is {number}, expected {min(FIGURES)}..{max(FIGURES)}", field="figure")
+    if number in FOCUS_FIGURES:
+        if checkpoint is None:
+            raise InvalidInput(f"is missing, figure {number} is drawn from one", field="checkpoint")
+        image = focus_figure(number, FocusModel.from_checkpoint(checkpoint))
+    else:
+        drawn = {2: by_layer, 3: branch_shares}[number](results)
+        if drawn is None:
+            raise InvalidInput(f"none of {', '.join(FIGURES[number])} was run", field=f"figure {number}")
+        image = drawn
+    return save_image(folder, image)
+
+
+def save_image(folder: pathlib.Path, image: Image) -> pathlib.Path:
+    """Writes the file with its own alternative text and caption in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / image.file
+    target.write_text(described(image.svg, title=image.alt, description=image.caption), encoding="utf8")
+    return target
+
+
+def load_image(path: pathlib.Path) -> Image | None:
+    """What `save_image` wrote; None where there is no such file. Raises InvalidInput for a file that it did not."""
+    try:
+        svg = path.read_text(encoding="utf8")
+        root = ElementTree.fromstring(svg)
+    except FileNotFoundError:
+        return None
+    except ElementTree.ParseError as error:
+        raise InvalidInput(f"is no SVG: {error}", field=str(path)) from None
+    alt, caption = root.findtext(f"{SVG}title"), root.findtext(f"{SVG}desc")
+    if alt is None or caption is None:
+        raise InvalidInput("has no title or no description", field=str(path))
+    return Image(file=path.name, svg=svg, alt=alt, caption=caption)
+
+
+def by_layer(results: Sequence[Result]) -> Image | None:
+    """Figure 2: score, tokens and time against the layer before which the text-guided sampler prunes."""
+    at_layer = sorted(
+        (setting.text[0], name)
+        for name in FIGURES[2]
+        if (setting := SETTINGS[name]).text and all(score(results, name, group) for group in GROUPS)
+    )
+    if not at_layer:
+        return None
+    layers, names = zip(*at_layer, strict=True)
+    scores = [_series(group, layers, [score(results, name, group) for name in names]) for group in GROUPS]
+    tokens = [mean_of(results, name, "converted_percent") for name in names]
+    panels = {
+        "exact match, %": scores,
+        "visual tokens, converted, %": [Series(label="converted tokens", x=layers, y=tokens)],
+    }
+    timed = [(layer, ms) for layer, name in at_layer if (ms := _question_ms(results, name))]
+    if timed:
+        panels["questions/s"] = [
+            Series(label="speed", x=[layer for layer, _ in timed], y=[1000 / ms.mean for _, ms in timed])
+        ]
+    off = score(results, "off", "fine")
+    told = "; ".join(
+        f"layer {layer}: fine {fine:.1f}, coarse {coarse:.1f}, tokens {share:.1f} %"
+        for layer, fine, coarse, share in zip(layers, scores[0].y, scores[1].y, tokens, strict=True)
+    )
+    dotted = " Dotted: fine questions with no sampler." if off else ""
+    return Image(
+        file="figure-2.svg",
+        svg=lines(panels, x_label="layer", reference={"exact match, %": off.mean} if off else None),
+        alt=f"Exact match and visual tokens by the text-guided sampler's layer. {told}.",
+        caption="Figure 2. The text-guided sampler before each layer: one model, trained with random layers, evaluated "
+        f"at each. Error bars: standard error.{dotted}",
+    )
+
+
+def branch_shares(results: Sequence[Result]) -> Image | None:
+    """Figure 3: how often each branch is chosen, by what a region shows."""
+    runs = [run for run in of_setting(results, SHARES_OF) if run.branch_shares]
+    if not runs:
+        return None
+    names, bars = branch_names(SETTINGS[SHARES_OF]), []
+    for kind, label in REGION_KINDS.items():
+        of_kind = [run.branch_shares[kind] for run in runs if sum(run.branch_shares.get(kind, ()))]
+        if of_kind:
+            bars.append(Bar(label=label, shares=[sum(column) / len(of_kind) for column in zip(*of_kind, strict=True)]))
+    told = "; ".join(
+        f"{bar.label}: "
+        + ", ".join(f"{name} {100 * share:.0f} %" for name, share in zip(names, bar.shares, strict=True))
+        for bar in bars
+    )
+    return Image(
+        file="figure-3.svg",
+        svg=stacked_bars(bars, names, x_label="regions, %"),
+        alt=f"Share of regions pooled by each branch. {told}.",
+        caption=f"Figure 3. Branches that the vision-guided sampler chooses, by what the region shows "
+        f"({_seeds(len(runs))}; nobody asks about distractors).",
+    )
+
+
+def balance_history(results: Sequence[Result]) -> Image | None:
+    """Branch shares against the training step for each weight of the balance loss, a row a weight, a column a seed."""
+    rows, told = [], []
+    settings = [row.setting for row in TABLES[5].rows if row.setting.startswith("balance_")]
+    for setting in settings:
+        row = []
+        for run in of_setting(results, setting)[:SEEDS_SHOWN]:
+            logged = [(line["step"], branch_columns(line)) for line in run.history if "branch_0" in line]
+            if logged:
+                steps, shares = zip(*logged, strict=True)
+                weight = SETTINGS[setting].stage["loss"]["balance"]
+                label = f"weight {weight:g}, seed {run.seed}{': collapsed' if collapsed(run) else ''}"
+                row.append(Run(label=label, steps=steps, shares=shares))
+                told.append(f"{label}, ends at {' / '.join(f'{100 * share:.0f} %' for share in shares[-1])}")
+        if row:
+            rows.append(row)
+    if not rows:
+        return None
+    names = branch_names(SETTINGS[settings[0]])
+    return Image(
+        file="balance.svg",
+        svg=stacked_areas(rows, names, x_label="step"),
+        alt=f"Share of regions at {' / '.join(names)} over training: {'; '.join(told)}.",
+        caption="Branches chosen over training, by weight of the balance loss. Collapsed: one branch for more than "
+        "95 % of the regions when scored.",
+    )
+
+
+def score_by_tokens(results: Sequence[Result], table: int) -> Image | None:
+    """Fine questions right against the tokens spent, for each setting of a table."""
+    shown = []
+    for row in TABLES[table].rows:
+        found = score(results, row.setting, "fine")
+        if found:
+            shown.append(_series(row.label, [mean_of(results, row.setting, "converted_percent")], [found]))
+    if not shown:
+        return None
+    told = "; ".join(f"{one.label}: {one.y[0]:.1f} % at {one.x[0]:.1f} %" for one in shown)
+    return Image(
+        file=f"table-{table}.svg",
+        svg=scatter(shown, x_label="visual tokens, converted, %", y_label="fine questions, exact match, %"),
+        alt=f"Fine questions right against visual tokens. {told}.",
+        caption=f"Table {table} as a picture: fine questions right against converted visual tokens. Error bars: "
+        "standard error.",
+    )
+
+
+def _series(label: str, x: Sequence[float], found: Sequence[Spread | None]) -> Series:
+    """Points of what was scored; without an error where there is none."""
+    points = [(at, one) for at, one in zip(x, found, strict=True) if one]
+    return Series(
+        label=label,
+        x=[at for at, _ in points],
+        y=[one.mean for _, one in points],
+        error=[float("nan") if one.standard_error is None else one.standard_error for _, one in points],
+    )
+
+
+def _question_ms(results: Sequence[Result], setting: str) -> Spread | None:
+    timed = [run.question_ms for run in of_setting(results, setting) if run.question_ms]
+    return spread(timed) if timed else None
+
+
+def _seeds(count: int) -> str:
+    return "one seed" if count == 1 else f"mean of {count} seeds"

@@ -1,0 +1,376 @@
+"""The study's page: figures found again in HTML and Markdown, verdicts that follow the numbers, charts as SVG."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import shutil
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+
+from evaluation.scenes.scoring import Tally
+from evaluation.study.document import Bullets, Heading, Paragraph, Table, to_html, to_markdown
+from evaluation.study.figures import draw_figure, load_image
+from evaluation.study.floors import Floor, best_learned, floors
+from evaluation.study.page import write_page
+from evaluation.study.results import Result, load_results
+from evaluation.study.settings import SETTINGS, TABLES, Claim
+from evaluation.study.verdicts import collapsed, finding, findings, score
+from services.common.errors import InvalidInput
+
+SHIPPED = pathlib.Path(__file__).parents[2] / "checkpoints" / "focusllava-tiny"
+DOCS = pathlib.Path(__file__).parents[2] / "docs" / "study"
+EVEN = [0.34, 0.33, 0.33]
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def result(setting: str, percent: float, seed: int = 0, **changes: object) -> Result:
+    """A run with the same score in all groups, on a thousand questions each."""
+    tally = Tally(right=round(10 * percent), asked=1000)
+    made = Result(
+        setting=setting,
+        seed=seed,
+        split="test",
+        steps=321,
+        images=77,
+        exact={group: tally for group in ("all", "fine", "coarse", "number")},
+        sampled_percent=41.3,
+        kept_percent=29.7,
+        converted_percent=33.9,
+        map_percent=23.4,
+        minutes=3.0,
+        commit="0123456789ab+",
+        hardware="a processor, 2 cores",
+        data="fedcba987654",
+        start="c0ffee" * 8,
+        key="k",
+    )
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+def seeds(setting: str, *percents: float, **changes: object) -> list[Result]:
+    return [result(setting, percent, seed, **changes) for seed, percent in enumerate(percents)]
+
+
+def selector(setting: str, percent: float, seed: int = 0, end: list[float] | None = None) -> Result:
+    """A run with a vision-guided sampler that starts even and ends at these shares."""
+    end = end or [0.17, 0.2, 0.63]
+    history = [
+        {"step": float(step), "loss": 1.0, **{f"branch_{branch}": share for branch, share in enumerate(shares)}}
+        for step, shares in ((10, EVEN), (20, end))
+    ]
+    kinds = {"all": end, "glyph": [0.91, 0.06, 0.03], "empty": [0.0, 0.12, 0.88]}
+    return result(setting, percent, seed, branch_shares=kinds, history=history)
+
+
+def written(tmp_path: pathlib.Path, results: list[Result]) -> tuple[str, str]:
+    write_page(results, tmp_path)
+    return (tmp_path / "index.html").read_text("utf8"), (tmp_path / "README.md").read_text("utf8")
+
+
+class Checked(HTMLParser):
+    """Fails where tags do not nest; collects images, rows and everything that would be loaded."""
+
+    VOID = {"meta", "img", "br", "link", "hr", "input"}
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.images: list[dict[str, str | None]] = []
+        self.loaded: list[str] = []
+        self.ids: list[str] = []
+        self.rows: list[list[str]] = []
+        self.feed(text)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.loaded += [value for name in ("src", "href") if (value := given.get(name))]
+        self.ids += [value for name, value in attrs if name == "id" and value]
+        assert tag != "script"
+        if tag == "img":
+            self.images.append(given)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1][-1] += data
+
+
+def markdown_row(text: str, start: str) -> list[str]:
+    """Cells of the first table row whose name starts so, without emphasis."""
+    line = next(line for line in text.splitlines() if line.lstrip("|* ").startswith(start) and line.startswith("|"))
+    return [cell.strip().strip("*") for cell in line.strip("|").split(" | ")]
+
+
+def test_figures_of_the_runs_stand_in_both_pages(tmp_path: pathlib.Path) -> None:
+    results = [*seeds("both", 81.0, 82.0, 83.0), *seeds("off", 80.5, converted_percent=100.0)]
+    html, markdown = written(tmp_path, results)
+    # Mean of three, its standard error, the paper's GQA beside it.
+    row = next(row for row in Checked(html).rows if row[0].startswith("Both"))
+    assert row[row.index("62.6") + 1 :][:7] == [
+        "23.4",
+        "41.3",
+        "29.7",
+        "33.9",
+        "82.0 ± 0.6",
+        "82.0 ± 0.6",
+        "82.0 ± 0.6",
+    ]
+    assert row[-1] == "3"
+    assert markdown_row(markdown, "Both") == row
+    for text in (html, markdown):
+        top = text[: text.index("Table 1. ")]
+        for fact in ("4 runs of 2 settings", "seeds 0, 1, 2", "321 training steps", "77 images", "12 minutes",
+                     "commit 0123456789ab+", "a processor, 2 cores", "fedcba987654", "c0ffeec0ffee"):  # fmt: skip
+            assert fact in top.replace("\\", ""), fact
+
+
+def test_what_was_not_run_has_no_figure(tmp_path: pathlib.Path) -> None:
+    html, markdown = written(tmp_path, [])
+    page = Checked(html)
+    assert "Nothing has been run yet" in html and "Nothing has been run yet" in markdown
+    assert not page.images and not list(tmp_path.glob("*.svg"))
+    names = {row.label: row for table in TABLES.values() for row in table.rows}
+    shown = [row for row in page.rows if any(row[0].startswith(name) for name in names)]
+    assert len(shown) >= sum(len(table.rows) for table in TABLES.values())
+    for row in shown:
+        # The paper's figures end where ours would begin; nothing after it is a number.
+        ours = row[next(n for n, cell in enumerate(row) if re.match("not run|cannot run", cell)) + 1 :]
+        assert ours and not any(ours), row
+    assert all(f"Figure {number}: not run" in html for number in range(2, 11))
+    assert not re.search(r"\bnan\b", html)
+    trim = markdown_row(markdown, "TRIM")
+    assert any("no text tower" in cell for cell in trim)
+
+
+def test_a_disagreement_is_said_in_the_first_lines(tmp_path: pathlib.Path) -> None:
+    results = [*seeds("both", 70.0, 70.5, 71.0), *seeds("off", 80.0, 80.5, 81.0), *seeds("vision", 60.0, 60.5, 61.0)]
+    html, markdown = written(tmp_path, results)
+    for text in (html, markdown):
+        first = text.index("Disagree with the paper")
+        assert first < text.index("Agree with the paper") < text.index("Table 1. ")
+        said = text[first : text.index("Agree with the paper")]
+        assert "“both samplers” above “no sampler: all visual tokens” on all questions: disagree" in said
+        assert "70.5 against 80.5 %, a difference of -10.0 ± 0.4 points (3 seeds); Tables 1, 2." in said
+        assert "“both samplers” above “vision-guided sampler" in text[text.index("Agree with the paper") :]
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "outcome"),
+    [
+        ((80.0, 80.4, 80.8), (78.0, 78.4, 78.8), "agree"),
+        ((78.0, 78.4, 78.8), (80.0, 80.4, 80.8), "disagree"),
+        ((80.0, 80.4, 80.8), (79.7, 80.1, 80.5), "too close to call"),
+        # One seed each: the questions' own sampling error is 1.26 and 1.31 points.
+        ((80.0,), (77.0,), "too close to call"),
+        ((80.0,), (76.0,), "agree"),
+        # Two seeds that happen to agree are no proof.
+        ((80.0, 80.0), (79.0, 79.0), "too close to call"),
+        ((80.0, 80.0, 80.0), (79.0, 79.0, 79.0), "agree"),
+        ((), (79.0,), "not run"),
+    ],
+)
+def test_outcome_by_two_standard_errors(better: tuple[float, ...], worse: tuple[float, ...], outcome: str) -> None:
+    results = [*seeds("both", *better), *seeds("off", *worse)]
+    found = finding(results, Claim(better="both", worse="off", group="fine"))
+    assert found.outcome == outcome
+    assert found.seeds == min(len(better), len(worse))
+
+
+def test_only_the_test_split_is_reported() -> None:
+    results = [result("both", 90.0, split="validation"), result("both", 50.0)]
+    found = score(results, "both", "all")
+    assert found is not None and found.mean == 50.0 and found.seeds == 1
+    assert score([results[0]], "both", "all") is None
+
+
+def test_a_claim_of_two_tables_is_said_once() -> None:
+    found = findings([])
+    assert len({one.claim for one in found}) == len(found)
+    assert sum(len(one.tables) for one in found) == sum(len(set(table.claims)) for table in TABLES.values())
+    assert all(one.outcome == "not run" for one in found)
+
+
+def test_collapse_is_one_branch_for_nearly_all_regions() -> None:
+    assert collapsed(selector("balance_none", 50.0, end=[0.01, 0.03, 0.96]))
+    assert not collapsed(selector("balance_none", 50.0, end=[0.02, 0.03, 0.95]))
+    assert not collapsed(result("off", 50.0))
+    # Where regions were not counted, the log's last line decides.
+    run = selector("balance_none", 50.0, end=[0.0, 1.0, 0.0])
+    assert collapsed(replace(run, branch_shares={}))
+    assert not collapsed(replace(run, branch_shares={}, history=run.history[:1]))
+
+
+def test_collapse_is_named_in_table_5_and_in_the_chart(tmp_path: pathlib.Path) -> None:
+    results = [selector("balance_none", 50.0, seed, [0.0, 0.01, 0.99]) for seed in range(2)]
+    results += [selector("balance_0.1", 60.0), result("uniform_branches", 50.0, branch_shares={"all": [0.0, 1.0, 0.0]})]
+    html, markdown = written(tmp_path, results)
+    assert any("collapsed to 4x4 in 2 of 2" in cell for cell in markdown_row(markdown, "w/o"))
+    assert not any("collapsed" in cell for cell in markdown_row(markdown, "weight 0.1"))
+    # A control that is told to use one branch has not collapsed.
+    assert not any("collapsed" in cell for cell in markdown_row(markdown, "every region at 2x2"))
+    chart = load_image(tmp_path / "balance.svg")
+    assert chart is not None and "weight 0, seed 1: collapsed, ends at 0 % / 1 % / 99 %" in chart.alt
+    assert "weight 0.1, seed 0, ends at 17 % / 20 % / 63 %" in chart.alt
+    assert "detected by name" in html and "seed 0 collapsed to 4x4 (99 % of the regions)" in html
+
+
+def floor_on(results: list[Result], words: str) -> Floor:
+    (found,) = [floor for floor in floors(results) if words in floor.what]
+    return found
+
+
+def test_floors_follow_the_numbers() -> None:
+    off = seeds("off", 80.0, 80.0, 80.0, converted_percent=100.0)
+    near = "trained alike"
+    assert floor_on([], near).met is None
+    assert floor_on([*off, *seeds("both", 79.5)], near).met
+    assert not floor_on([*off, *seeds("both", 78.5)], near).met
+    assert not floor_on([*off, *seeds("both", 85.0, converted_percent=46.0)], near).met
+
+    simple = [run for name in ("random_branches", "uniform_branches", "uniform_mean", "uniform_max")
+              for run in seeds(name, 70.0, 71.0, 72.0)]  # fmt: skip
+    ahead = "best learned"
+    assert floor_on([*simple, *seeds("vision", 75.0, 76.0, 77.0)], ahead).met
+    assert floor_on([*simple, *seeds("vision", 71.0, 72.0, 73.0)], ahead).met is False
+    # Too few seeds, or a rule not run: nothing is decided; more tokens than the rule: nothing is won.
+    assert floor_on([*simple, *seeds("vision", 75.0, 76.0)], ahead).met is None
+    assert floor_on([*simple[:-3], *seeds("vision", 75.0, 76.0, 77.0)], ahead).met is None
+    assert floor_on([*simple, *seeds("vision", 75.0, 76.0, 77.0, map_percent=30.0)], ahead).met is False
+
+    rivals = [result(name, 70.0) for name in ("prumerge_plus", "visionzip", "top_similarity", "fastv", "pyramid_drop",
+                                              "random", "uniform_mean")]  # fmt: skip
+    assert floor_on([*rivals, result("both", 75.0)], "best rival").met is None
+    assert floor_on([*rivals, result("uniform_max", 74.0), result("both", 75.0)], "best rival").met
+    assert floor_on([result("fastv", 76.0), result("both", 75.0)], "best rival").met is False
+
+    table = [result(row.setting, 50.0, minutes=10.0) for row in TABLES[3].rows]
+    assert floor_on(table, "2 cores").met and "Table 3" in floor_on(table, "2 cores").found
+    assert not floor_on([replace(run, minutes=100.0) for run in table], "2 cores").met
+
+
+def test_the_best_selector_is_chosen_on_the_validation_split() -> None:
+    results = [result("vision", 90.0), result("gate_paper_region", 40.0)]
+    results += [result("vision", 60.0, split="validation"), result("gate_paper_region", 61.0, split="validation")]
+    assert best_learned(results) == "gate_paper_region"
+    assert best_learned(results[:1]) == "vision"
+    assert best_learned(results[2:]) is None
+
+
+def layers() -> list[Result]:
+    runs = [run for layer in (1, 3, 4, 5) for run in seeds(f"text_layer_{layer}", 60.0 + layer, 61.0 + layer)]
+    return [*runs, *seeds("text", 66.5, 67.0, question_ms=8.0), result("off", 65.0)]
+
+
+def test_result_figures_are_svg_and_the_same_twice(tmp_path: pathlib.Path) -> None:
+    results = [*layers(), *(selector("vision", 70.0 + seed, seed) for seed in range(3))]
+    for number in (2, 3):
+        first = draw_figure(number, results, tmp_path / "a").read_bytes()
+        again = draw_figure(number, results, tmp_path / "b").read_bytes()
+        assert first == again
+        root = ElementTree.fromstring(first)
+        assert root.tag == f"{SVG}svg" and root.findtext(f"{SVG}title") and root.findtext(f"{SVG}desc")
+        assert b"#010203" not in first and b"currentColor" in first and b"prefers-color-scheme" in first
+        texts = {"".join(text.itertext()) for text in root.iter(f"{SVG}text")}
+        expected = {2: {"exact match, %", "questions/s", "layer", "fine"}, 3: {"regions, %", "91", "4x4", "empty"}}
+        assert expected[number] <= texts
+    image = load_image(tmp_path / "a" / "figure-2.svg")
+    assert image is not None and "layer 2: fine 66.8, coarse 66.8, tokens 33.9 %" in image.alt
+
+
+def test_what_a_figure_needs_is_named(tmp_path: pathlib.Path) -> None:
+    for number, field in ((1, "figure"), (2, "figure 2"), (3, "figure 3"), (8, "checkpoint")):
+        with pytest.raises(InvalidInput) as error:
+            draw_figure(number, [], tmp_path)
+        assert error.value.field == field
+    (tmp_path / "figure-4.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>", "utf8")
+    with pytest.raises(InvalidInput, match="no title"):
+        write_page([], tmp_path)
+
+
+def test_two_questions_on_one_image_drawn_from_a_checkpoint(tmp_path: pathlib.Path) -> None:
+    path = draw_figure(9, [], tmp_path, SHIPPED)
+    first = path.read_bytes()
+    root = ElementTree.fromstring(first)
+    # Two posters, each with its picture and what is kept for two questions.
+    assert len(list(root.iter(f"{SVG}image"))) == 6
+    assert draw_figure(9, [], tmp_path, SHIPPED).read_bytes() == first
+    # The page shows it from then on, and still says of the others that they were not drawn.
+    html, markdown = written(tmp_path, [])
+    (image,) = Checked(html).images
+    assert "two questions" in str(image["alt"])
+    assert "](figure-9.svg)" in markdown and "Figure 8: not run" in html
+
+
+def test_the_page_stands_alone_and_its_pictures_have_words(tmp_path: pathlib.Path) -> None:
+    results = [*layers(), selector("vision", 70.0), selector("balance_none", 50.0, end=[0.0, 0.0, 1.0])]
+    html, markdown = written(tmp_path, results)
+    page = Checked(html)
+    assert len(page.images) == 6
+    for image in page.images:
+        assert image["alt"] and len(image["alt"]) > 20
+        assert str(image["src"]).startswith("data:image/svg+xml;base64,")
+    assert all(value.startswith(("data:", "#")) for value in page.loaded)
+    assert len(set(page.ids)) == len(page.ids)
+    assert 'name="viewport"' in html and "prefers-color-scheme:dark" in html
+    for alt, file in re.findall(r"!\[(.*?)\]\((.*?)\)", markdown):
+        assert alt and (tmp_path / file).is_file()
+    assert {name.removesuffix(".svg") for name in re.findall(r"\]\((\S+)\)", markdown)} == {
+        "figure-2", "figure-3", "balance", "table-1", "table-2", "table-9",
+    }  # fmt: skip
+    write_page(results, tmp_path)
+    assert (tmp_path / "index.html").read_text("utf8") == html
+
+
+def test_the_page_in_docs_is_what_its_results_say(tmp_path: pathlib.Path) -> None:
+    shutil.copytree(DOCS, tmp_path / "study")
+    write_page(load_results(tmp_path / "study"), tmp_path / "study")
+    assert (tmp_path / "study" / "README.md").read_text("utf8") == (DOCS / "README.md").read_text("utf8")
+
+
+def test_no_older_chart_stands_beside_newer_results(tmp_path: pathlib.Path) -> None:
+    written(tmp_path, layers())
+    html, _ = written(tmp_path, [])
+    assert not Checked(html).images
+
+
+def test_without_matplotlib_the_tables_are_written(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    html, _ = written(tmp_path, layers())
+    assert not Checked(html).images and "66.8 ± " in html
+    with pytest.raises(InvalidInput, match="pip install 'focusllava\\[study\\]'"):
+        draw_figure(2, layers(), tmp_path)
+
+
+def test_runs_on_other_data_are_pointed_out(tmp_path: pathlib.Path) -> None:
+    html, _ = written(tmp_path, [result("off", 80.0), result("both", 80.0, data="another")])
+    assert "the runs differ in data" in html
+    html, _ = written(tmp_path, [result("off", 80.0), result("both", 80.0)])
+    assert "the runs differ" not in html
+
+
+def test_text_is_text_in_both_renderings() -> None:
+    blocks = [Heading(level=1, text="a <b> & c"), Paragraph(text="*d* [e](f)"), Bullets(items=["g|h"]),
+              Table(caption="i", header=("j", "k"), rows=[("l|m", "<n>")], strong=frozenset({0}))]  # fmt: skip
+    html, markdown = to_html(blocks, title="t</title>"), to_markdown(blocks)
+    assert Checked(html).rows == [["j", "k"], ["l|m", "<n>"]]
+    assert "<b>" not in html and "t</title></title>" not in html
+    assert "\\*d\\* \\[e\\](f)" in markdown and "| **l\\|m** | **\\<n\\>** |" in markdown
+
+
+def test_every_setting_of_the_tables_has_a_title() -> None:
+    assert {row.setting for table in TABLES.values() for row in table.rows} <= SETTINGS.keys()
