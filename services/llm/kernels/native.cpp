@@ -11,6 +11,9 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 #include <array>
 #include <numeric>
@@ -22,8 +25,13 @@ namespace {
 using namespace focusllava;
 namespace blas = at::native::cpublas;
 
-constexpr int64_t kRows = 64;         // query rows of a tile: heads that share keys, times positions
-constexpr int64_t kKeys = 512;        // keys of a tile: scores and probabilities of a tile stay in the L2 cache
+// A tile's query rows (heads that share keys, times positions) and keys: its scores and probabilities stay in the L2
+// cache. Matrix units want more rows for the keys that they load.
+#ifdef __AMX_TILE__
+constexpr int64_t kRows = 256, kKeys = 256;
+#else
+constexpr int64_t kRows = 64, kKeys = 512;
+#endif
 constexpr int64_t kKeyStep = 32;      // keys of a tile are rounded up to it, so that few kernels are generated
 constexpr int64_t kDecodeKeys = 256;  // keys of one decode task; a longer sequence is shared out among threads
 constexpr float kNone = -1e30f;       // a score that nothing is below, finite so that differences are
@@ -72,6 +80,50 @@ void pack_value(const float* in, int64_t stride, int64_t count, int64_t tile, in
 struct Tile {
   int64_t segment, group, first, last;  // positions first..last-1 of the segment's queries
 };
+
+inline float highest(const float* score, int64_t count) {
+  float high = kNone;
+#pragma omp simd reduction(max : high)
+  for (int64_t k = 0; k < count; ++k) high = score[k] > high ? score[k] : high;
+  return high;
+}
+
+// prob = exp(score * scaling - high), whose sum is returned.
+template <typename T>
+inline float exponentials(const float* score, int64_t count, float scaling, float high, T* prob) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t k = 0; k < count; ++k) {
+    const float p = exp_clamped(score[k] * scaling - high);
+    sum += p;
+    prob[k] = from_float<T>(p);
+  }
+  return sum;
+}
+
+#ifdef __AVX512BF16__
+// In powers of two, which the processor scales by in one instruction. The polynomial is that of exp2f in S. Moshier's
+// Cephes library without its highest term: 3e-6 for |r| <= 1/2, far below what bf16 keeps.
+template <>
+inline float exponentials(const float* score, int64_t count, float scaling, float high, BFloat16* prob) {
+  constexpr float kLog2e = 1.442695041f;
+  const __m512 factor = _mm512_set1_ps(scaling * kLog2e), less = _mm512_set1_ps(-high * kLog2e);
+  __m512 sum = _mm512_setzero_ps();
+  for (int64_t k = 0; k < count; k += 16) {
+    const __mmask16 some = count - k < 16 ? (1u << (count - k)) - 1 : 0xffff;
+    const __m512 x = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(some, score + k), factor, less);
+    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 r = _mm512_sub_ps(x, whole);
+    __m512 p = _mm512_set1_ps(1.339887440e-3f);
+    for (const float c : {9.618437357e-3f, 5.550332471e-2f, 2.402264791e-1f, 6.931472028e-1f, 1.0f})
+      p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+    p = _mm512_maskz_scalef_ps(some, p, whole);
+    sum = _mm512_add_ps(sum, p);
+    _mm256_mask_storeu_epi16(prob + k, some, std::bit_cast<__m256i>(_mm512_cvtneps_pbh(p)));
+  }
+  return _mm512_reduce_add_ps(sum);
+}
+#endif
 
 template <typename T>
 void prefill(const Tensor& query, const Tensor& key, const Tensor& value, at::IntArrayRef query_lens,
@@ -143,17 +195,8 @@ void prefill(const Tensor& query, const Tensor& key, const Tensor& value, at::In
         const int64_t visible = std::clamp<int64_t>(own, 0, keys);
         const float* score = scores.data() + row * kKeys;
         T* prob = probs.data() + row * kKeys;
-        float high = kNone;
-#pragma omp simd reduction(max : high)
-        for (int64_t k = 0; k < visible; ++k) high = score[k] > high ? score[k] : high;
-        high = std::max(top[row], high * scaling);
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t k = 0; k < visible; ++k) {
-          const float p = exp_clamped(score[k] * scaling - high);
-          sum += p;
-          prob[k] = from_float<T>(p);
-        }
+        const float high = std::max(top[row], scaling * highest(score, visible));
+        const float sum = exponentials(score, visible, scaling, high, prob);
         std::fill(prob + visible, prob + keys, T(0.0f));
         if (high > top[row]) {
           const float shrink = exp_clamped(top[row] - high);

@@ -37,7 +37,7 @@ inline Bits<T> to_bits(float x) { return std::bit_cast<Bits<T>>(from_float<T>(x)
 
 // exp(x) for x <= 88, 2 ulp, and exp(-87) below that. Without a branch, so that it vectorises. The polynomial and the two
 // parts of ln 2 are those of expf in S. Moshier's Cephes library.
-inline float exp_clamped(float x) {
+__attribute__((always_inline)) inline float exp_clamped(float x) {
   x = x > -87.0f ? x : -87.0f;
   const float whole = std::floor(x * 1.442695041f + 0.5f);
   float r = x - whole * 0.693359375f;
@@ -52,7 +52,7 @@ inline float exp_clamped(float x) {
   return p * std::bit_cast<float>((static_cast<int32_t>(whole) + 127) << 23);
 }
 
-inline float silu(float x) { return x / (1.0f + exp_clamped(x > -88.0f ? -x : 88.0f)); }
+__attribute__((always_inline)) inline float silu(float x) { return x / (1.0f + exp_clamped(x > -88.0f ? -x : 88.0f)); }
 
 // Runs tasks 0..count-1, each on whichever thread is free next.
 template <typename F>
