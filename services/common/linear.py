@@ -35,6 +35,14 @@ class PackedLinear(nn.Module):
         """[..., K] -> [..., N] in the weight's dtype."""
         return torch.ops.mkldnn._linear_pointwise(x_MK, self._weight, self._bias, "none", [], "")
 
+    def silu(self, x_MK: torch.Tensor) -> torch.Tensor:
+        """silu of `forward`, before it is rounded."""
+        return torch.ops.mkldnn._linear_pointwise(x_MK, self._weight, self._bias, "swish", [], "")
+
+    def combined(self, x_MK: torch.Tensor, other_MN: torch.Tensor, operation: Literal["add", "mul"]) -> torch.Tensor:
+        """`forward` plus or times another tensor, before it is rounded."""
+        return torch.ops.mkldnn._linear_pointwise.binary(x_MK, other_MN, self._weight, self._bias, operation)
+
 
 class Int8Linear(nn.Module):
     """nn.Linear with int8 weights (one scale an output) and int8 inputs (one scale a token), sums in int32.

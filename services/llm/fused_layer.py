@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from services.llm.attention import AttentionStep
-from services.llm.kernels.panel_linear import add_linear_, gated_linear, linears
+from services.llm.kernels.panel_linear import add_linear, gated_linear, linears
 
 FAMILIES = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
 """Layers of one shape: norm, attention, norm, gated MLP, each of the two halves added to what came in."""
@@ -51,9 +51,9 @@ def fused_layer(
     ops.rotate_(query_SHd, cos_Sd, sin_Sd)
     query_HSd, key_GSd, value_GSd = (tensor.transpose(0, 1) for tensor in (query_SHd, key_SGd, value_SGd))
     out_SHd = step.attend(attention.layer_idx, query_HSd, key_GSd, value_GSd, attention.scaling)
-    add_linear_(hidden_SD, out_SHd.flatten(1), attention.o_proj)
+    hidden_SD = add_linear(hidden_SD, out_SHd.flatten(1), attention.o_proj)
     norm_SD = _norm(one.post_attention_layernorm, hidden_SD)
-    return add_linear_(hidden_SD, gated_linear(norm_SD, mlp.gate_proj, mlp.up_proj), mlp.down_proj)
+    return add_linear(hidden_SD, gated_linear(norm_SD, mlp.gate_proj, mlp.up_proj), mlp.down_proj)
 
 
 def _norm(norm: Any, hidden_SD: torch.Tensor) -> torch.Tensor:

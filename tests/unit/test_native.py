@@ -17,7 +17,7 @@ from services.checkpoint.config import FocusLlavaConfig
 from services.common.linear import PackedLinear
 from services.llm.fused_layer import can_fuse
 from services.llm.kernels import native
-from services.llm.kernels.panel_linear import PanelLinear, add_linear_, gated_linear, linears
+from services.llm.kernels.panel_linear import PanelLinear, add_linear, gated_linear, linears
 from services.llm.model import Decoder
 from tests.attention_oracle import prefill_oracle
 from tests.tiny_llm import checkpoint
@@ -104,7 +104,7 @@ def test_panel_linears(inputs: int, outputs: int, bias: bool, dtype: torch.dtype
         exact = F.silu(exactly(first, x)) * exactly(second, x)
         close(gated_linear(x, panels[0], panels[2]), exact, SUMS)
         exact = hidden.double() + exactly(first, x)
-        assert add_linear_(hidden, x, panels[0]) is hidden
+        assert add_linear(hidden, x, panels[0]) is hidden
         close(hidden, exact, SUMS)
     assert panels[1](torch.randn(2, 3, inputs).to(dtype)).shape == (2, 3, 2 * outputs + 1)
     assert panels[1](torch.randn(0, inputs).to(dtype)).shape == (0, 2 * outputs + 1)
@@ -116,11 +116,11 @@ def test_panel_linears(inputs: int, outputs: int, bias: bool, dtype: torch.dtype
 def test_a_tokens_products_are_the_same_bit_for_bit_in_any_batch(inputs: int, dtype: torch.dtype) -> None:
     gate, up = (PanelLinear(linear(inputs, 200, bias, dtype)) for bias in (True, False))
     x, hidden = torch.randn(230, inputs).to(dtype), torch.randn(230, 200).to(dtype)
-    whole = [*linears(x, gate, up), gated_linear(x, gate, up), add_linear_(hidden.clone(), x, up)]
+    whole = [*linears(x, gate, up), gated_linear(x, gate, up), add_linear(hidden.clone(), x, up)]
     for first, last in ((0, 1), (95, 97), (3, 20), (7, 103), (1, 230)):
         part = x[first:last].clone()
         alone = [*linears(part, gate, up), gated_linear(part, gate, up)]
-        alone.append(add_linear_(hidden[first:last].clone(), part, up))
+        alone.append(add_linear(hidden[first:last].clone(), part, up))
         assert all(torch.equal(one, all_[first:last]) for one, all_ in zip(alone, whole, strict=True))
 
 
@@ -132,7 +132,7 @@ def test_layers_of_another_kind_give_what_panels_give(dtype: torch.dtype) -> Non
     results = []
     for made in (PackedLinear, PanelLinear):
         gated = gated_linear(x, made(gate), made(up))
-        results.append([*linears(x, made(gate), made(up)), gated, add_linear_(x.clone(), gated, made(down))])
+        results.append([*linears(x, made(gate), made(up)), gated, add_linear(x.clone(), gated, made(down))])
     for packed, panels in zip(*results, strict=True):
         torch.testing.assert_close(packed, panels, rtol=3 * DTYPES[dtype], atol=3 * DTYPES[dtype])
 

@@ -66,11 +66,13 @@ def linears(x_MK: torch.Tensor, *layers: nn.Module) -> Sequence[torch.Tensor]:
     )
 
 
-def add_linear_(hidden_MN: torch.Tensor, x_MK: torch.Tensor, layer: nn.Module) -> torch.Tensor:
-    """hidden += layer(x), in place; returns hidden."""
+def add_linear(hidden_MN: torch.Tensor, x_MK: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+    """hidden + layer(x); hidden may be written to."""
     if isinstance(layer, PanelLinear):
         torch.ops.focusllava.linear_add_(hidden_MN, x_MK, layer.weight_PKNp, layer.bias)
         return hidden_MN
+    if isinstance(layer, PackedLinear):
+        return layer.combined(x_MK, hidden_MN, "add")
     return hidden_MN.add_(layer(x_MK))
 
 
@@ -80,6 +82,8 @@ def gated_linear(x_MK: torch.Tensor, gate: nn.Module, up: nn.Module) -> torch.Te
         return torch.ops.focusllava.linear_gated(
             x_MK, gate.weight_PKNp, gate.bias, up.weight_PKNp, up.bias, gate.out_features
         )
+    if isinstance(gate, PackedLinear) and isinstance(up, PackedLinear):
+        return up.combined(x_MK, gate.silu(x_MK), "mul")
     gate_MN = gate(x_MK)
     torch.ops.focusllava.silu_mul_(gate_MN, up(x_MK))
     return gate_MN

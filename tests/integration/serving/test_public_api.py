@@ -74,16 +74,19 @@ def test_two_clients_stream_at_the_same_time(cluster):
 def test_a_cancelled_call_frees_its_slot(cluster, channel):
     stub = focus_pb2_grpc.FocusServiceStub(channel)
     sampling = llm_pb2.SamplingParams(max_tokens=1000, ignore_eos=True)
-    calls = [
-        stub.Chat(question(picture(31), sampling=sampling), metadata=(("application", "gateway"),)) for _ in range(3)
-    ]
-    for call in calls:
+    outcomes = r"^ray_focusllava_generate_requests_total\{[^\n]*outcome=\"cancelled\"[^\n]*\} (\S+)$"
+
+    def cancelled() -> float:
+        return sum(map(float, re.findall(outcomes, scrape(cluster), re.M)))
+
+    before = cancelled()
+    for _ in range(3):  # one after the other: an answer is a second's work, and must not end before its cancellation
+        call = stub.Chat(question(picture(31), sampling=sampling), metadata=(("application", "gateway"),))
         while next(call).WhichOneof("event") != "token":
             pass
         assert not call.done()
         call.cancel()
-    ended = r'focusllava_generate_requests_total\{[^\n]*outcome="cancelled"[^\n]*\} 3'
-    assert until(lambda: re.search(ended, scrape(cluster)) is not None), "the llm stage saw three calls cancelled"
+    assert until(lambda: cancelled() == before + 3), "the llm stage saw three calls cancelled"
     assert until(lambda: gauge(cluster, "focusllava_kv_blocks_used") == 0), "KV blocks of a cancelled call stay taken"
     assert gauge(cluster, "focusllava_running_requests") == 0
     assert gauge(cluster, "focusllava_kv_blocks_total") > 0
