@@ -38,7 +38,7 @@ def fused_layer(
     """
     one: Any = layer
     ops, attention, mlp = torch.ops.focusllava, one.self_attn, one.mlp
-    norm_SD = _norm(one.input_layernorm, hidden_SD)
+    norm_SD = rms_norm(one.input_layernorm, hidden_SD)
     if rows_R is None:
         query_SD, key_SD, value_SD = linears(norm_SD, attention.q_proj, attention.k_proj, attention.v_proj)
     else:
@@ -52,9 +52,10 @@ def fused_layer(
     query_HSd, key_GSd, value_GSd = (tensor.transpose(0, 1) for tensor in (query_SHd, key_SGd, value_SGd))
     out_SHd = step.attend(attention.layer_idx, query_HSd, key_GSd, value_GSd, attention.scaling)
     hidden_SD = add_linear(hidden_SD, out_SHd.flatten(1), attention.o_proj)
-    norm_SD = _norm(one.post_attention_layernorm, hidden_SD)
+    norm_SD = rms_norm(one.post_attention_layernorm, hidden_SD)
     return add_linear(hidden_SD, gated_linear(norm_SD, mlp.gate_proj, mlp.up_proj), mlp.down_proj)
 
 
-def _norm(norm: Any, hidden_SD: torch.Tensor) -> torch.Tensor:
-    return torch.ops.focusllava.add_rms_norm(hidden_SD, None, norm.weight, norm.eps)
+def rms_norm(norm: Any, hidden_SD: torch.Tensor) -> torch.Tensor:
+    """The module's result, from the compiled operator."""
+    return torch.ops.focusllava.rms_norm(hidden_SD, norm.weight, norm.eps)

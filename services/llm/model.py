@@ -17,10 +17,10 @@ from services.checkpoint.store import check_shapes, load_stage
 from services.common.errors import InvalidInput
 from services.common.linear import Quantize, can_pack, prepare_linears
 from services.llm.attention import ATTENTION_NAME, AttentionStep
-from services.llm.fused_layer import can_fuse, fused_layer
+from services.llm.fused_layer import can_fuse, fused_layer, rms_norm
 from services.llm.kernels import native
 from services.llm.kernels.panel_linear import pack_linear
-from services.sampler.text_guided import keep_by_share, text_importance
+from services.sampler.text_guided import apply_rotary, keep_by_share, text_importance
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
 """cos and sin, each [1, S, d]."""
@@ -176,16 +176,26 @@ class Decoder:
         (ascending indices into visual_N) and importance float32 [N].
         """
         block = self.layers[layer]
-        heads = (-1, self.head_dim)
-        query_THd = block.self_attn.q_proj(block.input_layernorm(hidden_SD[instruction_T])).unflatten(-1, heads)
-        key_NGd = block.self_attn.k_proj(block.input_layernorm(hidden_SD[visual_N])).unflatten(-1, heads)
-        query_THd, key_NGd = _rotate(query_THd, rotary, instruction_T), _rotate(key_NGd, rotary, visual_N)
+        norm_SD = rms_norm(block.input_layernorm, hidden_SD) if self.fused else block.input_layernorm(hidden_SD)
+        query_THd = self._project(block.self_attn.q_proj, norm_SD, rotary, instruction_T)
+        key_NGd = self._project(block.self_attn.k_proj, norm_SD, rotary, visual_N)
         # The mean over instruction tokens, some at a time: a long question must not cost T x N x H floats at once.
         importance_N = torch.zeros(len(visual_N), device=hidden_SD.device)
         for part_THd in query_THd.split(SCORED_QUERIES):
             share = len(part_THd) / len(query_THd)
             importance_N += text_importance(part_THd, key_NGd, block.self_attn.scaling) * share
         return keep_by_share(importance_N, threshold), importance_N
+
+    def _project(
+        self, projection: nn.Module, norm_SD: torch.Tensor, rotary: Rotary, index_S: torch.Tensor
+    ) -> torch.Tensor:
+        """Queries or keys of some rows, with their rotary embedding: [rows, heads, d]."""
+        x_SHd = projection(norm_SD[index_S]).unflatten(-1, (-1, self.head_dim))
+        cos_Sd, sin_Sd = (table[0, index_S] for table in rotary)
+        if not self.fused:
+            return apply_rotary(x_SHd, cos_Sd, sin_Sd)
+        torch.ops.focusllava.rotate_(x_SHd, cos_Sd, sin_Sd)
+        return x_SHd
 
 
 def _fuse_norms(module: nn.Module) -> None:
@@ -198,10 +208,3 @@ def _fuse_norms(module: nn.Module) -> None:
             setattr(module, name, fused)
         else:
             _fuse_norms(child)
-
-
-def _rotate(x_SHd: torch.Tensor, rotary: Rotary, index_S: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding of packed tokens, in the half-split layout that all three families use."""
-    cos_S1d, sin_S1d = (table[0, index_S, None] for table in rotary)
-    first, second = x_SHd.chunk(2, dim=-1)
-    return x_SHd * cos_S1d + torch.cat((-second, first), dim=-1) * sin_S1d

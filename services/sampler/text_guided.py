@@ -1,6 +1,7 @@
 """Text-guided sampler: which visual tokens does the instruction attend to? (Sec. 3.3, Eq. 6-9)
 
-Legend: T instruction tokens, N visual tokens, H query heads, G key heads (grouped-query attention), d head width.
+Legend: T instruction tokens, N visual tokens, H query heads, G key heads (grouped-query attention), d head width,
+R = T * H / G queries that share a key head.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ def text_importance(query_THd: torch.Tensor, key_NGd: torch.Tensor, scaling: flo
 
     Both inputs carry their rotary embedding already. Only this T x N block is ever computed. Returns float32 [N].
     """
-    heads, groups = query_THd.shape[1], key_NGd.shape[1]
-    query_GRTd = query_THd.float().permute(1, 0, 2).unflatten(0, (groups, heads // groups))
-    key_G1dN = key_NGd.float().permute(1, 2, 0).unsqueeze(1)
-    scores_GRTN = torch.matmul(query_GRTd, key_G1dN) * scaling
-    return scores_GRTN.softmax(dim=-1).flatten(0, 1).amax(dim=0).mean(dim=0)
+    tokens, heads, width = query_THd.shape
+    groups = key_NGd.shape[1]
+    # One product a group: its heads' queries one after the other, so that shared keys are not copied.
+    query_GRd = query_THd.float().transpose(0, 1).reshape(groups, -1, width)
+    scores_GRN = torch.bmm(query_GRd, key_NGd.float().permute(1, 2, 0)) * scaling
+    return scores_GRN.softmax(dim=-1).view(heads, tokens, -1).amax(dim=0).mean(dim=0)
 
 
 def keep_by_share(importance_N: torch.Tensor, threshold: float) -> torch.Tensor:

@@ -376,19 +376,14 @@ Tensor decode_attention(const Tensor& query, const Tensor& keys, const Tensor& v
 constexpr int64_t kGrain = 1 << 14;  // elements that are worth a thread
 
 template <typename T>
-void norm(Tensor& hidden, const std::optional<Tensor>& delta, const Tensor& weight, float eps, Tensor& out) {
+void norm(const Tensor& hidden, const Tensor& weight, float eps, Tensor& out) {
   const int64_t width = hidden.size(-1), tokens = hidden.numel() / width;
-  T* all = hidden.data_ptr<T>();
-  const T *add = delta ? delta->const_data_ptr<T>() : nullptr, *scale = weight.const_data_ptr<T>();
+  const T *all = hidden.const_data_ptr<T>(), *scale = weight.const_data_ptr<T>();
   T* to_all = out.data_ptr<T>();
   at::parallel_for(0, tokens, std::max<int64_t>(1, kGrain / width), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      T *row = all + i * width, *to = to_all + i * width;
-      if (add) {
-        const T* more = add + i * width;
-#pragma omp simd
-        for (int64_t j = 0; j < width; ++j) row[j] = from_float<T>(to_float(row[j]) + to_float(more[j]));
-      }
+      const T* row = all + i * width;
+      T* to = to_all + i * width;
       float squares = 0;
 #pragma omp simd reduction(+ : squares)
       for (int64_t j = 0; j < width; ++j) squares += to_float(row[j]) * to_float(row[j]);
@@ -399,14 +394,12 @@ void norm(Tensor& hidden, const std::optional<Tensor>& delta, const Tensor& weig
   });
 }
 
-// hidden += delta (in place, when there is one); returns RMS norm of hidden, times weight.
-Tensor add_rms_norm(Tensor hidden, const std::optional<Tensor>& delta, const Tensor& weight, double eps) {
+// RMS norm of hidden [S, D], times weight [D].
+Tensor rms_norm(const Tensor& hidden, const Tensor& weight, double eps) {
   TORCH_CHECK(hidden.is_contiguous() && weight.is_contiguous() && weight.numel() == hidden.size(-1) &&
               weight.scalar_type() == hidden.scalar_type());
-  TORCH_CHECK(!delta || (delta->is_contiguous() && delta->sizes() == hidden.sizes() &&
-                         delta->scalar_type() == hidden.scalar_type()));
   Tensor out = at::empty_like(hidden);
-  FOR_DTYPE(hidden, norm, hidden, delta, weight, static_cast<float>(eps), out);
+  FOR_DTYPE(hidden, norm, hidden, weight, static_cast<float>(eps), out);
   return out;
 }
 
@@ -472,7 +465,7 @@ TORCH_LIBRARY(focusllava, m) {
   m.def(
       "decode_attention(Tensor query, Tensor keys, Tensor values, Tensor table, Tensor lengths, float scaling) -> Tensor",
       decode_attention);
-  m.def("add_rms_norm(Tensor(a!) hidden, Tensor? delta, Tensor weight, float eps) -> Tensor", add_rms_norm);
+  m.def("rms_norm(Tensor hidden, Tensor weight, float eps) -> Tensor", rms_norm);
   m.def("rotate_(Tensor(a!) x, Tensor cos, Tensor sin) -> ()", rotate_);
   m.def("silu_mul_(Tensor(a!) gate, Tensor up) -> ()", silu_mul_);
 }

@@ -22,7 +22,16 @@ FOLDER = pathlib.Path(__file__).parent
 SOURCES = (FOLDER / "native.cpp", FOLDER / "linear.cpp")
 HEADERS = (FOLDER / "native.h",)
 # Without errno and traps the compiler may vectorise; nothing here changes what a float operation gives.
-FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+FLAGS: tuple[str, ...] = (
+    "-O3",
+    "-march=native",
+    "-std=c++20",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-shared",
+    "-fPIC",
+)
 if platform.machine() in ("x86_64", "AMD64"):
     FLAGS += ("-mprefer-vector-width=512",)  # compilers halve vectors for clock rates of older processors
 TORCH_LIBRARIES = ("torch", "torch_cpu", "c10")
