@@ -73,6 +73,36 @@ def prefill(result: dict[str, Any]) -> str:
     return f"Linear layers {rates[0]:.0f} GFLOP/s, attention {rates[1]:.0f} GFLOP/s.\n\n{markdown(header, rows)}"
 
 
+def samplers(result: dict[str, Any]) -> str:
+    rows = [
+        [name, f"{1e3 * c['seconds']:.2f}", f"{c['share_of_prefill_off']:.2%}",
+         f"{c['share_of_own_prefill']:.2%}" if "share_of_own_prefill" in c else ""]
+        for name, c in result["samplers"].items()
+    ]  # fmt: skip
+    header = ("sampler", "ms", "of the prefill with samplers off", "of its own prefill")
+    return markdown(header, rows)
+
+
+def roofline(result: dict[str, Any]) -> str:
+    rates = result["peak_flops_per_s"] / 1e9, result["read_bytes_per_s"] / 1e9
+    prefill = [
+        [tokens, f"{r['linear_flops_per_s'] / 1e9:.0f}", f"{r['linear_share_of_peak']:.0%}",
+         f"{r['attention_flops_per_s'] / 1e9:.0f}", f"{r['attention_share_of_peak']:.0%}"]
+        for tokens, r in result["prefill"].items()
+    ]  # fmt: skip
+    decode = [
+        [sequences, f"{1e3 * r['seconds_per_step']:.2f}", f"{r['bytes_per_step'] / 2**20:.0f}",
+         f"{r['bytes_per_s'] / 1e9:.1f}", f"{r['share_of_read_rate']:.0%}"]
+        for sequences, r in result["decode"].items()
+    ]  # fmt: skip
+    return (
+        f"Peak: matrix product {rates[0]:.0f} GFLOP/s, reading {rates[1]:.1f} GB/s.\n\n"
+        + markdown(("prompt tokens", "linear, GFLOP/s", "of peak", "attention, GFLOP/s", "of peak"), prefill)
+        + "\n"
+        + markdown(("sequences", "ms a decode step", "MiB a step", "GB/s", "of reading"), decode)
+    )
+
+
 def arrival(result: dict[str, Any]) -> str:
     rows = [
         [name, *(f"{point[c]:.1f}" for c in ("usual_gap_ms", "longest_gap_ms", "ttft_ms"))]
@@ -120,6 +150,8 @@ def encoder(result: dict[str, Any]) -> str:
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "engine": engine,
     "prefill": prefill,
+    "samplers": samplers,
+    "roofline": roofline,
     "arrival": arrival,
     "scaling": scaling,
     "encoder": encoder,

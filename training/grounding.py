@@ -19,9 +19,10 @@ from training.layout import Sample, TextBatch
 
 
 def evidence_tokens(sample: Sample, encoded: EncodedImage) -> list[torch.Tensor | None]:
-    """For each branch, indices of the tokens that its evidence box touches, or None.
+    """For each branch, ascending indices of the tokens that its evidence's boxes touch, or None.
 
-    Those of the base tile count too: where something is in the whole image is told by its place there.
+    Of the base tile alone where the answer is a place: a patch there has the whole image around it, one of a grid tile
+    only its tile. Else of both.
     """
     if encoded.sampled is not None:
         return [None] * len(sample.branches)
@@ -30,13 +31,10 @@ def evidence_tokens(sample: Sample, encoded: EncodedImage) -> list[torch.Tensor 
     side = math.isqrt(base)
     found: list[torch.Tensor | None] = []
     for branch in sample.branches:
-        box = branch.evidence_xyxy
-        if box is None:
-            found.append(None)
-            continue
-        in_base = _cells_under(box, side, side, side)
-        in_map = _cells_under(box, height, width, width + 1) + base
-        found.append(torch.cat((in_base, in_map)))
+        cells = [_cells_under(box, side, side, side) for box in branch.evidence_xyxy]
+        if not branch.asks_place:
+            cells += [_cells_under(box, height, width, width + 1) + base for box in branch.evidence_xyxy]
+        found.append(torch.cat(cells).unique() if cells else None)
     return found
 
 

@@ -35,8 +35,10 @@ class Branch:
     """Tokens of the user's own words."""
     answer_start: int
     """Index of the first answer token."""
-    evidence_xyxy: tuple[float, float, float, float] | None = None
+    evidence_xyxy: tuple[tuple[float, float, float, float], ...] = ()
     """Where in the image the answer is, as fractions of width and height; used by the grounding loss only."""
+    asks_place: bool = False
+    """Whether the answer is the evidence's place in the image."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from training.layout import Branch, Sample, attention_mask, branched_attention, 
 WORDS, VISUAL = 2, 5
 
 
-def branch(words, evidence=None):
+def branch(words, *evidence, asks_place=False):
     """`words` instruction tokens, the prompt's last token, one answer token."""
     return Branch(
         token_ids=(*range(10, 10 + words), 7, 8),
@@ -22,6 +22,7 @@ def branch(words, evidence=None):
         instruction=(*[True] * words, False, False),
         answer_start=words + 1,
         evidence_xyxy=evidence,
+        asks_place=asks_place,
     )
 
 
@@ -55,9 +56,14 @@ def test_evidence_is_the_tokens_under_the_box():
     height, width, base = 4, 6, 9
     tokens = torch.zeros(base + height * (width + 1), 8)
     encoded = EncodedImage(tokens_ND=tokens, map_hw=(height, width), uncompressed_tokens=len(tokens), sampled=None)
-    inside = evidence_tokens(sample(branch(1, (0.5, 0.25, 0.6, 0.49)), branch(1)), encoded)
+    box, corner = (0.5, 0.25, 0.6, 0.49), (0.0, 0.0, 0.1, 0.1)
+    asked = sample(branch(1, box), branch(1), branch(1, box, corner, asks_place=True), branch(1, box, box))
+    inside = evidence_tokens(asked, encoded)
     # Of the 3 x 3 base tile rows 0 and 1, column 1; of the map row 1, column 3, where each row ends with a newline.
-    assert inside[0].tolist() == [1, 4, base + 1 * (width + 1) + 3] and inside[1] is None
+    both = [1, 4, base + 1 * (width + 1) + 3]
+    assert inside[0].tolist() == inside[3].tolist() == both and inside[1] is None
+    # Two things are compared: where they are, only the base tile tells.
+    assert inside[2].tolist() == [0, 1, 4]
 
 
 def test_a_branch_continues_where_its_own_image_ends():

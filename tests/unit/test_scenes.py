@@ -127,8 +127,8 @@ def test_boxes_hold_the_evidence():
                 assert asked.box_xyxy is not None
             if asked.kind in ("count", "left_of"):
                 assert asked.box_xyxy is None
-            if asked.box_xyxy is not None:
-                x0, y0, x1, y1 = asked.box_xyxy
+            assert len(asked.evidence_xyxy) == (2 if asked.kind == "left_of" else asked.box_xyxy is not None)
+            for x0, y0, x1, y1 in asked.evidence_xyxy:
                 assert 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1
             if asked.kind in ("number", "word") and asked.box_xyxy is not None:
                 (card,) = [card for card in scene.cards if card.text == asked.answer]

@@ -13,16 +13,19 @@ from typing import Any
 from services.common.types import ChatTurn, ImagePart, TextPart
 from services.llm.prompt import PromptRenderer
 from training.config import ConfigError
+from training.data.fonts import Box
 from training.layout import Branch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exchange:
-    """A question, its answer, and where in the image the answer is (fractions, or None)."""
+    """A question, its answer, and where in the image the answer is (fractions; empty when that is not known)."""
 
     question: str
     answer: str
-    evidence_xyxy: tuple[float, float, float, float] | None = None
+    evidence_xyxy: tuple[Box, ...] = ()
+    asks_place: bool = False
+    """Whether the answer is the evidence's place in the image."""
 
 
 class BranchBuilder:
@@ -53,6 +56,7 @@ class BranchBuilder:
             instruction=(*[end + i in asked for i in range(len(after))], *[False] * len(answer)),
             answer_start=len(after),
             evidence_xyxy=exchange.evidence_xyxy,
+            asks_place=exchange.asks_place,
         )
         return prompt.input_ids[:start], branch
 

@@ -72,7 +72,10 @@ def _on_table(poster: Poster, table: Table, rng: random.Random) -> list[Question
                 asked.append(_ask(poster, rng, "cell", "cell", cell.text, cell.box_xyxy, **words))
             else:
                 asked.append(_ask(poster, rng, "cell", "list cell", cell.text, cell.box_xyxy, word=name.text))
-            asked.append(_ask(poster, rng, "row", "row", name.text, name.box_xyxy, number=cell.text))
+            row = _ask(poster, rng, "row", "row", name.text, name.box_xyxy, number=cell.text)
+            # The number is what can be searched for, and the row's name lies beside it.
+            boxes = tuple(_fractions(poster, one.box_xyxy) for one in (name, cell))
+            asked.append(dataclasses.replace(row, several_xyxy=boxes))
     asked.append(_ask(poster, rng, "count", "rows", str(len(table.rows)), table.box_xyxy))
     return asked + _where(poster, rng, "table", table.box_xyxy)
 

@@ -1,7 +1,8 @@
 """Scene -> questions, their answers, and the region of the image that holds the evidence."""
 
+import dataclasses
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from training.data.fonts import Box
 from training.data.scenes import Card, Scene, Shape
@@ -21,6 +22,14 @@ class QuestionAnswer:
     answer: str
     box_xyxy: Box | None
     """Where the evidence is, as fractions of width and height; None when it is not one object."""
+    several_xyxy: tuple[Box, ...] = field(default=(), repr=False)
+    """The objects that the answer takes, where it takes several. For training alone: not in repr, on which the version
+    of a benchmark depends."""
+
+    @property
+    def evidence_xyxy(self) -> tuple[Box, ...]:
+        """Every box that the answer can be read from; empty when that is the whole image."""
+        return self.several_xyxy or ((self.box_xyxy,) if self.box_xyxy else ())
 
 
 def questions(scene: Scene, rng: random.Random) -> list[QuestionAnswer]:
@@ -73,7 +82,9 @@ def _left_of(scene: Scene, rng: random.Random) -> list[QuestionAnswer]:
         distance = _centre(scene, other)[0] - _centre(scene, thing)[0]
         if abs(distance) >= MIDDLE_MARGIN and len(asked) < 2:
             answer = "yes" if distance > 0 else "no"
-            asked.append(_ask(rng, "left_of", "left_of", answer, None, thing=_name(thing), other=_name(other)))
+            question = _ask(rng, "left_of", "left_of", answer, None, thing=_name(thing), other=_name(other))
+            boxes = tuple(_fractions(scene, one.box_xyxy) for one in pair)
+            asked.append(dataclasses.replace(question, several_xyxy=boxes))
     return asked
 
 

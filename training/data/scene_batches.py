@@ -24,6 +24,8 @@ from training.data.splits import scene_at
 from training.layout import Sample
 
 STEPS_SORTED_TOGETHER = 8
+POSITION_KINDS = ("where", "left_of")
+"""Kinds of question whose answer is a place in the whole image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +92,12 @@ class SceneBatches:
         branches = []
         prefix: tuple[int, ...] = ()
         for asked in self._choose(self.source.ask(scene, rng), rng):
-            exchange = Exchange(question=asked.question, answer=asked.answer, evidence_xyxy=asked.box_xyxy)
+            exchange = Exchange(
+                question=asked.question,
+                answer=asked.answer,
+                evidence_xyxy=asked.evidence_xyxy,
+                asks_place=asked.kind in POSITION_KINDS,
+            )
             prefix, branch = self.builder.build(exchange)
             branches.append(branch)
         boxes = self.source.glyph_boxes(scene) if self.source.glyph_boxes else ()
