@@ -26,6 +26,8 @@ from training.stochastic_prune import PruneSchedule, decide, gather_index
 class LossWeights:
     balance: float = 0.1
     """alpha of Eq. 3."""
+    balance_warmup: int = 0
+    """Steps in which alpha rises from 0 to `balance`: regions that need their detail are told from the others first."""
     grounding: float = 0.0
     """Weight of the grounding loss (from-scratch pre-training only; not in the paper)."""
     grounding_layers: tuple[int, ...] = ()
@@ -35,6 +37,10 @@ class LossWeights:
     @property
     def taught_layers(self) -> set[int]:
         return {*self.grounding_layers, *self.reading_layers}
+
+    def balance_at(self, step: int) -> float:
+        """The weight of the balance loss in a step, counted from 0."""
+        return self.balance * min(1.0, (step + 1) / max(1, self.balance_warmup))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +93,7 @@ class JointModel(nn.Module):
             probs = torch.cat([e.sampled.probs_MK for e in encoded if e.sampled])
             balance = balance_loss(probs, self.config.vision_sampler.balance_coefficients)
             if self.selects:
-                loss = loss + self.weights.balance * balance
+                loss = loss + self.weights.balance_at(step) * balance
             metrics["balance"] = balance.item()
             ids = torch.cat([e.sampled.branch_ids_M for e in encoded if e.sampled])
             used = torch.bincount(ids, minlength=probs.shape[1]).float() / len(ids)

@@ -20,6 +20,7 @@ import torch
 from ray.train.torch import TorchTrainer
 from torch import nn
 
+from services.common.malloc import keep_freed_memory
 from training.config import ConfigError, RunConfig, load
 
 
@@ -92,6 +93,8 @@ def train_worker(payload: dict[str, Any]) -> None:
 
     run: RunConfig = payload["run"]
     torch.set_num_threads(run.cluster.threads_per_worker)
+    if not run.cluster.use_gpu:
+        keep_freed_memory()
     torch.manual_seed(run.seed)
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()

@@ -208,10 +208,9 @@ class WholePrompt:
     final_rows: torch.Tensor | None = None
 
     def attend(
-        self, layer: int, query_HSd: torch.Tensor, key_GSd: torch.Tensor, value_GSd: torch.Tensor, scaling: float
+        self, layer: int, query_SHd: torch.Tensor, key_SGd: torch.Tensor, value_SGd: torch.Tensor, scaling: float
     ) -> torch.Tensor:
         """See AttentionStep."""
-        query_SHd, key_SGd, value_SGd = (tensor.transpose(0, 1) for tensor in (query_HSd, key_GSd, value_GSd))
         return self.kernels.prefill(query_SHd, key_SGd, value_SGd, [len(query_SHd)], [len(key_SGd)], scaling)
 
 

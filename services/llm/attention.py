@@ -30,11 +30,11 @@ class AttentionStep(Protocol):
     """int64 [R]: the rows that are read after the model's last layer; None: all."""
 
     def attend(
-        self, layer: int, query_HSd: torch.Tensor, key_GSd: torch.Tensor, value_GSd: torch.Tensor, scaling: float
+        self, layer: int, query_SHd: torch.Tensor, key_SGd: torch.Tensor, value_SGd: torch.Tensor, scaling: float
     ) -> torch.Tensor:
         """Stores K and V in the cache and returns the attention output [S, H, d].
 
-        The last layer may bring the queries of `final_rows` only: then [R, H, d].
+        The last layer may bring the queries of `final_rows` only: then [R, H, d]. Inputs may be strided, d contiguous.
         """
         ...
 
@@ -97,6 +97,7 @@ class PackedStep:
         """
         self.cache, self.kernels = cache, kernels
         self.first_layer = cache.groups[group].first_layer
+        self.pools = cache.key.flatten(0, 1), cache.value.flatten(0, 1)  # [slots, G, d]
         self.rows_LnB, self.lengths_n = rows_LnB, lengths_n
         self.decoding = 0
         slots = []
@@ -115,22 +116,20 @@ class PackedStep:
             self.final_query_lens = [int(wanted) for wanted in last_rows]
         ids = [chunk.sequence.request_id for chunk in chunks]
         slots += [cache.slots(i, group, c.start, c.start + c.count) for i, c in zip(ids, chunks, strict=True)]
-        self.slots_LS = torch.cat(slots, dim=1)
-        self.key_slots_LK = None  # chunks without a past need not read back what they have just computed
+        self.slots_S = torch.cat(slots, dim=1).unbind()  # one a layer
+        self.key_slots_K = None  # chunks without a past need not read back what they have just computed
         if self.query_lens != self.key_lens:
             past = [cache.slots(i, group, 0, length) for i, length in zip(ids, self.key_lens, strict=True)]
-            self.key_slots_LK = torch.cat(past, dim=1)
+            self.key_slots_K = torch.cat(past, dim=1).unbind()
 
     def attend(
-        self, layer: int, query_HSd: torch.Tensor, key_GSd: torch.Tensor, value_GSd: torch.Tensor, scaling: float
+        self, layer: int, query_SHd: torch.Tensor, key_SGd: torch.Tensor, value_SGd: torch.Tensor, scaling: float
     ) -> torch.Tensor:
         """See AttentionStep."""
         local, n, cache = layer - self.first_layer, self.decoding, self.cache
-        query_SHd, key_SGd, value_SGd = (tensor.transpose(0, 1) for tensor in (query_HSd, key_GSd, value_GSd))
-        pools = cache.key.flatten(0, 1), cache.value.flatten(0, 1)
         # All is stored before any is read: a chunk may read what another chunk of this step brings.
-        pools[0].index_copy_(0, self.slots_LS[local], key_SGd)
-        pools[1].index_copy_(0, self.slots_LS[local], value_SGd)
+        self.pools[0].index_copy_(0, self.slots_S[local], key_SGd)
+        self.pools[1].index_copy_(0, self.slots_S[local], value_SGd)
         outputs = []
         if n:
             assert self.rows_LnB is not None and self.lengths_n is not None
@@ -143,8 +142,8 @@ class PackedStep:
         query_lens = self.query_lens if all_rows else self.final_query_lens
         if query_lens and len(query_SHd) > n:
             key_KGd, value_KGd = key_SGd[n:], value_SGd[n:]
-            if self.key_slots_LK is not None:
-                key_KGd, value_KGd = (pool.index_select(0, self.key_slots_LK[local]) for pool in pools)
+            if self.key_slots_K is not None:
+                key_KGd, value_KGd = (pool.index_select(0, self.key_slots_K[local]) for pool in self.pools)
             outputs.append(self.kernels.prefill(query_SHd[n:], key_KGd, value_KGd, query_lens, self.key_lens, scaling))
         return torch.cat(outputs) if len(outputs) > 1 else next(iter(outputs), query_SHd)
 
@@ -163,7 +162,8 @@ def focus_attention(
     """transformers' attention interface: query [1, H, S, d], key and value [1, G, S, d] -> ([1, S, H, d], None)."""
     assert attention_mask is None and query.shape[0] == 1
     layer: int = module.layer_idx  # type: ignore[assignment]
-    return focus_step.attend(layer, query[0], key[0], value[0], scaling)[None], None
+    query_SHd, key_SGd, value_SGd = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    return focus_step.attend(layer, query_SHd, key_SGd, value_SGd, scaling)[None], None
 
 
 AttentionInterface.register(ATTENTION_NAME, focus_attention)

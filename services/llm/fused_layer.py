@@ -49,8 +49,7 @@ def fused_layer(
     if rows_R is not None:
         cos_Sd, sin_Sd = cos_Sd[rows_R], sin_Sd[rows_R]
     ops.rotate_(query_SHd, cos_Sd, sin_Sd)
-    query_HSd, key_GSd, value_GSd = (tensor.transpose(0, 1) for tensor in (query_SHd, key_SGd, value_SGd))
-    out_SHd = step.attend(attention.layer_idx, query_HSd, key_GSd, value_GSd, attention.scaling)
+    out_SHd = step.attend(attention.layer_idx, query_SHd, key_SGd, value_SGd, attention.scaling)
     hidden_SD = add_linear(hidden_SD, out_SHd.flatten(1), attention.o_proj)
     norm_SD = rms_norm(one.post_attention_layernorm, hidden_SD)
     return add_linear(hidden_SD, gated_linear(norm_SD, mlp.gate_proj, mlp.up_proj), mlp.down_proj)

@@ -159,7 +159,7 @@ class Decoder:
 
     def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
         """Final norm and head: [S, V]."""
-        return self.lm.lm_head(self.lm.model.norm(hidden_SD))
+        return self.lm.lm_head(self._norm(self.lm.model.norm, hidden_SD))
 
     def select_visual_tokens(
         self,
@@ -176,7 +176,7 @@ class Decoder:
         (ascending indices into visual_N) and importance float32 [N].
         """
         block = self.layers[layer]
-        norm_SD = rms_norm(block.input_layernorm, hidden_SD) if self.fused else block.input_layernorm(hidden_SD)
+        norm_SD = self._norm(block.input_layernorm, hidden_SD)
         query_THd = self._project(block.self_attn.q_proj, norm_SD, rotary, instruction_T)
         key_NGd = self._project(block.self_attn.k_proj, norm_SD, rotary, visual_N)
         # The mean over instruction tokens, some at a time: a long question must not cost T x N x H floats at once.
@@ -185,6 +185,9 @@ class Decoder:
             share = len(part_THd) / len(query_THd)
             importance_N += text_importance(part_THd, key_NGd, block.self_attn.scaling) * share
         return keep_by_share(importance_N, threshold), importance_N
+
+    def _norm(self, norm: nn.Module, hidden_SD: torch.Tensor) -> torch.Tensor:
+        return rms_norm(norm, hidden_SD) if self.fused else norm(hidden_SD)
 
     def _project(
         self, projection: nn.Module, norm_SD: torch.Tensor, rotary: Rotary, index_S: torch.Tensor

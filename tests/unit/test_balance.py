@@ -7,6 +7,7 @@ import torch
 
 from services.sampler.balance import balance_loss
 from tests.unit import sampler_oracles as oracle
+from training.joint_model import LossWeights
 
 COEFFICIENTS = {2: (3.0, 1.0), 3: (7.1, 5.0, 1.5), 7: (7.0, 6.0, 5.0, 0.0, 3.0, 2.0, 1.0)}
 
@@ -62,6 +63,12 @@ def test_bfloat16_is_summed_in_float32():
     expected = oracle.balance(probs_MK.bfloat16().tolist())
     found = balance_loss(probs_MK.bfloat16())
     assert found.dtype == torch.float32 and found.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_weight_rises_to_alpha_in_the_warm_up():
+    weights = LossWeights(balance=0.1, balance_warmup=4)
+    assert [weights.balance_at(step) for step in (0, 1, 3, 4, 100)] == pytest.approx([0.025, 0.05, 0.1, 0.1, 0.1])
+    assert LossWeights(balance=0.1).balance_at(0) == 0.1
 
 
 def test_pushes_against_the_crowded_branch():

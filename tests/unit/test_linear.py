@@ -114,9 +114,8 @@ def test_an_engine_on_int8_answers_nearly_alike(family: str) -> None:
         class WholePrompt:
             final_rows = None
 
-            def attend(self, layer, query_HSd, key_GSd, value_GSd, scaling):  # type: ignore[no-untyped-def]
-                parts = (tensor.transpose(0, 1) for tensor in (query_HSd, key_GSd, value_GSd))
-                return kernels.prefill(*parts, [len(ids)], [len(ids)], scaling)
+            def attend(self, layer, query_SHd, key_SGd, value_SGd, scaling):  # type: ignore[no-untyped-def]
+                return kernels.prefill(query_SHd, key_SGd, value_SGd, [len(ids)], [len(ids)], scaling)
 
         with torch.inference_mode():
             rotary = decoder.rotary(torch.arange(len(ids)))

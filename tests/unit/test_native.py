@@ -176,7 +176,6 @@ class WholePrompt:
         self.final_rows = final_rows
 
     def attend(self, layer: int, query, key, value, scaling):  # type: ignore[no-untyped-def]
-        query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))
         return prefill_oracle(query, key, value, [len(query)], [len(key)], scaling).to(query.dtype)
 
 
