@@ -11,7 +11,8 @@ from evaluation.study.figures import draw_figure
 from evaluation.study.page import write_page
 from evaluation.study.results import load_results
 from evaluation.study.runs import ROOT, Study, conduct, weights_of
-from evaluation.study.settings import FIGURES, OURS, SETTINGS, TABLES, settings_of
+from evaluation.study.settings import OURS, SETTINGS
+from evaluation.study.tables import FIGURES, TABLES, settings_of
 from services.common.errors import InvalidInput
 
 

@@ -11,7 +11,8 @@ from evaluation.study.charts import Bar, Run, Series, described, lines, scatter,
 from evaluation.study.document import Image
 from evaluation.study.focus_figures import FOCUS_FIGURES, focus_figure
 from evaluation.study.results import Result, Spread, of_setting, spread
-from evaluation.study.settings import FIGURES, SETTINGS, TABLES
+from evaluation.study.settings import SETTINGS
+from evaluation.study.tables import FIGURES, TABLES
 from evaluation.study.verdicts import branch_columns, branch_names, collapsed, mean_of, score
 from services.common.errors import InvalidInput
 

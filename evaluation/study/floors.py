@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from evaluation.study.results import Result, of_setting, spread
-from evaluation.study.settings import OURS, SETTINGS, TABLES
+from evaluation.study.settings import OURS, SETTINGS
+from evaluation.study.tables import TABLES
 from evaluation.study.verdicts import (
     ERRORS,
     SEEDS_FOR_ERROR,

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from evaluation.study.results import Result, Spread, of_setting, spread
-from evaluation.study.settings import SETTINGS, TABLES, Claim, Setting
+from evaluation.study.settings import SETTINGS, Setting
+from evaluation.study.tables import TABLES, Claim
 
 Outcome = Literal["agree", "disagree", "too close to call", "not run"]
 

@@ -10,7 +10,8 @@ import pytest
 from evaluation.scenes.scoring import Tally
 from evaluation.study.results import Result, load_results, of_setting, save_result, spread
 from evaluation.study.runs import SPLITS, Study, conduct, expected_minutes, finished, planned, read_history
-from evaluation.study.settings import SETTINGS, settings_of
+from evaluation.study.settings import SETTINGS
+from evaluation.study.tables import settings_of
 from services.common.errors import InvalidInput
 
 CHECKPOINT = pathlib.Path(__file__).parents[2] / "checkpoints/focusllava-tiny"

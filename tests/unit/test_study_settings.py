@@ -6,16 +6,8 @@ import pytest
 
 from evaluation.study.runs import Study, run_config
 from evaluation.study.scoring import Job
-from evaluation.study.settings import (
-    FIGURES,
-    LEAST_LAYER_BUDGET,
-    SETTINGS,
-    START,
-    TABLES,
-    coefficients,
-    resolved,
-    settings_of,
-)
+from evaluation.study.settings import LEAST_LAYER_BUDGET, SETTINGS, START, coefficients, resolved
+from evaluation.study.tables import FIGURES, TABLES, settings_of
 from services.common.errors import InvalidInput
 from services.sampler.rivals.registry import LAYER_RIVALS, MAP_RIVALS
 from training.config import RunConfig, build

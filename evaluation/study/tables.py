@@ -1,0 +1,303 @@
+"""What the study compares: the paper's tables, with the paper's own figures, and Table 9, which is ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from evaluation.study.settings import OURS, SETTINGS, Setting
+from services.common.errors import InvalidInput
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A setting in a table."""
+
+    setting: str
+    label: str
+    """The paper's, or ours for a row that it does not have."""
+    paper: Mapping[str, float] = field(default_factory=dict)
+    """The paper's figures by column; what it does not report is left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """`better` scores above `worse` on a group of questions."""
+
+    better: str
+    worse: str
+    group: Literal["all", "fine", "coarse"]
+    source: Literal["paper", "expected"] = "paper"
+    """Who says so: the paper's table, or the trials that this study follows up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table of the paper, or Table 9, which is the study's own."""
+
+    number: int
+    title: str
+    compared: str
+    """What differs between the rows, and how they were made comparable."""
+    columns: tuple[str, ...]
+    """The paper's; token shares in percent, Speed in the paper's unit."""
+    rows: tuple[Row, ...]
+    claims: tuple[Claim, ...]
+
+
+CONTROLS = (
+    Row(setting="random", label="random tokens"),
+    Row(setting="uniform_mean", label="uniform 2x2, average"),
+    Row(setting="uniform_max", label="uniform 2x2, max"),
+)
+"""In every table: simple rules that many published ones do not beat."""
+
+FOUR = ("TextVQA", "MME", "ScienceQA", "GQA")
+TEN = ("VQAT", "SQA", "GQA", "POPE", "MM-Vet", "LLaVAW", "MMEP", "MMEC", "MMB", "MMBC")
+
+
+def _figures(columns: Sequence[str], *values: float | None) -> dict[str, float]:
+    return {name: value for name, value in zip(columns, values, strict=True) if value is not None}
+
+
+def _four(*values: float) -> dict[str, float]:
+    return _figures(FOUR, *values)
+
+
+_BASELINE, _VISION_PAPER = _four(65.5, 1562, 76.4, 61.7), _four(65.2, 1590, 77.8, 62.3)
+_SAMPLERS = ("Vision tokens", "Speed", *FOUR)
+
+TABLES: dict[int, Table] = {
+    table.number: table
+    for table in (
+        Table(
+            number=1,
+            title="Main comparison",
+            compared=(
+                "Ways to spend fewer visual tokens. Rivals on the feature map come out with as many map tokens as our "
+                "vision-guided sampler, rivals inside the language model with the converted share of both samplers, or "
+                "20 % where that is less: they let their first layers see everything."
+            ),
+            columns=TEN,
+            rows=(
+                Row(setting="off", label="LLaVA-NeXT (Ours)",
+                    paper=_figures(TEN, 69.4, 77.3, 65.7, 86.9, 40.6, 64.7, 1558, 334, 74.2, 70.1)),
+                Row(setting=OURS, label="FocusLLaVA (Ours)",
+                    paper=_figures(TEN, 70.0, 79.0, 66.0, 87.7, 41.3, 65.6, 1600, 328, 74.7, 70.3)),
+                Row(setting="vision", label="FocusLLaVA, vision-guided sampler alone"),
+                # The paper prints fewer columns in this row than the table has; only these are certain.
+                Row(setting="prumerge_plus", label="LLaVA-PruMerge+",
+                    paper={"VQAT": 57.1, "SQA": 68.3, "POPE": 84.0, "MMEP": 1462, "MMB": 64.9}),
+                Row(setting="trim", label="TRIM",
+                    paper=_figures(TEN, None, 69.1, 61.4, 85.3, 28.0, 58.7, 1461, None, 67.4, 54.9)),
+                Row(setting="visionzip", label="VisionZip"),
+                Row(setting="top_similarity", label="top similarity"),
+                Row(setting="fastv", label="FastV"),
+                Row(setting="pyramid_drop", label="PyramidDrop"),
+                *CONTROLS,
+            ),
+            claims=(
+                Claim(better=OURS, worse="off", group="all"),
+                Claim(better=OURS, worse="prumerge_plus", group="all"),
+                *(Claim(better=OURS, worse=rival, group="all", source="expected")
+                  for rival in ("visionzip", "fastv", "pyramid_drop", "random", "uniform_mean", "uniform_max")),
+            ),
+        ),
+        Table(
+            number=2,
+            title="The two samplers",
+            compared="Which samplers are on, in training and in evaluation.",
+            columns=_SAMPLERS,
+            rows=(
+                Row(setting="off", label="Baseline", paper=_figures(_SAMPLERS, 100, 2.85, 65.5, 1562, 76.4, 61.7)),
+                Row(setting="vision", label="Vision", paper=_figures(_SAMPLERS, 49, 3.76, 65.2, 1590, 77.8, 62.3)),
+                Row(setting="text", label="Text", paper=_figures(_SAMPLERS, 81, 3.19, 65.4, 1603, 76.9, 62.1)),
+                Row(setting=OURS, label="Both", paper=_figures(_SAMPLERS, 39, 4.01, 65.9, 1597, 78.1, 62.6)),
+                *CONTROLS,
+            ),
+            claims=(
+                Claim(better=OURS, worse="off", group="all"),
+                Claim(better="vision", worse="off", group="coarse"),
+                Claim(better="text", worse="off", group="coarse"),
+                Claim(better=OURS, worse="vision", group="all"),
+                Claim(better=OURS, worse="text", group="fine"),
+            ),
+        ),
+        Table(
+            number=3,
+            title="More scales",
+            compared="Pooling kernels of the vision-guided sampler, at about equal tokens.",
+            columns=FOUR,
+            rows=(
+                Row(setting="off", label="Baseline", paper=_BASELINE),
+                Row(setting="vision", label="3-branch*", paper=_VISION_PAPER),
+                Row(setting="branches_7", label="7-branch", paper=_four(66.6, 1589, 77.2, 62.4)),
+                *CONTROLS,
+            ),
+            claims=(Claim(better="branches_7", worse="vision", group="fine"),),
+        ),
+        Table(
+            number=4,
+            title="Window size of a region",
+            compared=(
+                "Side of a region, in tokens. Shares aimed at are the same for 4x4, 8x8 and 12x12; a 2x2 window cannot "
+                "go below a quarter of the map."
+            ),
+            columns=FOUR,
+            rows=(
+                Row(setting="off", label="baseline", paper=_BASELINE),
+                Row(setting="window_1", label="1x1", paper=_four(64.5, 1557, 73.9, 61.9)),
+                Row(setting="window_2", label="2x2", paper=_four(65.1, 1549, 76.1, 61.7)),
+                Row(setting="vision", label="4x4*", paper=_VISION_PAPER),
+                Row(setting="window_8", label="8x8", paper=_four(64.9, 1570, 77.2, 61.8)),
+                Row(setting="window_12", label="12x12", paper=_four(64.2, 1567, 78.2, 61.5)),
+                *CONTROLS,
+            ),
+            claims=tuple(Claim(better="vision", worse=f"window_{w}", group="all") for w in (1, 2, 8, 12)),
+        ),
+        Table(
+            number=5,
+            title="Role of the balance loss",
+            compared="Weight of the balance loss, with the paper's own selector, gate and loss.",
+            columns=FOUR,
+            rows=(
+                Row(setting="balance_none", label="w/o", paper=_four(61.9, 1439, 74.6, 57.1)),
+                Row(setting="balance_0.01", label="weight 0.01", paper=_four(63.7, 1537, 75.9, 60.0)),
+                Row(setting="balance_0.1", label="weight 0.1*", paper=_VISION_PAPER),
+                Row(setting="balance_0.5", label="weight 0.5", paper=_four(65.0, 1576, 76.9, 61.5)),
+                *CONTROLS,
+            ),
+            claims=(
+                Claim(better="balance_0.1", worse="balance_none", group="all"),
+                Claim(better="balance_0.01", worse="balance_none", group="all"),
+                Claim(better="balance_0.1", worse="balance_0.01", group="all"),
+                Claim(better="balance_0.1", worse="balance_0.5", group="all"),
+            ),
+        ),
+        Table(
+            number=6,
+            title="Effect of textual guidance",
+            compared="The text-guided sampler in training: not at all, fixed, or at a random layer and threshold.",
+            columns=FOUR,
+            rows=(
+                Row(setting="off", label="Baseline", paper=_BASELINE),
+                Row(setting="text_direct", label="Direct", paper=_four(64.9, 1543, 76.6, 60.8)),
+                Row(setting="text_train", label="Train", paper=_four(65.3, 1586, 77.3, 61.9)),
+                Row(setting="text", label="Random*", paper=_four(65.4, 1603, 76.9, 62.1)),
+                *CONTROLS,
+            ),
+            claims=(
+                Claim(better="off", worse="text_direct", group="fine"),
+                Claim(better="text_train", worse="text_direct", group="fine"),
+                Claim(better="text", worse="text_direct", group="fine"),
+                Claim(better="text", worse="off", group="coarse"),
+            ),
+        ),
+        Table(
+            number=7,
+            title="Hand-made token dropping",
+            compared="The share of tokens most like the base tile, against the learned sampler.",
+            columns=("Vision tokens", *FOUR),
+            rows=(
+                Row(setting="off", label="Top-100%", paper={"Vision tokens": 100, **_BASELINE}),
+                Row(setting="top_80", label="Top-80%", paper={"Vision tokens": 80, **_four(65.2, 1571, 76.2, 61.3)}),
+                Row(setting="top_60", label="Top-60%", paper={"Vision tokens": 60, **_four(64.3, 1549, 75.9, 58.9)}),
+                Row(setting="top_40", label="Top-40%", paper={"Vision tokens": 40, **_four(62.6, 1508, 75.2, 58.4)}),
+                Row(setting="vision", label="FocusLLaVA", paper={"Vision tokens": 49, **_VISION_PAPER}),
+                *CONTROLS,
+            ),
+            claims=(
+                Claim(better="vision", worse="top_40", group="all"),
+                Claim(better="vision", worse="top_60", group="all"),
+                Claim(better="off", worse="top_40", group="all"),
+            ),
+        ),
+        Table(
+            number=8,
+            title="Imbalance loss",
+            compared="Penalties on 1x1, 2x2 and 4x4 in the balance loss; tokens are free to differ.",
+            columns=FOUR,
+            rows=(
+                Row(setting="off", label="Baseline", paper=_BASELINE),
+                Row(setting="imbalance_even", label="[1.0, 1.0, 1.0]", paper=_VISION_PAPER),
+                Row(setting="imbalance_coarser", label="[1.1, 1.0, 0.9]", paper=_four(63.7, 1581, 78.0, 61.1)),
+                Row(setting="imbalance_finer", label="[0.9, 1.0, 1.1]", paper=_four(65.7, 1587, 76.1, 62.1)),
+                *CONTROLS,
+            ),
+            claims=(
+                Claim(better="imbalance_even", worse="imbalance_coarser", group="fine"),
+                Claim(better="imbalance_finer", worse="imbalance_even", group="fine"),
+                Claim(better="imbalance_even", worse="imbalance_finer", group="coarse"),
+            ),
+        ),
+        Table(
+            number=9,
+            title="The gate",
+            compared=(
+                "How the selector learns and what it sees, at about equal tokens, with controls that tell a selector "
+                "that looks from one that is lucky. Not in the paper."
+            ),
+            columns=(),
+            rows=(
+                Row(setting="off", label="full resolution"),
+                Row(setting="vision", label="counterfactual gate, region"),
+                Row(setting="gate_counterfactual_base_tile", label="counterfactual gate, base tile"),
+                Row(setting="gate_straight_through_region", label="straight-through gate, region"),
+                Row(setting="gate_straight_through_base_tile", label="straight-through gate, base tile"),
+                Row(setting="gate_paper_region", label="the paper's gate, region"),
+                Row(setting="gate_paper_base_tile", label="the paper's gate, base tile"),
+                Row(setting="balance_0.1", label="the paper as written (tokens free to differ)"),
+                Row(setting="random_branches", label="random branches"),
+                Row(setting="uniform_branches", label="every region at 2x2"),
+                Row(setting="permuted_branches", label="the learned branches, permuted"),
+                Row(setting="no_task_gradient", label="no task gradient"),
+                Row(setting="oracle", label="oracle"),
+                *CONTROLS,
+            ),
+            claims=(
+                *(Claim(better="vision", worse=control, group="fine", source="expected")
+                  for control in ("random_branches", "permuted_branches", "no_task_gradient", "uniform_branches",
+                                  "uniform_mean", "uniform_max", "random", "gate_paper_region",
+                                  "gate_straight_through_region")),
+                Claim(better="gate_counterfactual_base_tile", worse="gate_paper_base_tile", group="fine",
+                      source="expected"),
+            ),
+        ),
+    )
+}  # fmt: skip
+
+FIGURES: dict[int, tuple[str, ...]] = {
+    2: ("off", "text_layer_1", "text", "text_layer_3", "text_layer_4", "text_layer_5"),
+    3: ("vision",),
+    **{number: (OURS,) for number in range(4, 11)},
+}
+"""Settings that a figure of the paper shows."""
+
+
+def settings_of(table: int | None = None, figure: int | None = None) -> list[Setting]:
+    """Those of a table or figure, of all when neither is named, in a runnable order: what another needs stands first.
+
+    Without a table or figure the gate's come first, then the two samplers and their rivals, then the rest. Settings
+    that cannot run are left out. Raises InvalidInput for a number that the paper and this study do not have.
+    """
+    if table is not None and table not in TABLES:
+        raise InvalidInput(f"is {table}, expected 1..{max(TABLES)}", field="table")
+    if figure is not None and figure not in FIGURES:
+        raise InvalidInput(f"is {figure}, expected {min(FIGURES)}..{max(FIGURES)}", field="figure")
+    if table is None and figure is None:
+        names = [row.setting for number in (9, 2, 1, *range(3, 9)) for row in TABLES[number].rows]
+        names += [name for number in FIGURES for name in FIGURES[number]]
+    else:
+        names = [row.setting for row in TABLES[table].rows] if table is not None else []
+        names += FIGURES[figure] if figure is not None else ()
+    ordered: dict[str, Setting] = {}
+    for name in names:
+        _add(ordered, SETTINGS[name])
+    return [setting for setting in ordered.values() if not setting.unavailable]
+
+
+def _add(ordered: dict[str, Setting], setting: Setting) -> None:
+    for name in setting.needs:
+        _add(ordered, SETTINGS[name])
+    ordered.setdefault(setting.name, setting)
