@@ -20,8 +20,8 @@ license: apache-2.0
 
 A FocusLLaVA of {parameters:.1f} M parameters, trained from nothing on two CPU cores, so that the whole system runs on
 a laptop. It answers short English questions about generated posters: coloured cards (two-digit numbers and words in
-small glyphs), shapes, bar charts and tables on large, mostly empty canvases. It knows nothing of photographs: use it to
-try the system, not for its answers.
+small glyphs), shapes, keypads, bar charts and tables on large, mostly empty canvases. It knows nothing of photographs: use
+it to try the system, not for its answers.
 
 Fingerprint `{fingerprint}`.
 

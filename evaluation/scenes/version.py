@@ -12,6 +12,7 @@ from evaluation.scenes.images import SEEDS, asked_of
 from training.data import (
     charts,
     distractors,
+    keypads,
     pairs,
     panels,
     poster_questions,
@@ -27,6 +28,7 @@ GENERATOR: tuple[ModuleType, ...] = (
     scenes,
     pairs,
     panels,
+    keypads,
     charts,
     tables,
     distractors,

@@ -59,8 +59,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--scratch", type=pathlib.Path, default=pathlib.Path("~/focusllava/study"),
                         help="of logs, training checkpoints and trained weights")  # fmt: skip
     parser.add_argument("--seeds", type=_positive, default=3)
-    parser.add_argument("--steps", type=_positive, default=300)
-    parser.add_argument("--images", type=_positive, default=300, help="of each split")
+    parser.add_argument("--steps", type=_positive, default=200)
+    parser.add_argument("--images", type=_positive, default=200, help="of each split")
     parser.add_argument("--runs-at-once", type=_positive, default=Study.cores, help="one thread each")
     return parser.parse_args()
 

@@ -155,7 +155,7 @@ def _kinds() -> list[Shown]:
 
 
 def _things(poster: Poster) -> int:
-    panels = sum(panel is not None for panel in (poster.chart, poster.table))
+    panels = sum(panel is not None for panel in (poster.keypad, poster.chart, poster.table))
     return len(poster.scene.cards) + len(poster.scene.shapes) + len(poster.distractors) + 4 * panels
 
 

@@ -52,8 +52,8 @@ class Study:
     scratch: pathlib.Path
     """Where configurations, logs, training checkpoints and trained weights go."""
     seeds: int = 3
-    steps: int = 300
-    images: int = 300
+    steps: int = 200
+    images: int = 200
     """Of each split."""
     cores: int = os.cpu_count() or 1
 

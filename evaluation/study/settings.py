@@ -24,7 +24,7 @@ LEAST_LAYER_BUDGET = 0.2
 STAGE: dict[str, Any] = {
     "data": "posters",
     "questions_per_image": 8,
-    "kind_weights": {"cell": 0.3, "row": 0.3, "bar": 0.7, "presence": 0.5},
+    "kind_weights": {"cell": 0.3, "row": 0.3, "presence": 0.5},
     "vision_sampler": False,
     "fresh_selector": True,
 }
@@ -37,7 +37,7 @@ OPTIMIZER: dict[str, Any] = {
     "selector_lr_scale": 4,
 }
 IMAGES_PER_STEP = 8
-BALANCE_WARMUP = 100
+BALANCE_WARMUP = 60
 """Steps in which the balance loss of our selectors gets its weight. With all of it at once no region was left at 1x1 by
 step 80, the model learned to read what is pooled, and glyphs ended in the coarsest regions of all."""
 

@@ -67,7 +67,12 @@ def test_more_images_change_none_of_the_first():
 
 @pytest.mark.parametrize(
     ("module", "name", "value"),
-    [("tables", "RULE", (10, 20, 30)), ("charts", "UNIT_PX", (6, 8)), ("distractors", "SYMBOLS", "#")],
+    [
+        ("tables", "RULE", (10, 20, 30)),
+        ("charts", "UNIT_PX", (6, 8)),
+        ("keypads", "KEY_GAP_PX", (0, 1)),
+        ("distractors", "SYMBOLS", "#"),
+    ],
 )
 def test_the_version_follows_the_generators_constants(monkeypatch, module, name, value):
     version = benchmark_version()
@@ -148,6 +153,8 @@ def test_text_stays_inside_its_panel():
         if poster.table:
             table = poster.table
             texts += [(table.box_xyxy, text) for text in (*table.rows, *table.columns, *itertools.chain(*table.cells))]
+        for key in poster.keypad.keys if poster.keypad else ():
+            texts.append((key.box_xyxy, key.digit))
         for (left, top, right, bottom), text in texts:
             x0, y0, x1, y1 = text.box_xyxy
             assert left + 1 <= x0 and top <= y0 and x1 <= right - 1 and y1 <= bottom, text
@@ -171,6 +178,7 @@ def test_an_image_is_asked_several_kinds_and_panels_always():
         kinds = [question.kind for question in asked]
         assert len(asked) == QUESTIONS_PER_IMAGE and len(set(kinds)) >= 5
         assert len({question.question for question in asked}) == len(asked)
+        assert not poster.keypad or {"key", "key_colour"} <= set(kinds)
         assert not poster.chart or {"bar", "extreme"} <= set(kinds)
         assert not poster.table or {"cell", "row"} <= set(kinds)
     assert sum(1 for _ in training_questions(5)) == 5 * QUESTIONS_PER_IMAGE
@@ -197,6 +205,8 @@ def test_wrong_settings_are_named():
 def _texts_drawn(poster: Poster) -> set[str]:
     """Every text in the poster's own fields, whatever holds it."""
     texts = {card.text for card in poster.scene.cards} | {s.text for d in poster.distractors for s in d.symbols}
+    if poster.keypad:
+        texts |= {key.digit.text for key in poster.keypad.keys}
     if poster.chart:
         texts |= {tick.text for tick in poster.chart.ticks}
     if poster.table:
@@ -206,7 +216,7 @@ def _texts_drawn(poster: Poster) -> set[str]:
 
 
 def _boxes(poster: Poster) -> list[tuple[float, float, float, float]]:
-    panels = [panel for panel in (poster.chart, poster.table) if panel]
+    panels = [panel for panel in (poster.keypad, poster.chart, poster.table) if panel]
     return [thing.box_xyxy for thing in (*poster.scene.objects, *poster.distractors, *panels)]
 
 
@@ -223,9 +233,11 @@ def _answer(poster: Poster, question: str) -> str:
     colours = [word for word in words if word in COLOURS]
     shapes = [word for word in words if word in SHAPES]
     cards, figures, table, chart = poster.scene.cards, poster.scene.shapes, poster.table, poster.chart
+    keys = {key.colour: key.digit.text for key in poster.keypad.keys} if poster.keypad else {}
     if words[0] in ("Where", "In") and "number" not in words:
         boxes = {f"{card.colour} card": card.box_xyxy for card in cards} | {f.shape: f.box_xyxy for f in figures}
-        boxes |= {name: panel.box_xyxy for name, panel in (("table", table), ("chart", chart)) if panel}
+        panels = (("table", table), ("chart", chart), ("keypad", poster.keypad))
+        boxes |= {name: panel.box_xyxy for name, panel in panels if panel}
         (box,) = [box for name, box in boxes.items() if question.endswith(f"the {name}?")]
         x, y = (box[0] + box[2]) / poster.size_wh[0], (box[1] + box[3]) / poster.size_wh[1]
         return f"{'top' if y < 1 else 'bottom'} {'left' if x < 1 else 'right'}"
@@ -247,6 +259,10 @@ def _answer(poster: Poster, question: str) -> str:
             unit = (chart.plot_xyxy[3] - chart.plot_xyxy[1]) / chart.top_value
             return str(round(heights[colours[0]] / unit))
         return (max if "tallest" in words else min)(heights, key=lambda colour: heights[colour])
+    if words[0] in ("How", "Count") and "keys" in words:
+        return str(len(keys))
+    if "key" in words and not {"card", "table"} & set(words):
+        return keys[colours[0]] if colours else {digit: colour for colour, digit in keys.items()}[words[-1]]
     if words[0] in ("How", "Count"):
         return str(len(cards if "cards" in words else figures))
     if "left" in words:

@@ -5,6 +5,7 @@ import random
 import numpy as np
 
 from training.data.charts import Bar, Chart
+from training.data.keypads import Key, Keypad
 from training.data.panels import set_text
 from training.data.posters import Poster
 from training.data.scenes import Background, Card, Scene, Shape
@@ -21,7 +22,7 @@ from training.data.tiles import (
     labelled_tile,
     tile_batch,
 )
-from training.data.vocabulary import WORDS
+from training.data.vocabulary import COLOURS, WORDS
 
 WHITE = (255, 255, 255)
 PLAIN = Background(colour=WHITE, end_colour=WHITE, noise_amplitude=0, noise_seed=0)
@@ -127,7 +128,7 @@ CHART = Chart(
 
 
 def test_a_bar_is_labelled_where_it_stands_and_its_value_at_its_top():
-    labels = _poster_labels(Poster(scene=EMPTY, chart=CHART, table=None, distractors=()))
+    labels = _poster_labels(Poster(scene=EMPTY, keypad=None, chart=CHART, table=None, distractors=()))
     red, blue = {(row, 2) for row in (2, 3, 4, 5, 6)}, {(5, 3), (6, 3)}
     assert _where(labels["colour"] == COLOUR_NAMES.index("red")) == red
     assert _where(labels["colour"] == COLOUR_NAMES.index("blue")) == blue
@@ -140,7 +141,9 @@ def test_a_bar_is_labelled_where_it_stands_and_its_value_at_its_top():
 
 
 def test_a_chart_cut_by_the_tile_keeps_its_colours_and_loses_its_values():
-    labels = _poster_labels(Poster(scene=EMPTY, chart=CHART, table=None, distractors=()), offset_xy=(20, 0))
+    labels = _poster_labels(
+        Poster(scene=EMPTY, keypad=None, chart=CHART, table=None, distractors=()), offset_xy=(20, 0)
+    )
     assert (labels["colour"] == COLOUR_NAMES.index("red")).any() and (labels["value"] == IGNORE).all()
 
 
@@ -153,13 +156,52 @@ def test_a_tables_words_numbers_and_letters_are_labelled_on_their_own_patches():
         rules=(),
         header=None,
     )
-    labels = _poster_labels(Poster(scene=EMPTY, chart=None, table=table, distractors=()))
+    labels = _poster_labels(Poster(scene=EMPTY, keypad=None, chart=None, table=table, distractors=()))
     assert (labels["kind"][:4, :7] == KIND_NAMES.index("table")).all() and (labels["kind"][4:] == 0).all()
     for name, columns, value in (("word", {0, 1, 2}, WORDS.index("fox")), ("tens", {3}, 4), ("tens", {5}, 5),
                                  ("ones", {4}, 7), ("ones", {6}, 2)):  # fmt: skip
         where = _where(labels[name] == value)
         assert where and {row for row, _ in where} <= {2, 3} and {column for _, column in where} <= columns, name
     assert {column for _, column in _where(labels["letter"] == 0)} <= {3, 4} and (labels["letter"] == 1).any()
+    # Every patch that shows a cell says which row and column the cell is in, and no other patch does.
+    cells = {3: 0, 4: 0, 5: 1, 6: 1}
+    where = _where(labels["row word"] == WORDS.index("fox"))
+    assert where == _where(labels["row word"] != IGNORE) and {column for _, column in where} == set(cells)
+    assert all(labels["column letter"][row, column] == cells[column] for row, column in where)
+
+
+def test_a_cell_whose_name_the_tile_cuts_off_is_read_and_not_named():
+    table = Table(
+        box_xyxy=(0, 0, 84, 24),
+        rows=(set_text("fox", 12, (18, 12)),),
+        columns=(),
+        cells=((set_text("47", 12, (60, 12)),),),
+        rules=(),
+        header=None,
+    )
+    labels = _poster_labels(
+        Poster(scene=EMPTY, keypad=None, chart=None, table=table, distractors=()), offset_xy=(30, 0)
+    )
+    assert (labels["tens"] == 4).any()
+    assert (labels["row word"] == IGNORE).all() and (labels["column letter"] == IGNORE).all()
+
+
+def test_a_key_is_labelled_by_colour_and_digit_on_its_own_patches():
+    def key(x: float, colour: str, digit: str) -> Key:
+        box, text = (x, 12, x + 24, 36), set_text(digit, 12, (x + 12, 24))
+        return Key(box_xyxy=box, colour=colour, fill=COLOURS[colour], digit=text, ink=(255, 255, 255))
+
+    keypad = Keypad(box_xyxy=(12, 12, 60, 36), keys=(key(12, "red", "7"), key(36, "blue", "0")))
+    poster = Poster(scene=EMPTY, keypad=keypad, chart=None, table=None, distractors=())
+    labels = _poster_labels(poster)
+    for colour, digit, columns in (("red", 7, {1, 2}), ("blue", 0, {3, 4})):
+        patches = {(row, column) for row in (1, 2) for column in columns}
+        assert _where(labels["colour"] == COLOUR_NAMES.index(colour)) == patches
+        shown = _where(labels["digit"] == digit)
+        assert shown and shown <= patches
+    assert _where(labels["kind"] == KIND_NAMES.index("key")) == _where(labels["colour"] != 0)
+    unread = label_poster(poster, View(scale_xy=(1.0, 1.0)), read_text=False)
+    assert (unread["digit"] == IGNORE).all() and (unread["kind"] == KIND_NAMES.index("key")).any()
 
 
 def test_every_patch_says_where_in_the_tile_it_is():
@@ -185,7 +227,8 @@ def test_labels_are_in_range_local_and_frequent_enough_to_learn_from():
     for name in ("tens", "ones", "word"):
         share = (batch[name] != IGNORE).mean()
         assert 0.01 < share < 0.08
-    assert ((batch["tens"] != IGNORE).any(1)).mean() > 0.5
+    for name in ("tens", "digit"):
+        assert ((batch[name] != IGNORE).any(1)).mean() > 0.2
 
 
 def test_colour_labels_agree_with_the_pixels():

@@ -20,6 +20,8 @@ TICK_STEPS = (2, 3)
 """Units from one label of the axis to the next, where so many have room for it."""
 TICK_FONTS_PX = (11, 12)
 PADDING_PX = 7
+BAR_TOP_PX = 4
+"""Height of the strip around a bar's upper edge."""
 GRID_LINE, BORDER = (196, 196, 196), (150, 150, 150)
 
 
@@ -32,6 +34,12 @@ class Bar:
     fill: RGB
     value: int
     """In units of the axis, from 1."""
+
+    @property
+    def top_xyxy(self) -> Box:
+        """The strip around its upper edge, where it is read."""
+        x0, top, x1, _ = self.box_xyxy
+        return x0, top - BAR_TOP_PX / 2, x1, top + BAR_TOP_PX / 2
 
 
 @dataclass(frozen=True, kw_only=True)

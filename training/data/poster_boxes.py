@@ -15,11 +15,13 @@ Content = Literal["glyph", "shape", "distractor", "panel"]
 
 
 def content_boxes(poster: Poster) -> dict[Content, tuple[Box, ...]]:
-    """Glyphs of cards and table, bars and labels of the chart ("glyph"); shapes; distractors; all of cards, chart and
-    table ("panel")."""
+    """Glyphs of cards and table, keys, bars and labels of the chart ("glyph"); shapes; distractors; all of cards,
+    keypad, chart and table ("panel")."""
     panels = [card.box_xyxy for card in poster.scene.cards]
-    panels += [panel.box_xyxy for panel in (poster.chart, poster.table) if panel]
+    panels += [panel.box_xyxy for panel in (poster.keypad, poster.chart, poster.table) if panel]
     glyphs = [card.text_box_xyxy for card in poster.scene.cards]
+    if poster.keypad:
+        glyphs += [key.box_xyxy for key in poster.keypad.keys]
     if poster.chart:
         glyphs += [bar.box_xyxy for bar in poster.chart.bars] + [tick.box_xyxy for tick in poster.chart.ticks]
     if poster.table:

@@ -1,23 +1,34 @@
-"""Poster -> questions: those of scenes on its cards and shapes, and more on its chart and table."""
+"""Poster -> questions: those of scenes on its cards and shapes, and more on its keypad, chart and table."""
 
 import dataclasses
 import random
 
 from training.data.charts import Chart
 from training.data.fonts import Box
+from training.data.keypads import Keypad
 from training.data.posters import Poster
 from training.data.questions import MIDDLE_MARGIN, QuestionAnswer, questions
 from training.data.tables import Table
 from training.data.vocabulary import SHAPES
 
-FINE_KINDS: tuple[str, ...] = ("number", "word", "card_colour", "bar", "cell", "row")
+FINE_KINDS: tuple[str, ...] = ("number", "word", "card_colour", "key", "key_colour", "bar", "cell", "row")
 """The kinds that need a small glyph, or a few pixels of a bar, to be read."""
 COARSE_KINDS: tuple[str, ...] = ("colour", "shape", "count", "where", "left_of", "presence", "extreme")
-PANEL_KINDS: tuple[str, ...] = ("bar", "extreme", "cell", "row")
-"""The kinds that only a poster with a chart, or with a table, can be asked."""
+PANEL_KINDS: tuple[str, ...] = ("key", "key_colour", "bar", "extreme", "cell", "row")
+"""The kinds that only a poster with a keypad, a chart or a table can be asked."""
 POSTER_KINDS: tuple[str, ...] = (*FINE_KINDS, *COARSE_KINDS)
 
 POSTER_PHRASINGS: dict[str, tuple[str, ...]] = {
+    "key": (
+        "What number is on the {colour} key?",
+        "Which number does the {colour} key show?",
+        "Read the number on the {colour} key.",
+    ),
+    "key colour": (
+        "What colour is the key with the number {number}?",
+        "Which colour is the key that says {number}?",
+    ),
+    "keys": ("How many keys are there?", "Count the keys."),
     "bar": (
         "What is the value of the {colour} bar?",
         "What value does the {colour} bar have?",
@@ -38,8 +49,10 @@ POSTER_PHRASINGS: dict[str, tuple[str, ...]] = {
 
 
 def poster_questions(poster: Poster, rng: random.Random) -> list[QuestionAnswer]:
-    """Every question on cards, shapes, bars and cells, and a few on the whole, in an order that depends on nothing."""
+    """Every question on cards, shapes, keys, bars and cells, and a few on the whole, in an order that is fixed."""
     asked = [_by_evidence(question) for question in questions(poster.scene, rng)]
+    if poster.keypad:
+        asked += _on_keypad(poster, poster.keypad, rng)
     if poster.chart:
         asked += _on_chart(poster, poster.chart, rng)
     if poster.table:
@@ -54,8 +67,23 @@ def _by_evidence(asked: QuestionAnswer) -> QuestionAnswer:
     return asked
 
 
+def _on_keypad(poster: Poster, keypad: Keypad, rng: random.Random) -> list[QuestionAnswer]:
+    asked = []
+    for key in keypad.keys:
+        digit = key.digit.text
+        asked.append(_ask(poster, rng, "key", "key", digit, key.digit.box_xyxy, colour=key.colour))
+        asked.append(_ask(poster, rng, "key_colour", "key colour", key.colour, key.box_xyxy, number=digit))
+    asked.append(_ask(poster, rng, "count", "keys", str(len(keypad.keys)), keypad.box_xyxy))
+    return asked + _where(poster, rng, "keypad", keypad.box_xyxy)
+
+
 def _on_chart(poster: Poster, chart: Chart, rng: random.Random) -> list[QuestionAnswer]:
-    asked = [_ask(poster, rng, "bar", "bar", str(bar.value), bar.box_xyxy, colour=bar.colour) for bar in chart.bars]
+    asked = []
+    for bar in chart.bars:
+        question = _ask(poster, rng, "bar", "bar", str(bar.value), bar.box_xyxy, colour=bar.colour)
+        # A bar is read at its upper edge.
+        top = _fractions(poster, bar.top_xyxy)
+        asked.append(dataclasses.replace(question, several_xyxy=(top,)))
     by_value = sorted(chart.bars, key=lambda bar: bar.value)
     for phrasing, bar in (("shortest", by_value[0]), ("tallest", by_value[-1])):
         asked.append(_ask(poster, rng, "extreme", phrasing, bar.colour, bar.box_xyxy))

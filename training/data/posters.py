@@ -1,4 +1,4 @@
-"""Posters: large, mostly empty images with cards, shapes, a chart, a table, and things that nobody asks about.
+"""Posters: large, mostly empty images with cards, shapes, a keypad, a chart, a table, and what nobody asks about.
 
 What a benchmark's splits need is decided here. Each poster takes its words from one group and its numbers from another,
 so every word and number in it make a pair of its own split, and each poster has a card of either kind: no pair and no
@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 from training.data.charts import Chart, draw_chart, sample_chart
 from training.data.distractors import Distractor, draw_distractor, sample_distractor
 from training.data.fonts import Box
+from training.data.keypads import Keypad, draw_keypad, sample_keypad
 from training.data.pairs import PosterSplit, cells_of, number_groups, word_groups
 from training.data.panels import Place
 from training.data.rendering import render
@@ -63,7 +64,7 @@ class Contents:
     """Fewest and most of what a poster tries to hold."""
 
     panels: int
-    """Most of chart and table together."""
+    """Most of keypad, chart and table together."""
     number_cards: tuple[int, int]
     word_cards: tuple[int, int]
     shapes: tuple[int, int]
@@ -71,10 +72,10 @@ class Contents:
 
 
 CONTENTS: dict[int, Contents] = {
-    2: Contents(panels=0, number_cards=(1, 1), word_cards=(1, 1), shapes=(0, 1), distractors=(0, 1)),
-    4: Contents(panels=1, number_cards=(1, 2), word_cards=(1, 2), shapes=(0, 2), distractors=(0, 1)),
-    6: Contents(panels=2, number_cards=(1, 2), word_cards=(1, 2), shapes=(1, 2), distractors=(1, 2)),
-    9: Contents(panels=2, number_cards=(1, 3), word_cards=(1, 2), shapes=(1, 3), distractors=(1, 3)),
+    2: Contents(panels=1, number_cards=(1, 1), word_cards=(1, 1), shapes=(0, 1), distractors=(0, 1)),
+    4: Contents(panels=2, number_cards=(1, 2), word_cards=(1, 2), shapes=(0, 2), distractors=(0, 1)),
+    6: Contents(panels=3, number_cards=(1, 2), word_cards=(1, 2), shapes=(1, 2), distractors=(1, 2)),
+    9: Contents(panels=3, number_cards=(1, 3), word_cards=(1, 2), shapes=(1, 3), distractors=(1, 3)),
 }
 """Most tiles -> contents, so that a poster of any size is mostly empty."""
 
@@ -85,6 +86,7 @@ class Poster:
 
     scene: Scene
     """Canvas, cards and shapes."""
+    keypad: Keypad | None
     chart: Chart | None
     table: Table | None
     distractors: tuple[Distractor, ...]
@@ -142,7 +144,8 @@ def sample_poster(rng: random.Random, split: PosterSplit) -> Poster:
 
     taken: list[Box] = []
     place = partial(_place, rng, (width, height), taken)
-    panels = [name for name in rng.sample(("chart", "table"), contents.panels) if rng.random() < PANEL_SHARE]
+    panels = [name for name in rng.sample(("keypad", "chart", "table"), contents.panels) if rng.random() < PANEL_SHARE]
+    keypad = sample_keypad(rng, place) if "keypad" in panels else None
     chart = sample_chart(rng, place) if "chart" in panels else None
     table = sample_table(rng, place, words, numbers) if "table" in panels else None
     texts = (
@@ -159,7 +162,8 @@ def sample_poster(rng: random.Random, split: PosterSplit) -> Poster:
         shapes=shapes,
         render_scale=sample_render_scale(rng, rows, columns),
     )
-    return Poster(scene=scene, chart=chart, table=table, distractors=tuple(d for d in distractors if d))
+    shown = tuple(distractor for distractor in distractors if distractor)
+    return Poster(scene=scene, keypad=keypad, chart=chart, table=table, distractors=shown)
 
 
 def render_poster(poster: Poster) -> Image.Image:
@@ -168,6 +172,8 @@ def render_poster(poster: Poster) -> Image.Image:
     draw = ImageDraw.Draw(image)
     for distractor in poster.distractors:
         draw_distractor(draw, distractor, poster.render_scale)
+    if poster.keypad:
+        draw_keypad(draw, poster.keypad, poster.render_scale)
     if poster.chart:
         draw_chart(draw, poster.chart, poster.render_scale)
     if poster.table:

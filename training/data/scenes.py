@@ -207,14 +207,13 @@ def sample_card(
     top = box[1] + (height - text_height) / 2 + _jitter(rng, min(4, (height - text_height) / 2 - 3))
     origin = (round(left - ink_x0, 2), round(top - ink_y0, 2))
     fill = jittered(rng, COLOURS[colour])
-    luma = 0.299 * fill[0] + 0.587 * fill[1] + 0.114 * fill[2]
     return Card(
         box_xyxy=box,
         colour=colour,
         fill=fill,
         text=text,
         kind=kind,
-        ink=BLACK if luma > 125 else WHITE,
+        ink=ink_on(fill),
         font_px=font_px,
         origin_xy=origin,
         text_box_xyxy=shift(layout.ink_box, origin),
@@ -268,6 +267,12 @@ def _pale(rng: random.Random) -> RGB:
 def jittered(rng: random.Random, colour: RGB) -> RGB:
     red, green, blue = (min(255, max(0, channel + rng.randint(-FILL_JITTER, FILL_JITTER))) for channel in colour)
     return red, green, blue
+
+
+def ink_on(fill: RGB) -> RGB:
+    """Black or white, whichever can be read on a fill."""
+    luma = 0.299 * fill[0] + 0.587 * fill[1] + 0.114 * fill[2]
+    return BLACK if luma > 125 else WHITE
 
 
 def _jitter(rng: random.Random, reach: float) -> float:

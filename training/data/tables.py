@@ -9,10 +9,10 @@ from PIL import ImageDraw
 from training.data.fonts import Box
 from training.data.panels import LINE_PX, Place, Text, draw_paper, draw_text, fill_box, set_text, text_width
 
-ROW_COUNT, COLUMN_COUNT = (2, 4), (1, 3)
+ROW_COUNT, COLUMN_COUNT = (2, 4), (1, 2)
 COLUMN_NAMES: tuple[str, ...] = ("A", "B", "C")
 FONTS_PX = (11, 12, 13, 14)
-ROW_GAP_PX, COLUMN_GAP_PX = (4, 8), (8, 14)
+ROW_GAP_PX, COLUMN_GAP_PX = (4, 8), (6, 10)
 """Added to the height and width of a cell's text."""
 RULE, HEADER_FILLS = (160, 160, 160), ((226, 226, 226), (214, 222, 232), (234, 228, 214))
 

@@ -4,6 +4,7 @@ A label lies only on the patches that show its evidence, so that features learn 
 """
 
 import dataclasses
+import itertools
 import random
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ from PIL import Image, ImageDraw
 
 from training.data.charts import TOP_VALUE, Chart
 from training.data.fonts import Box
+from training.data.keypads import Keypad
 from training.data.posters import Poster, render_poster, sample_poster
 from training.data.rendering import fill_shape, render
 from training.data.scenes import TILE_PX, Card, Scene, place_objects, sample_background, sample_scene
@@ -24,7 +26,7 @@ GRID = TILE_PX // PATCH_PX
 IGNORE = -100
 """PyTorch's ignore_index: nothing is asked of this patch."""
 
-KIND_NAMES: tuple[str, ...] = ("background", "number card", "word card", *SHAPES, "chart", "bar", "table")
+KIND_NAMES: tuple[str, ...] = ("background", "number card", "word card", *SHAPES, "chart", "bar", "table", "key")
 COLOUR_NAMES: tuple[str, ...] = ("none", *COLOURS)
 LABEL_CLASSES: dict[str, int] = {
     "kind": len(KIND_NAMES),
@@ -33,14 +35,18 @@ LABEL_CLASSES: dict[str, int] = {
     "ones": 10,
     "word": len(WORDS),
     "letter": len(COLUMN_NAMES),
+    "digit": 10,
+    "row word": len(WORDS),
+    "column letter": len(COLUMN_NAMES),
     "value": TOP_VALUE[1],
     "row": GRID,
     "column": GRID,
 }
-"""Name of each label -> number of its classes. Row and column are the patch's own: where things are is asked too."""
+"""Name of each label -> number of its classes. A table's cell has the names of its row and column too, which are
+elsewhere; "row" and "column" are the patch's own, for where things are is asked too."""
 
-EMPTY_SHARE, THUMBNAIL_SHARE, PANEL_SHARE = 0.05, 0.15, 0.35
-"""Of all tiles: nothing on them, a whole image squeezed, cut from a poster around its chart or table."""
+EMPTY_SHARE, THUMBNAIL_SHARE, PANEL_SHARE = 0.05, 0.15, 0.55
+"""Of all tiles: nothing on them, a whole image squeezed, cut from a poster around its keypad, chart or table."""
 ENLARGED_SHARE = 0.1
 """Tiles with glyphs up to twice their size, as when anyres enlarges a small file."""
 PADDED_SHARE = 0.1
@@ -55,8 +61,6 @@ VISIBLE_GLYPH = 0.6
 """A glyph is labelled when this much of it is inside the tile."""
 VISIBLE_CHART = 0.95
 """A bar's value is labelled when this much of the chart is: it is read against the axis."""
-BAR_TOP_PX = 4
-"""Height of the strip around a bar's upper edge, where its value is labelled."""
 
 Labels = dict[str, NDArray[np.int64]]
 
@@ -124,9 +128,11 @@ def label_patches(scene: Scene, view: View, *, read_text: bool = True) -> Labels
 
 
 def label_poster(poster: Poster, view: View, *, read_text: bool = True) -> Labels:
-    """`label_patches` of the poster's scene, then of its chart and table."""
+    """`label_patches` of the poster's scene, then of its keypad, chart and table."""
     flat = label_patches(poster.scene, view, read_text=read_text)
     labels = {name: array.reshape(GRID, GRID) for name, array in flat.items()}
+    if poster.keypad:
+        _label_keypad(labels, poster.keypad, view, read_text)
     if poster.chart:
         _label_chart(labels, poster.chart, view, read_text)
     if poster.table:
@@ -162,9 +168,9 @@ def _cut_from(rng: random.Random, card_count: int, shape_count: int) -> tuple[Im
 
 
 def _cut_around_panel(rng: random.Random) -> tuple[Image.Image, Labels]:
-    """A tile of a poster that holds the middle of its chart or table."""
+    """A tile of a poster that holds the middle of its keypad, chart or table."""
     poster = _poster_with_panel(rng)
-    panel = rng.choice([panel for panel in (poster.chart, poster.table) if panel])
+    panel = rng.choice([panel for panel in (poster.keypad, poster.chart, poster.table) if panel])
     scale = rng.uniform(0.8, 1.3)
     poster = _at_scale(poster, scale)
     image = render_poster(poster)
@@ -183,7 +189,7 @@ def _cut_around_panel(rng: random.Random) -> tuple[Image.Image, Labels]:
 def _poster_with_panel(rng: random.Random) -> Poster:
     while True:
         poster = sample_poster(rng, "train")
-        if poster.chart or poster.table:
+        if poster.keypad or poster.chart or poster.table:
             return poster
 
 
@@ -245,6 +251,16 @@ def _label_word(labels: Labels, text: str, glyph_boxes: Sequence[Box], view: Vie
         labels["word"][_patches_showing(view, (min(x0s), min(y0s), max(x1s), max(y1s)))] = WORDS.index(text)
 
 
+def _label_keypad(labels: Labels, keypad: Keypad, view: View, read_text: bool) -> None:
+    overlaps = np.stack([_overlap(view, key.box_xyxy) for key in keypad.keys])
+    owner = overlaps.argmax(0)
+    for index, key in enumerate(keypad.keys):
+        owned = (owner == index) & (overlaps[index] >= OBJECT_COVERAGE * PATCH_PX**2)
+        labels["kind"][owned], labels["colour"][owned] = KIND_NAMES.index("key"), COLOUR_NAMES.index(key.colour)
+        if read_text and _visible_share(view, key.digit.box_xyxy) >= VISIBLE_GLYPH:
+            labels["digit"][_patches_showing(view, key.digit.box_xyxy)] = int(key.digit.text)
+
+
 def _label_chart(labels: Labels, chart: Chart, view: View, read_values: bool) -> None:
     owned = _overlap(view, chart.box_xyxy) >= OBJECT_COVERAGE * PATCH_PX**2
     labels["kind"][owned], labels["colour"][owned] = KIND_NAMES.index("chart"), 0
@@ -255,9 +271,7 @@ def _label_chart(labels: Labels, chart: Chart, view: View, read_values: bool) ->
         owned = (owner == index) & (overlaps[index] >= OBJECT_COVERAGE * PATCH_PX**2)
         labels["kind"][owned], labels["colour"][owned] = KIND_NAMES.index("bar"), COLOUR_NAMES.index(bar.colour)
         if whole and read_values:
-            x0, top, x1, _ = bar.box_xyxy
-            strip = (x0, top - BAR_TOP_PX / 2, x1, top + BAR_TOP_PX / 2)
-            labels["value"][_patches_showing(view, strip)] = bar.value - 1
+            labels["value"][_patches_showing(view, bar.top_xyxy)] = bar.value - 1
 
 
 def _label_table(labels: Labels, table: Table, view: View, read_text: bool) -> None:
@@ -270,8 +284,12 @@ def _label_table(labels: Labels, table: Table, view: View, read_text: bool) -> N
     for column in table.columns:
         if _visible_share(view, column.box_xyxy) >= VISIBLE_GLYPH:
             labels["letter"][_patches_showing(view, column.box_xyxy)] = COLUMN_NAMES.index(column.text)
-    for cell in (cell for row in table.cells for cell in row):
-        _label_number(labels, cell.text, cell.glyph_boxes, view)
+    for name, cells in zip(table.rows, table.cells, strict=True):
+        for cell, column in itertools.zip_longest(cells, table.columns):
+            _label_number(labels, cell.text, cell.glyph_boxes, view)
+            for label, of, names in (("row word", name, WORDS), ("column letter", column, COLUMN_NAMES)):
+                if of and min(_visible_share(view, text.box_xyxy) for text in (cell, of)) >= VISIBLE_GLYPH:
+                    labels[label][_patches_showing(view, cell.box_xyxy)] = names.index(of.text)
 
 
 def _overlap(view: View, box: Box) -> NDArray[np.float64]:
