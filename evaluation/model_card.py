@@ -20,17 +20,18 @@ license: apache-2.0
 
 A FocusLLaVA of {parameters:.1f} M parameters, trained from nothing on two CPU cores, so that the whole system runs on
 a laptop. It answers short English questions about generated posters: coloured cards (two-digit numbers and words in
-small glyphs), shapes, keypads, bar charts and tables on large, mostly empty canvases. It knows nothing of photographs: use
-it to try the system, not for its answers.
+small glyphs), shapes, keypads, bar charts and tables on large, mostly empty canvases. It knows nothing of
+photographs: use it to try the system, not for its answers.
 
 Fingerprint `{fingerprint}`.
 
 ## Scores
 
 Exact match in percent on {images} images of the benchmark's test split ({asked} questions; version `{version}`),
-greedy. "fine" needs small glyphs or a bar's few pixels to be read (number, word, card_colour, bar, cell, row), "coarse"
-does not. Converted visual tokens are those of Sec. 4.4 of the paper. "majority" is the commonest answer of the kind,
-"question only" the best guess from the question's words; both are counted on the questions of 4,000 training images.
+greedy. "fine" needs small glyphs or a bar's few pixels to be read (number, word, card_colour, key, key_colour, bar,
+cell, row), "coarse" does not. Converted visual tokens are those of Sec. 4.4 of the paper. "majority" is the commonest
+answer of the kind, "question only" the best guess from the question's words; both are counted on the questions of 4,000
+training images.
 
 {table}
 

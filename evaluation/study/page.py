@@ -41,8 +41,8 @@ ABOUT = (
     "Every setting starts from one checkpoint of a few million parameters and is fine-tuned with equal data and steps "
     "on generated posters: large, mostly empty images with small cards, shapes, keypads, charts and tables. A score is "
     "the share of questions answered exactly right on the test split, in percent; fine questions need a small glyph or "
-    "a few pixels of a bar to be read. The paper's figures come from an 8B model on public benchmarks, so that only the "
-    "direction of a difference can be compared, never its size."
+    "a few pixels of a bar to be read. The paper's figures come from an 8B model on public benchmarks, so that only "
+    "the direction of a difference can be compared, never its size."
 )
 ERRORS = (
     "Behind ± stands the standard error over seeds; with fewer than three seeds it is at least the sampling error of "
