@@ -43,4 +43,4 @@ def test_runs_train_score_and_resume(study):
     assert conduct(dataclasses.replace(study, images=2), settings[:1], minutes=math.inf) == []
     changed = {path.name for path, before in written.items() if path.stat().st_mtime_ns != before}
     assert changed == {"vision-seed0-test.json", "vision-seed0-validation.json"}
-    assert next((study.scratch / "logs").glob("vision-*.log")).read_text().count("exported to") == 1
+    assert next((study.scratch / "logs").glob("vision-seed0-*.log")).read_text().count("exported to") == 1
