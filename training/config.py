@@ -25,6 +25,8 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     selector_lr_scale: float = 1.0
     """The vision-guided sampler's learning rate over everybody else's."""
+    vision_lr_scale: float = 1.0
+    """The vision tower's. Below 1 it keeps what it knew before: LLaVA-NeXT trains its tower at a fifth."""
     frozen: tuple[str, ...] = ()
     """Parameters whose name starts with one of these are not trained."""
 

@@ -1,13 +1,14 @@
 """A grounding loss for pre-training from nothing: look where the answer is.
 
 Not in the paper, which starts from models that already ground words in images. -log of the attention mass that the
-last prompt token, and the instruction's words, put on the visual tokens of the evidence, averaged
+tokens which predict the answer, and the instruction's words, put on the visual tokens of the evidence, averaged
 over heads. Before that, in `reading_layers`, the last prompt token is to read the instruction.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -18,23 +19,36 @@ from training.data.fonts import Box
 from training.layout import Sample, TextBatch
 
 
-def evidence_tokens(sample: Sample, encoded: EncodedImage) -> list[torch.Tensor | None]:
-    """For each branch, ascending indices of the tokens that its evidence's boxes touch, or None.
+class Evidence(NamedTuple):
+    """Where a branch's answer is."""
 
-    Of the base tile alone where the answer is a place: a patch there has the whole image around it, one of a grid tile
-    only its tile. Else of both.
+    tokens: torch.Tensor
+    """Ascending indices of visual tokens."""
+    compares: bool
+    """Whether the answer compares two places. Then only the question's words look, each for its own thing: the mean of
+    both that an answer's token would take tells nothing of which is which."""
+
+
+def evidence_tokens(sample: Sample, encoded: EncodedImage) -> list[Evidence | None]:
+    """For each branch the tokens that its evidence's boxes touch, or None.
+
+    Of the base tile where the answer is a place: a patch there has the whole image around it, one of a grid tile only
+    its tile. Else of the map: taught to look at either, the model looked for a table's numbers in the base tile, which
+    is too coarse to show them.
     """
     if encoded.sampled is not None:
         return [None] * len(sample.branches)
     height, width = encoded.map_hw
     base = len(encoded.tokens_ND) - height * (width + 1)
     side = math.isqrt(base)
-    found: list[torch.Tensor | None] = []
+    found: list[Evidence | None] = []
     for branch in sample.branches:
-        cells = [_cells_under(box, side, side, side) for box in branch.evidence_xyxy]
-        if not branch.asks_place:
-            cells += [_cells_under(box, height, width, width + 1) + base for box in branch.evidence_xyxy]
-        found.append(torch.cat(cells).unique() if cells else None)
+        if branch.asks_place:
+            cells = [_cells_under(box, side, side, side) for box in branch.evidence_xyxy]
+        else:
+            cells = [_cells_under(box, height, width, width + 1) + base for box in branch.evidence_xyxy]
+        compares = branch.asks_place and len(cells) > 1
+        found.append(Evidence(torch.cat(cells).unique(), compares) if cells else None)
     return found
 
 
@@ -67,20 +81,26 @@ def branch_attention(layer: nn.Module, hidden_BSD: torch.Tensor, cos_BSd: torch.
 
 
 def grounding_loss(
-    attention: list[torch.Tensor], text: TextBatch, evidence: list[list[torch.Tensor | None]]
+    attention: list[torch.Tensor], text: TextBatch, evidence: list[list[Evidence | None]]
 ) -> torch.Tensor:
-    """-log mass on the evidence: of the last prompt token, and of the instruction's words on average."""
+    """-log mass on the evidence: of the tokens that predict the answer, and of the instruction's words, on average.
+
+    Of "top left", "left" is predicted from "top": were the last prompt token alone to look, it would be a guess.
+    """
     before, losses = len(text.prefix_ids), []
     for b, of_image in enumerate(evidence):
         target_QS = torch.zeros(attention[b].shape[0], attention[b].shape[-1])
-        for q, tokens in enumerate(of_image):
-            if tokens is not None:
-                target_QS[q, tokens + before] = 1
+        compares_Q = torch.zeros(len(target_QS), dtype=torch.bool)
+        for q, of_branch in enumerate(of_image):
+            if of_branch is not None:
+                target_QS[q, of_branch.tokens + before] = 1
+                compares_Q[q] = of_branch.compares
         grounded = target_QS.any(1)
         lost_QT = -torch.einsum("qths,qs->qth", attention[b], target_QS).clamp(min=1e-6).log().mean(-1)[grounded]
-        asked_QT = text.instruction_BQT[b, grounded]
-        losses.append(lost_QT[torch.arange(len(lost_QT)), text.answer_start_BQ[b, grounded] - 1])
-        losses.append((lost_QT * asked_QT).sum(1) / asked_QT.sum(1))
+        predicts_QT = nn.functional.pad(text.labels_BQT[b, grounded, 1:] != -100, (0, 1))
+        predicts_QT &= ~compares_Q[grounded].unsqueeze(1)
+        for looks_QT in (predicts_QT, text.instruction_BQT[b, grounded]):
+            losses.append((lost_QT * looks_QT).sum(1) / looks_QT.sum(1).clamp(min=1))
     return torch.cat(losses).mean()
 
 

@@ -16,7 +16,7 @@ from services.sampler.balance import balance_loss
 from services.sampler.rivals.base import MapRival
 from services.sampler.rivals.layers import LayerRival, asking_tokens
 from training.branch_controls import BranchControl
-from training.grounding import branch_attention, evidence_tokens, grounding_loss, reading_loss
+from training.grounding import Evidence, branch_attention, evidence_tokens, grounding_loss, reading_loss
 from training.layout import ATTENTION_NAME, Sample, TextBatch, attention_mask, pack_text, positions
 from training.rivals import drop, encode_with_rival, stage_index
 from training.stochastic_prune import PruneSchedule, decide, gather_index
@@ -131,7 +131,7 @@ class JointModel(nn.Module):
         tokens_BQL = extra["visual_tokens_LR"].T.unflatten(0, text.answer_start_BQ.shape)
         return Answers(encoded=encoded, exact_BQ=exact_BQ, asked_BQ=text.answer_start_BQ > 0, tokens_BQL=tokens_BQL)
 
-    def _run(self, encoded: list[EncodedImage], text: TextBatch, grounding: list[list[torch.Tensor | None]] | None,
+    def _run(self, encoded: list[EncodedImage], text: TextBatch, grounding: list[list[Evidence | None]] | None,
              rng: random.Random) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
         decoder = self.language_model.model
         batch, branches, length = text.token_ids_BQT.shape

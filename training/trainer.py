@@ -69,20 +69,22 @@ def deepspeed_config(run: RunConfig) -> dict[str, Any]:
 
 
 def parameter_groups(module: nn.Module, run: RunConfig) -> list[dict[str, Any]]:
-    """Weights decay, norms and biases do not; the selector has its own learning rate."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    """Weights decay, norms and biases do not; the selector and the vision tower have learning rates of their own."""
+    scales = {"selector": run.optimizer.selector_lr_scale, "vision_tower": run.optimizer.vision_lr_scale}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if any(name.startswith(prefix) for prefix in run.optimizer.frozen):
             parameter.requires_grad_(False)
         if parameter.requires_grad:
-            groups.setdefault((".selector." in name, parameter.ndim > 1), []).append(parameter)
+            scale = next((scales[part] for part in name.split(".") if part in scales), 1.0)
+            groups.setdefault((scale, parameter.ndim > 1), []).append(parameter)
     return [
         {
             "params": parameters,
-            "lr": run.optimizer.learning_rate * (run.optimizer.selector_lr_scale if selector else 1.0),
+            "lr": run.optimizer.learning_rate * scale,
             "weight_decay": run.optimizer.weight_decay if decays else 0.0,
         }
-        for (selector, decays), parameters in groups.items()
+        for (scale, decays), parameters in groups.items()
     ]
 
 

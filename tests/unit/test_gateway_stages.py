@@ -178,7 +178,8 @@ async def test_a_deadline_reaches_the_stage():
         with pytest.raises(DeadlineExceeded):
             async for _event in client.generate(request(), Deadline(0.2)):
                 pass
-        assert model.time_remaining_s < 0.2 < 20
+        # gRPC rounds a timeout up on the wire.
+        assert model.time_remaining_s < 0.25
         with pytest.raises(DeadlineExceeded):
             await anext(client.generate(request(), Deadline(0)))
 

@@ -8,18 +8,18 @@ import torch
 from services.common.types import ImageTiles
 from services.encoder.model import EncodedImage
 from training import layout
-from training.grounding import evidence_tokens, grounding_loss, reading_loss
+from training.grounding import Evidence, evidence_tokens, grounding_loss, reading_loss
 from training.layout import Branch, Sample, attention_mask, branched_attention, pack_text, positions
 
 WORDS, VISUAL = 2, 5
 
 
-def branch(words, *evidence, asks_place=False):
-    """`words` instruction tokens, the prompt's last token, one answer token."""
+def branch(words, *evidence, asks_place=False, answer=(8,)):
+    """`words` instruction tokens, the prompt's last token, the answer's tokens."""
     return Branch(
-        token_ids=(*range(10, 10 + words), 7, 8),
-        labels=(*[-100] * (words + 1), 8),
-        instruction=(*[True] * words, False, False),
+        token_ids=(*range(10, 10 + words), 7, *answer),
+        labels=(*[-100] * (words + 1), *answer),
+        instruction=(*[True] * words, False, *[False] * len(answer)),
         answer_start=words + 1,
         evidence_xyxy=evidence,
         asks_place=asks_place,
@@ -44,12 +44,25 @@ def test_losses_by_hand():
     prefix = WORDS + VISUAL
     attention = uniform_attention(text, prefix)
     # The token at index t of a branch sees the prefix's 7 tokens and t + 1 of its own.
-    evidence = [[torch.tensor([1, 4]), None]]
+    evidence = [[Evidence(torch.tensor([1, 4]), compares=False), None]]
     last, words = -math.log(2 / 10), [-math.log(2 / 8), -math.log(2 / 9)]
     expected = (last + sum(words) / 2) / 2
     assert grounding_loss(attention, text, evidence).item() == pytest.approx(expected)
     reading = (-math.log(2 / 10) - math.log(3 / 11)) / 2
     assert reading_loss(attention, text, prefix).item() == pytest.approx(reading)
+
+
+def test_every_token_that_predicts_the_answer_looks():
+    text = pack_text([sample(branch(2, answer=(8, 9, 5)), branch(1))], pad_id=0)
+    attention = uniform_attention(text, WORDS + VISUAL)
+    predicts = [-math.log(2 / seen) for seen in (10, 11, 12)]
+    words = [-math.log(2 / 8), -math.log(2 / 9)]
+    expected = (sum(predicts) / 3 + sum(words) / 2) / 2
+    tokens = torch.tensor([1, 4])
+    assert grounding_loss(attention, text, [[Evidence(tokens, compares=False), None]]).item() == pytest.approx(expected)
+    # What compares two places has its words alone look.
+    expected = sum(words) / 2 / 2
+    assert grounding_loss(attention, text, [[Evidence(tokens, compares=True), None]]).item() == pytest.approx(expected)
 
 
 def test_evidence_is_the_tokens_under_the_box():
@@ -59,11 +72,11 @@ def test_evidence_is_the_tokens_under_the_box():
     box, corner = (0.5, 0.25, 0.6, 0.49), (0.0, 0.0, 0.1, 0.1)
     asked = sample(branch(1, box), branch(1), branch(1, box, corner, asks_place=True), branch(1, box, box))
     inside = evidence_tokens(asked, encoded)
-    # Of the 3 x 3 base tile rows 0 and 1, column 1; of the map row 1, column 3, where each row ends with a newline.
-    both = [1, 4, base + 1 * (width + 1) + 3]
-    assert inside[0].tolist() == inside[3].tolist() == both and inside[1] is None
-    # Two things are compared: where they are, only the base tile tells.
-    assert inside[2].tolist() == [0, 1, 4]
+    # Row 1, column 3 of the map, where each row ends with a newline.
+    tokens = [where.tokens.tolist() if where else None for where in inside]
+    assert tokens[0] == tokens[3] == [base + 1 * (width + 1) + 3] and tokens[1] is None
+    # Two things are compared: where they are, only the base tile tells. Rows 0 and 1, column 1 of its 3 x 3.
+    assert tokens[2] == [0, 1, 4] and [where.compares for where in inside if where] == [False, True, False]
 
 
 def test_a_branch_continues_where_its_own_image_ends():

@@ -227,8 +227,9 @@ def test_labels_are_in_range_local_and_frequent_enough_to_learn_from():
     for name in ("tens", "ones", "word"):
         share = (batch[name] != IGNORE).mean()
         assert 0.01 < share < 0.08
-    for name in ("tens", "digit"):
-        assert ((batch[name] != IGNORE).any(1)).mean() > 0.25
+    # A poster has one panel, so each kind of panel is on a third of the tiles that are cut around one.
+    for name, least in (("tens", 0.25), ("digit", 0.12), ("value", 0.08), ("row word", 0.12)):
+        assert ((batch[name] != IGNORE).any(1)).mean() > least
 
 
 def test_colour_labels_agree_with_the_pixels():

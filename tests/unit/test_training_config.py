@@ -8,6 +8,7 @@ import torch
 from training.config import ConfigError, RunConfig, build, load
 from training.dense_labels import DenseModel, labelled_batch, scale_features
 from training.joint_stage import prune_schedule
+from training.trainer import parameter_groups
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[2] / "training/configs").glob("*.yaml"))
 
@@ -64,3 +65,25 @@ def test_scaling_features_scales_them_exactly():
     before = model(batch, 0)[0]
     scale_features(model.vision_tower, 0.125)
     torch.testing.assert_close(model(batch, 0)[0], before, rtol=1e-3, atol=1e-3)
+
+
+def test_selector_and_vision_tower_have_learning_rates_of_their_own():
+    module = torch.nn.ModuleDict(
+        {name: torch.nn.Linear(2, 2) for name in ("vision_tower", "selector", "language_model", "projector")}
+    )
+    optimizer = {"learning_rate": 1.0, "weight_decay": 0.5, "selector_lr_scale": 4, "vision_lr_scale": 0.2}
+    run = {"name": "n", "steps": 1, "samples_per_worker": 1, "output": "o"}
+    run["optimizer"] = {**optimizer, "frozen": ["projector"]}
+    groups = parameter_groups(module, build(RunConfig, run))
+    rate = {id(parameter): (group["lr"], group["weight_decay"]) for group in groups for parameter in group["params"]}
+    named = {name: rate.get(id(parameter)) for name, parameter in module.named_parameters()}
+    assert named == {
+        "vision_tower.weight": (0.2, 0.5),
+        "vision_tower.bias": (0.2, 0.0),
+        "selector.weight": (4.0, 0.5),
+        "selector.bias": (4.0, 0.0),
+        "language_model.weight": (1.0, 0.5),
+        "language_model.bias": (1.0, 0.0),
+        "projector.weight": None,
+        "projector.bias": None,
+    }

@@ -15,7 +15,7 @@ TOP_VALUE = (5, 9)
 """Last unit of the axis. One digit, so that no chart writes a number that a card could show."""
 UNIT_PX = (5, 8)
 """Height of one unit: a bar is read by comparing it with lines this far apart."""
-BAR_WIDTH_PX, BAR_GAP_PX = (7, 12), (3, 6)
+BAR_WIDTH_PX, BAR_GAP_PX = (7, 10), (3, 5)
 TICK_STEPS = (2, 3)
 """Units from one label of the axis to the next, where so many have room for it."""
 TICK_FONTS_PX = (11, 12)

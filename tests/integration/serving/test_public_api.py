@@ -157,5 +157,6 @@ def test_the_endpoint_has_every_metric_that_the_dashboard_draws(cluster, channel
         shown = set(re.findall(r"^(ray_[a-z_]+)[{ ]", scrape(cluster), re.M))
         return drawn - shown
 
-    until(lambda: not missing(), 20)
+    # A busy machine's controller is slow to report.
+    until(lambda: not missing(), 60)
     assert not missing()
