@@ -21,6 +21,7 @@ from training.branch_controls import BranchControl
 from training.config import ConfigError, RunConfig, build
 from training.data.branches import BranchBuilder
 from training.data.conversations import ConversationBatches
+from training.data.posters import CONTENTS, PANELS
 from training.data.scene_batches import SOURCES, Curriculum, SceneBatches
 from training.data.tokenizer import build_tokenizer
 from training.dense_labels import labelled_batch
@@ -105,7 +106,7 @@ class JointTask:
                 images=run.samples_per_worker,
                 questions_per_image=stage.questions_per_image,
                 kind_weights=stage.kind_weights,
-                curriculum=build(Curriculum, stage.curriculum, "stage.curriculum."),
+                curriculum=curriculum(stage),
                 source=SOURCES[stage.data],
             )
         else:
@@ -124,6 +125,21 @@ class JointTask:
             llm_tensors={f"language_model.{k}": v for k, v in self.module.language_model.state_dict().items()},
             tokenizer=self.tokenizer,
         )
+
+
+def curriculum(stage: JointStage) -> Curriculum:
+    """Raises ConfigError for a panel that no small image has."""
+    found: Curriculum = build(Curriculum, stage.curriculum, "stage.curriculum.")
+    if found.panel:
+        if found.panel not in PANELS or stage.data != "posters":
+            raise ConfigError(
+                f"stage.curriculum.panel: {found.panel!r} with data {stage.data!r}, expected {', '.join(PANELS)} with "
+                "data 'posters'"
+            )
+        least = min(tiles for tiles, contents in CONTENTS.items() if contents.panels)
+        if found.max_tiles < least:
+            raise ConfigError(f"stage.curriculum.max_tiles: is {found.max_tiles}, a panel needs {least} tiles or more")
+    return found
 
 
 def prune_schedule(fields: dict[str, Any], layers: int) -> PruneSchedule | None:

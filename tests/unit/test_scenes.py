@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.tiny_training import tiny_run
+from training.config import ConfigError
 from training.data.questions import QuestionAnswer, questions
 from training.data.rendering import render
 from training.data.scenes import Card, Scene, Shape, sample_scene
@@ -38,6 +39,27 @@ def test_a_curriculum_starts_with_small_images():
     tiles = [[len(s.image.pixels_T3HW) - 1 for step in steps for s in task.batch(step, 0, 1)[1]]
              for steps in (range(8), range(8, 16))]  # fmt: skip
     assert max(tiles[0]) == 2 and max(tiles[1]) > 2
+
+
+def test_a_curriculum_can_ask_for_a_panel():
+    stage = {"data": "posters", "curriculum": {"steps": 8, "max_tiles": 4, "panel": "table"}}
+    batches = JointTask(tiny_run("unused", stage=stage)).data
+    first, later = ([batches._scene(index, small) for index in range(12)] for small in (True, False))
+    assert all(poster.table and batches._size(poster)[0] <= 4 * batches.config.tile_px**2 for poster in first)
+    assert not all(poster.table for poster in later)
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ({"data": "posters", "curriculum": {"panel": "map"}}, "curriculum.panel: 'map'"),
+        ({"data": "scenes", "curriculum": {"panel": "table"}}, "with data 'scenes'"),
+        ({"data": "posters", "curriculum": {"panel": "table", "max_tiles": 2}}, "curriculum.max_tiles: is 2"),
+    ],
+)
+def test_a_panel_that_no_small_image_has_is_refused(stage, message):
+    with pytest.raises(ConfigError, match=message):
+        JointTask(tiny_run("unused", stage=stage))
 
 
 def test_splits_do_not_overlap():

@@ -55,6 +55,7 @@ POSTER_GRID_WEIGHTS: dict[tuple[int, int], float] = {
 }
 """(rows, columns) of the tile grid that a poster is made for -> how often."""
 
+PANELS = ("keypad", "chart", "table")
 PANEL_SHARE = 0.8
 """How often a poster tries for each of its panels."""
 WHOLE_PANEL_PREFERENCE, WHOLE_PANEL_TRIES = 0.75, 60
@@ -147,7 +148,7 @@ def sample_poster(rng: random.Random, split: PosterSplit) -> Poster:
 
     taken: list[Box] = []
     place = partial(_place, rng, (width, height), taken)
-    panels = [name for name in rng.sample(("keypad", "chart", "table"), contents.panels) if rng.random() < PANEL_SHARE]
+    panels = [name for name in rng.sample(PANELS, contents.panels) if rng.random() < PANEL_SHARE]
     place_panel = partial(_place_panel, rng, (width, height), taken, inner_tile_lines((width, height), (rows, columns)))
     keypad = sample_keypad(rng, place_panel) if "keypad" in panels else None
     chart = sample_chart(rng, place_panel) if "chart" in panels else None

@@ -36,6 +36,9 @@ class Curriculum:
     """How long; then images of every size."""
     max_tiles: int = 4
     """Most tiles of an image meanwhile, the base tile not counted."""
+    panel: str = ""
+    """The panel that each image shows meanwhile: "keypad", "chart" or "table" (posters only). Looking a word up in a
+    table has to be learned for every word, and few images of the whole mixture ask for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +126,12 @@ class SceneBatches:
 
     def _scene(self, index: int, small: bool) -> Any:
         most = self.curriculum.max_tiles * self.config.tile_px**2
-        return self.source.at(self.split, self.seed, index, lambda scene: not small or self._size(scene)[0] <= most)
+        panel = self.curriculum.panel
+
+        def accept(scene: Any) -> bool:
+            return not small or (self._size(scene)[0] <= most and (not panel or getattr(scene, panel) is not None))
+
+        return self.source.at(self.split, self.seed, index, accept)
 
     def _size(self, scene: Any) -> tuple[int, int]:
         size_hw = (round(scene.size_wh[1] * scene.render_scale), round(scene.size_wh[0] * scene.render_scale))
