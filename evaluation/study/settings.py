@@ -15,8 +15,8 @@ from typing import Any
 START = "start"
 """In `Setting.weights_of`: the start itself."""
 LAYER, THRESHOLD = 2, 0.98
-"""Where the text-guided sampler is evaluated, unless a setting says otherwise. The paper's 0.85 keeps four in five tokens
-there; here, where pre-training has taught attention to be narrow, a fortieth."""
+"""Where the text-guided sampler is evaluated, unless a setting says otherwise. The paper's 0.85 keeps four in five
+tokens there; here, where pre-training has taught attention to be narrow, one in forty."""
 SHARES = (0.17, 0.14, 0.69)
 """Of regions at 1x1, 2x2 and 4x4 that a cost on tokens aims at: 25 % of the map's tokens, those of uniform 2x2."""
 LEAST_LAYER_BUDGET = 0.2
