@@ -6,6 +6,7 @@ move to no other device and are in no state dict.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Literal
 
@@ -30,6 +31,12 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = weight_NK.shape
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight_NK, EXPECTED_TOKENS)
         self._bias = None if biases[0] is None else torch.cat(biases).detach()
+        self._dtype = weight_NK.dtype
+
+    def memory(self) -> torch.Tensor:
+        """The weight as it lies in memory, in oneDNN's own order: flat, and there as long as this layer is."""
+        address, size = torch.ops.mkldnn.data_ptr(self._weight), torch.ops.mkldnn._nbytes(self._weight)
+        return torch.frombuffer((ctypes.c_char * size).from_address(address), dtype=self._dtype)
 
     def forward(self, x_MK: torch.Tensor) -> torch.Tensor:
         """[..., K] -> [..., N] in the weight's dtype."""

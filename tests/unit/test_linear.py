@@ -9,7 +9,7 @@ from torch import nn
 
 from services.common.errors import InvalidInput
 from services.common.linear import Int8Linear, PackedLinear, can_pack, prepare_linears
-from services.llm.kernels.panel_linear import PanelLinear
+from services.llm.kernels.panel_linear import FEW_TOKENS, PanelLinear, lies_in_panels, pack_linear
 from services.llm.kernels.reference import ReferenceKernels
 from services.llm.model import Decoder
 from tests import tiny_llm
@@ -51,6 +51,34 @@ def test_several_linears_of_one_input_are_one(bias: bool, dtype: torch.dtype) ->
     rounding = 2**-8 if dtype == torch.bfloat16 else 2**-20
     for part, out in zip(parts, joined(x).split((48, 16, 33), dim=-1), strict=True):
         torch.testing.assert_close(out, part(x), rtol=rounding, atol=rounding)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("inputs, outputs", [(64, 128), (100, 33), (512, 96)])
+def test_the_fastest_form_is_linear(inputs: int, outputs: int, bias: bool, dtype: torch.dtype) -> None:
+    plain = linear(inputs, outputs, bias, dtype)
+    layer = pack_linear(plain)
+    for tokens in (1, 17, FEW_TOKENS, FEW_TOKENS + 1, 300):
+        x = torch.randn(tokens, inputs).to(dtype)
+        exact = F.linear(x.double(), plain.weight.double(), None if plain.bias is None else plain.bias.double())
+        rounding = 2**-8 if dtype == torch.bfloat16 else 2**-18
+        torch.testing.assert_close(layer(x).double(), exact, rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("inputs, outputs", [(64, 128), (512, 96), (64, 100)])
+def test_what_two_kernels_multiply_from_is_in_memory_once(inputs: int, outputs: int) -> None:
+    plain = linear(inputs, outputs, True, torch.bfloat16)
+    packed = PackedLinear(plain)
+    if not lies_in_panels(packed, plain):
+        assert not getattr(pack_linear(plain), "packed", None)
+        return
+    panels, own = PanelLinear(plain, packed), PanelLinear(plain)
+    assert torch.equal(panels.weight_PKNp, own.weight_PKNp)
+    assert panels.weight_PKNp.data_ptr() == packed.memory().data_ptr() != own.weight_PKNp.data_ptr()
+    plain.weight[-1, -1] += 1
+    assert not lies_in_panels(packed, plain), "one weight elsewhere is another layout"
 
 
 @torch.inference_mode()

@@ -95,9 +95,10 @@ def test_bf16_prefill_is_as_exact_as_sdpa(query_scale: float, key_offset: float)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("lengths", [[1], [4, 5, 1, 16], [300, 2, 64, 129], [3] * 9])
+@pytest.mark.parametrize("width, size", [(16, 4), (64, 6), (128, 4)])
 @pytest.mark.parametrize("kernels", KERNELS)
-def test_decode(kernels: str, lengths: list[int], heads: str, dtype: torch.dtype) -> None:
-    (query_heads, key_heads), width, size = HEADS[heads], 16, 4
+def test_decode(kernels: str, width: int, size: int, lengths: list[int], heads: str, dtype: torch.dtype) -> None:
+    query_heads, key_heads = HEADS[heads]
     needed = [-(-length // size) for length in lengths]
     rows = sum(needed) + 1
     query, key_pool, value_pool = random_tensors(
@@ -121,8 +122,10 @@ def test_decode(kernels: str, lengths: list[int], heads: str, dtype: torch.dtype
     assert torch.equal(key_pool, before[0]) and torch.equal(value_pool, before[1])
 
 
-def test_decode_of_a_long_sequence_is_the_same_in_any_batch() -> None:
-    query, key_pool, value_pool = random_tensors((3, 4, 16), (120, 4, 2, 16), (120, 4, 2, 16), dtype=torch.float32)
+@pytest.mark.parametrize("width", [16, 64])
+def test_decode_of_a_long_sequence_is_the_same_in_any_batch(width: int) -> None:
+    shapes = (3, 4, width), (120, 4, 2, width), (120, 4, 2, width)
+    query, key_pool, value_pool = random_tensors(*shapes, dtype=torch.float32)
     rows_nB, lengths_n = torch.arange(120).view(3, 40), torch.tensor([150, 160, 131])
     made = CpuKernels()
     whole = made.decode(query, key_pool, value_pool, rows_nB, lengths_n, 0.25)

@@ -79,6 +79,7 @@ def exactly(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
 
 
 SHAPES = {"one panel": (64, 64), "narrow": (10, 3), "ragged": (100, 333), "two pieces of inputs": (5000, 70)}
+SHAPES["tiles of a matrix unit"] = (4128, 70)
 
 
 @torch.inference_mode()
@@ -90,7 +91,7 @@ def test_panel_linears(inputs: int, outputs: int, bias: bool, dtype: torch.dtype
     other = linear(inputs, 2 * outputs + 1, bias, dtype)
     panels = [PanelLinear(layer) for layer in (first, other, second)]
     assert not list(panels[0].parameters()) and not panels[0].state_dict()
-    for tokens in (1, 5, 13, 97, 200):  # passes of six tokens, tasks of 96
+    for tokens in (1, 5, 13, 16, 17, 32, 49, 97, 200):  # passes of 12 tokens or 32, tasks of 96
         x, hidden = torch.randn(tokens, inputs).to(dtype), torch.randn(tokens, outputs).to(dtype)
         for layer, out in zip((first, other, second), linears(x, *panels), strict=True):
             close(out, exactly(layer, x), SUMS)
@@ -105,12 +106,12 @@ def test_panel_linears(inputs: int, outputs: int, bias: bool, dtype: torch.dtype
 
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("inputs", [512, 5000])
+@pytest.mark.parametrize("inputs", [512, 4128, 5000])
 def test_a_tokens_products_are_the_same_bit_for_bit_in_any_batch(inputs: int, dtype: torch.dtype) -> None:
     gate, up = (PanelLinear(linear(inputs, 200, bias, dtype)) for bias in (True, False))
     x, hidden = torch.randn(230, inputs).to(dtype), torch.randn(230, 200).to(dtype)
     whole = [*linears(x, gate, up), gated_linear(x, gate, up), add_linear(hidden.clone(), x, up)]
-    for first, last in ((0, 1), (95, 97), (3, 20), (7, 103), (1, 230)):
+    for first, last in ((0, 1), (95, 97), (3, 20), (4, 36), (7, 103), (1, 230)):
         part = x[first:last].clone()
         alone = [*linears(part, gate, up), gated_linear(part, gate, up)]
         alone.append(add_linear(hidden[first:last].clone(), part, up))

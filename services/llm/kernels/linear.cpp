@@ -1,16 +1,20 @@
-// Matrix products with a weight that lies in panels of 64 outputs: decode reads each weight once, at the memory's
-// speed, and prefill multiplies from the same bytes.
+// Matrix products with a weight that lies in panels of 32 outputs: decode reads each weight once, at the memory's speed,
+// and prefill multiplies from the same bytes. Matrix units (AMX) multiply bf16 where the processor has them.
 //
 // Each output is one fp32 sum over the inputs in their order, whatever the number of tokens: what else is in the batch
 // changes no result.
 //
 // Legend: M tokens, N outputs, K inputs.
 #include <ATen/core/Tensor.h>
+#include <ATen/cpu/Utils.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) || defined(__AMX_BF16__)
 #include <immintrin.h>
 #endif
+
+#include <array>
+#include <utility>
 
 #include "native.h"
 
@@ -18,12 +22,14 @@ namespace {
 
 using namespace focusllava;
 
-constexpr int64_t kPanel = 64;    // outputs of a panel: four vectors of fp32
-constexpr int64_t kVector = 16;   // floats of a vector
-constexpr int kRegisterRows = 6;  // tokens of a pass: their sums stay in registers, 24 of AVX-512's 32
-constexpr int64_t kRows = 96;     // tokens of a task
-constexpr int64_t kWords = 1024;  // words of a panel, 256 KiB, that all passes of a task take in turn from the L2 cache
-constexpr int64_t kAhead = 4096;  // bytes of its panel that a task of a single pass asks for ahead
+constexpr int64_t kPanel = 32;         // outputs of a panel: two vectors of fp32
+constexpr int64_t kVector = 16;        // floats of a vector; rows of a matrix tile, and the words in each
+constexpr int64_t kRegisterRows = 12;  // tokens of a pass: their sums stay in registers, 24 of AVX-512's 32
+constexpr int64_t kTileRows = 32;      // the same on matrix units: with two vectors of outputs four tiles of sums
+constexpr int64_t kRows = 96;          // tokens of a task
+constexpr int64_t kWordBytes = 128;    // of a panel for one word of the inputs
+constexpr int64_t kWords = 2048;       // words of a panel, 256 KiB, that all passes of a task take from the L2 cache
+constexpr int64_t kAhead = 32;         // words, 4 KiB, that a task of a single pass asks for ahead, its next panel's at last
 
 typedef float Vector __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
@@ -45,40 +51,135 @@ inline Vector multiply_add(Vector sum, uint32_t x, const T* weight) {
 #endif
 }
 
-// Weights to ask for meanwhile: so many bytes with each word, whose own are 256.
+// Weights to ask for meanwhile: so many bytes with each word. All 128 of a word are read soon, from the L1 cache; half of
+// them belong to the next panel, which would drive the own one out of it.
 struct Ahead {
   const char* from;
   int64_t bytes;
+  void ask(int64_t words) {
+    const char* end = from + words * bytes;
+    if (bytes == kWordBytes) for (; from < end; from += 64) __builtin_prefetch(from, 0, 3);
+    else for (; from < end; from += 64) __builtin_prefetch(from, 0, 2);
+  }
 };
 
-// Adds to sums [R, 64] of R tokens the words first..last-1 of their inputs x [R, K].
+// Adds to sums [R, 32] of R tokens the words first..last-1 of their inputs x [R, K].
 template <typename T, int R>
 void multiply_rows(const T* x, int64_t width, const T* panel, int64_t first, int64_t last, Ahead ahead, float* sums) {
-  Vector sum[R][4];
-#pragma GCC unroll 8
+  constexpr int kColumns = kPanel / kVector;
+  Vector sum[R][kColumns];
+#pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int c = 0; c < 4; ++c) std::memcpy(&sum[r][c], sums + r * kPanel + c * kVector, sizeof(Vector));
+#pragma GCC unroll 2
+    for (int c = 0; c < kColumns; ++c) std::memcpy(&sum[r][c], sums + r * kPanel + c * kVector, sizeof(Vector));
   for (int64_t k = first; k < last; ++k) {
     const T* weight = panel + k * kPanel * kPair<T>;
-    for (int64_t line = 0; line < ahead.bytes; line += 64) __builtin_prefetch(ahead.from + line, 0, 2);
-    ahead.from += ahead.bytes;
-#pragma GCC unroll 8
+    ahead.ask(1);
+#pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
       uint32_t word;
       std::memcpy(&word, x + r * width + k * kPair<T>, sizeof word);
-#pragma GCC unroll 8
-      for (int c = 0; c < 4; ++c)
+#pragma GCC unroll 2
+      for (int c = 0; c < kColumns; ++c)
         sum[r][c] = multiply_add<T>(sum[r][c], word, weight + c * kVector * kPair<T>);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int c = 0; c < 4; ++c) std::memcpy(sums + r * kPanel + c * kVector, &sum[r][c], sizeof(Vector));
+#pragma GCC unroll 2
+    for (int c = 0; c < kColumns; ++c) std::memcpy(sums + r * kPanel + c * kVector, &sum[r][c], sizeof(Vector));
 }
 
-struct Panels {  // nn.Linear's weight [ceil(N / 64), K / pair, 64, pair], zeros beyond N, and its bias [N]
+template <typename T, size_t... i>
+constexpr auto row_kernels(std::index_sequence<i...>) { return std::array{multiply_rows<T, i + 1>...}; }
+
+#ifdef __AMX_BF16__
+// Rows and bytes a row of the matrix tiles for some tokens, as ldtilecfg takes them: tiles 0 and 1 sums of the first 16
+// tokens, 2 and 3 those of the others, 4 and 5 the tokens, 6 and 7 weights.
+struct alignas(64) TileShapes {
+  uint8_t palette = 1, start = 0, unused[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+constexpr auto kTileShapes = [] {
+  std::array<TileShapes, kTileRows> shapes;
+  for (int64_t tokens = 1; tokens <= kTileRows; ++tokens) {
+    const uint8_t upper = std::min(tokens, kVector), lower = tokens - upper, weights = kVector;
+    TileShapes& shape = shapes[tokens - 1];
+    for (int tile = 0; const uint8_t rows : {upper, upper, lower, lower, upper, lower, weights, weights}) {
+      shape.row_bytes[tile] = rows ? 64 : 0;
+      shape.rows[tile++] = rows;
+    }
+  }
+  return shapes;
+}();
+
+// This thread's matrix tiles. To shape them stops the pipeline, so they keep their shape from task to task.
+class Tiles {
+ public:
+  Tiles() { tokens = 0; }
+  ~Tiles() {
+    if (tokens) _tile_release();
+  }
+  static void shape_for(int64_t count) {
+    if (tokens != count) _tile_loadconfig(&kTileShapes[count - 1]);
+    tokens = count;
+  }
+
+ private:
+  static inline thread_local int64_t tokens = 0;
+};
+
+// multiply_rows of up to 32 tokens.
+void multiply_tiles(const BFloat16* x, int64_t rows, int64_t width, const BFloat16* panel, int64_t first, int64_t last,
+                    Ahead ahead, float* sums) {
+  constexpr int64_t kStride = kPanel * sizeof(float);
+  const int64_t x_stride = width * sizeof(BFloat16);
+  const bool lower = rows > kVector;
+  float *right = sums + kVector, *below = sums + kVector * kPanel, *last_sums = below + kVector;
+  Tiles::shape_for(rows);
+  _tile_loadd(0, sums, kStride);
+  _tile_loadd(1, right, kStride);
+  if (lower) {
+    _tile_loadd(2, below, kStride);
+    _tile_loadd(3, last_sums, kStride);
+  }
+  for (int64_t k = first; k < last; k += kVector) {
+    const BFloat16 *weight = panel + k * kPanel * 2, *token = x + k * 2;
+    ahead.ask(kVector);
+    _tile_loadd(6, weight, kWordBytes);
+    _tile_loadd(4, token, x_stride);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, weight + kVector * 2, kWordBytes);
+    _tile_dpbf16ps(1, 4, 7);
+    if (lower) {
+      _tile_loadd(5, token + kVector * width, x_stride);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, sums, kStride);
+  _tile_stored(1, right, kStride);
+  if (lower) {
+    _tile_stored(2, below, kStride);
+    _tile_stored(3, last_sums, kStride);
+  }
+}
+
+// Whether matrix units take inputs of so many words; the system has to let a process use them.
+template <typename T>
+bool use_tiles(int64_t words) {
+  static const bool allowed = at::cpu::init_amx();
+  return std::is_same_v<T, BFloat16> && allowed && words % kVector == 0;
+}
+#else
+struct Tiles {};
+void multiply_tiles(...) {}
+template <typename T>
+bool use_tiles(int64_t) { return false; }
+#endif
+
+struct Panels {  // nn.Linear's weight [ceil(N / 32), K / pair, 32, pair], zeros beyond N, and its bias [N]
   Tensor weight;
   std::optional<Tensor> bias;
   int64_t outputs;
@@ -88,27 +189,32 @@ struct Panels {  // nn.Linear's weight [ceil(N / 64), K / pair, 64, pair], zeros
   const T* panel(int64_t index) const { return weight.const_data_ptr<T>() + index * kPanel * inputs(); }
 };
 
-// The products of one panel and `rows` tokens, plus the bias: sums [rows, 64]. next: the panel that this thread takes
+// The products of one panel and `rows` tokens, plus the bias: sums [rows, 32]. next: the panel that this thread takes
 // next, or null; its way from memory overlaps with the passes, which find their own panel in the cache.
 template <typename T>
 void multiply(const T* x, int64_t rows, const Panels& linear, int64_t panel, const T* next, float* sums) {
-  constexpr decltype(&multiply_rows<T, 1>) kKernels[] = {multiply_rows<T, 1>, multiply_rows<T, 2>, multiply_rows<T, 3>,
-                                                         multiply_rows<T, 4>, multiply_rows<T, 5>, multiply_rows<T, 6>};
+  constexpr auto kKernels = row_kernels<T>(std::make_index_sequence<kRegisterRows>());
   const int64_t width = linear.inputs(), words = width / kPair<T>;
   const T* weight = linear.panel<T>(panel);
-  const int64_t passes = (rows + kRegisterRows - 1) / kRegisterRows;
-  const int64_t share = passes < 4 ? 128 : 64;  // of the 256 bytes that a word of the next panel has, a pass's
+  const bool tiles = use_tiles<T>(words);
+  const int64_t most = tiles ? kTileRows : kRegisterRows, passes = (rows + most - 1) / most;
+  const int64_t piece = passes > 1 || words <= kAhead ? kWords : words - kAhead;
   std::fill(sums, sums + rows * kPanel, 0.0f);
-  for (int64_t first = 0; first < words; first += kWords) {
-    const int64_t last = std::min(first + kWords, words);
-    const auto* after = reinterpret_cast<const char*>(last < words ? weight + last * kPanel * kPair<T> : next);
+  for (int64_t first = 0; first < words; first += piece) {
+    const int64_t last = std::min(first + piece, words);
     const auto* here = reinterpret_cast<const char*>(weight + first * kPanel * kPair<T>);
+    const auto* after = last < words ? here + (last - first) * kWordBytes : reinterpret_cast<const char*>(next);
     for (int64_t pass = 0; pass < passes; ++pass) {
-      const int64_t r = pass * kRegisterRows, some = std::min<int64_t>(kRegisterRows, rows - r);
-      const int64_t done = pass * share;
+      const int64_t r = pass * most, some = std::min(most, rows - r);
       Ahead ahead{nullptr, 0};
-      if (passes == 1) ahead = {here + kAhead, 256};
-      else if (after && done < 256) ahead = {after + done * (last - first), share};
+      if (passes == 1 && last < words) ahead = {here + kAhead * kWordBytes, kWordBytes};
+      else if (passes == 1 && after) ahead = {after, kWordBytes};
+      else if (after && pass < 2) ahead = {after + pass * (last - first) * 64, 64};  // one half of it in each
+      if constexpr (std::is_same_v<T, BFloat16>)
+        if (tiles) {
+          multiply_tiles(x + r * width, some, width, weight, first, last, ahead, sums + r * kPanel);
+          continue;
+        }
       kKernels[some - 1](x + r * width, width, weight, first, last, ahead, sums + r * kPanel);
     }
   }
@@ -126,11 +232,12 @@ template <typename F>
 void for_each_part(int64_t panels, int64_t tokens, const F& task) {
   if (tokens <= kRows) {  // a run of panels for each thread
     at::parallel_for(0, panels, 1, [&](int64_t first, int64_t last) {
+      [[maybe_unused]] Tiles tiles;
       for (int64_t panel = first; panel < last; ++panel) task(panel, 0, tokens, panel + 1 < last);
     });
     return;
   }
-  for_each_task((tokens + kRows - 1) / kRows * panels, [&](int64_t i) {
+  for_each_task<Tiles>((tokens + kRows - 1) / kRows * panels, [&](int64_t i) {
     const int64_t first = i / panels * kRows;
     task(i % panels, first, std::min(kRows, tokens - first), false);
   });

@@ -11,7 +11,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -220,12 +220,64 @@ void prefill(const Tensor& query, const Tensor& key, const Tensor& value, at::In
   });
 }
 
-template <typename T>
-inline void prefetch(const T* x, int64_t count) {
-  for (int64_t j = 0; j < count; j += 64 / sizeof(T)) __builtin_prefetch(x + j);
+typedef float Vector __attribute__((vector_size(64)));
+
+inline Vector load(const float* x) {
+  Vector v;
+  std::memcpy(&v, x, sizeof v);
+  return v;
+}
+inline Vector load(const BFloat16* x) {
+  typedef uint16_t Halves __attribute__((vector_size(32)));
+  typedef uint32_t Words __attribute__((vector_size(64)));
+  Halves v;
+  std::memcpy(&v, x, sizeof v);
+  return std::bit_cast<Vector>(__builtin_convertvector(v, Words) << 16);
 }
 
-// Sixteen sums side by side, added up in pairs: a single sum would be a chain of d additions.
+// The sixteen of each of four added up.
+inline std::array<float, 4> sums_of(const Vector (&v)[4]) {
+#ifdef __AVX512F__
+  const auto a = std::bit_cast<__m512>(v[0]), b = std::bit_cast<__m512>(v[1]);
+  const auto c = std::bit_cast<__m512>(v[2]), d = std::bit_cast<__m512>(v[3]);
+  const __m512d ab = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+  const __m512d cd = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
+  const __m512 fours = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)),
+                                     _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+  const __m256 twos = _mm256_add_ps(_mm512_castps512_ps256(fours),
+                                    _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(fours), 1)));
+  return std::bit_cast<std::array<float, 4>>(_mm_add_ps(_mm256_castps256_ps128(twos), _mm256_extractf128_ps(twos, 1)));
+#else
+  std::array<float, 4> sums;
+  for (int i = 0; i < 4; ++i) {
+    Vector one = v[i];
+    for (int half = 8; half > 0; half /= 2)
+      for (int j = 0; j < half; ++j) one[j] += one[j + half];
+    sums[i] = one[0];
+  }
+  return sums;
+#endif
+}
+
+// The products of R queries [R, D] with four keys, of which `count` are kept: score[r][0..count-1].
+template <typename T, int64_t D, int R>
+inline void dots(const float* query, const T* const (&key)[4], float* const (&score)[R], int64_t count) {
+  Vector sums[R][4] = {};
+#pragma GCC unroll 8
+  for (int64_t j = 0; j < D; j += 16)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const Vector k = load(key[i] + j);
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) sums[r][i] += load(query + r * D + j) * k;
+    }
+  for (int r = 0; r < R; ++r) {
+    const auto four = sums_of(sums[r]);
+    std::copy(four.begin(), four.begin() + count, score[r]);
+  }
+}
+
+// Sixteen sums side by side, added up in pairs: one sum alone would be a chain of d additions.
 template <typename T>
 inline float dot(const float* x, const T* y, int64_t d) {
   float sums[16] = {};
@@ -242,15 +294,21 @@ inline float dot(const float* x, const T* y, int64_t d) {
 
 // One decode task: keys first..last-1 of one sequence, all heads, so that a page is read from end to end. Leaves for each
 // head its values weighted by exp(score - top) [H, d], the sum of the weights [H] and the top score [H].
-// D: the head width where the compiler is to know it, else 0.
-template <typename T, int64_t D>
+// D: the head width where the compiler is to know it, else 0. R: heads that share a key and go together, 1 where D is 0.
+template <typename T, int64_t D, int R>
 void decode_part(const T* query, const Strided& q_at, const Tensor& keys, const Tensor& values, const int64_t* rows,
                  int64_t first, int64_t last, int64_t heads, float scaling, float* out) {
   const int64_t b = keys.size(1), groups = keys.size(2), d = D ? D : keys.size(3), repeats = heads / groups;
   const int64_t token = groups * d, page = b * token, count = last - first;
   const T *key_pool = keys.const_data_ptr<T>(), *value_pool = values.const_data_ptr<T>();
   // A page at a time: calls f(k, tokens, at, next) for the tokens k..k+tokens-1, which lie at `at`. Pages lie apart, so
-  // the processor cannot guess the next one: f asks for its keys while it works, a head's share at a time.
+  // the processor cannot guess the next one: f asks for it while it works, with each head of each token for as much more
+  // of it, from its beginning to its end, which is the order that the processor reads memory fastest in.
+  const int64_t share = d * sizeof(T) / repeats;
+  const auto ask = [&](const T* next, int64_t number) {
+    const auto *from = reinterpret_cast<const char*>(next) + number * share, *end = from + share;
+    for (from += -reinterpret_cast<uintptr_t>(from) % 64; from < end; from += 64) __builtin_prefetch(from);
+  };
   const auto for_each_page = [&](const T* pool, const auto& f) {
     for (int64_t k = 0, tokens; k < count; k += tokens) {
       tokens = std::min(b - (first + k) % b, count - k);
@@ -265,11 +323,21 @@ void decode_part(const T* query, const Strided& q_at, const Tensor& keys, const 
   for (int64_t h = 0; h < heads; ++h)
     for (int64_t j = 0; j < d; ++j) q[h * d + j] = to_float(query[h * q_at.head + j]) * scaling;
   for_each_page(key_pool, [&](int64_t k, int64_t tokens, const T* at, const T* next) {
-    for (int64_t h = 0; h < heads; ++h) {
-      const T *own = at + h / repeats * d, *ahead = next + h / repeats * d;
+    for (int64_t h = 0; h < heads; h += R) {
+      const T* own = at + h / repeats * d;
       const float* one = q + h * d;
+      if constexpr (D > 0) {
+        for (int64_t t = 0; t < tokens; t += 4) {
+          for (int64_t i = 0; i < 4 * R; ++i) ask(next, h * tokens + t * R + i);
+          const auto at_most = [&](int64_t i) { return own + std::min(t + i, tokens - 1) * token; };
+          float* to[R];
+          for (int r = 0; r < R; ++r) to[r] = scores + (h + r) * count + k + t;
+          dots<T, D, R>(one, {at_most(0), at_most(1), at_most(2), at_most(3)}, to, std::min<int64_t>(4, tokens - t));
+        }
+        continue;
+      }
       for (int64_t t = 0; t < tokens; ++t) {
-        if (h % repeats == 0) prefetch(ahead + t * token, d);
+        ask(next, h * tokens + t);
         scores[h * count + k + t] = dot(one, own + t * token, d);
       }
     }
@@ -287,16 +355,32 @@ void decode_part(const T* query, const Strided& q_at, const Tensor& keys, const 
   }
   std::fill(out, out + heads * d, 0.0f);
   for_each_page(value_pool, [&](int64_t k, int64_t tokens, const T* at, const T* next) {
-    for (int64_t h = 0; h < heads; ++h) {
-      const T *own = at + h / repeats * d, *ahead = next + h / repeats * d;
+    for (int64_t h = 0; h < heads; h += R) {
+      const T* own = at + h / repeats * d;
       const float* weight = scores + h * count + k;
       float* sum = out + h * d;
-      constexpr int64_t kColumns = D ? D : 16;  // so many sums stay in registers
+      if constexpr (D > 0) {
+        Vector part[R][D / 16];
+        for (int r = 0; r < R; ++r)
+          for (int j = 0; j < D / 16; ++j) part[r][j] = load(sum + r * D + j * 16);
+        for (int64_t t = 0; t < tokens; ++t) {
+          for (int r = 0; r < R; ++r) ask(next, h * tokens + t * R + r);
+#pragma GCC unroll 8
+          for (int j = 0; j < D / 16; ++j) {
+            const Vector value = load(own + t * token + j * 16);
+#pragma GCC unroll 2
+            for (int r = 0; r < R; ++r) part[r][j] += weight[r * count + t] * value;
+          }
+        }
+        std::memcpy(sum, part, sizeof part);
+        continue;
+      }
+      constexpr int64_t kColumns = 16;  // so many sums stay in registers
       for (int64_t j0 = 0; j0 < d; j0 += kColumns) {
-        const int64_t columns = D ? D : std::min(kColumns, d - j0);
+        const int64_t columns = std::min(kColumns, d - j0);
         float part[kColumns] = {};
         for (int64_t t = 0; t < tokens; ++t) {
-          if (h % repeats == 0) prefetch(ahead + t * token + j0, columns);
+          if (j0 == 0) ask(next, h * tokens + t);
 #pragma omp simd
           for (int64_t j = 0; j < columns; ++j) part[j] += weight[t] * to_float(own[t * token + j0 + j]);
         }
@@ -320,7 +404,10 @@ void decode(const Tensor& query, const Tensor& keys, const Tensor& values, const
     first_part[i + 1] = parts.size();
   }
   std::vector<float> results(parts.size() * size);
-  const auto part = d == 64 ? decode_part<T, 64> : d == 128 ? decode_part<T, 128> : decode_part<T, 0>;
+  const bool even = heads / keys.size(2) % 2 == 0;
+  const auto part = d == 64    ? (even ? decode_part<T, 64, 2> : decode_part<T, 64, 1>)
+                    : d == 128 ? (even ? decode_part<T, 128, 2> : decode_part<T, 128, 1>)
+                               : decode_part<T, 0, 1>;
   for_each_task(parts.size(), [&](int64_t index) {
     const auto [i, first] = parts[index];
     part(q_all + i * q_at.token, q_at, keys, values, rows + i * table.stride(0), first,

@@ -54,12 +54,14 @@ __attribute__((always_inline)) inline float exp_clamped(float x) {
 
 __attribute__((always_inline)) inline float silu(float x) { return x / (1.0f + exp_clamped(x > -88.0f ? -x : 88.0f)); }
 
-// Runs tasks 0..count-1, each on whichever thread is free next.
-template <typename F>
+// Runs tasks 0..count-1, each on whichever thread is free next. Scope: what a thread has one of meanwhile.
+struct NoScope {};
+template <typename Scope = NoScope, typename F>
 void for_each_task(int64_t count, const F& task) {
   std::atomic<int64_t> next{0};
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), count);
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    [[maybe_unused]] Scope scope;
     for (int64_t i = next++; i < count; i = next++) task(i);
   });
 }

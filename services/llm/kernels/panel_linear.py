@@ -1,14 +1,15 @@
-"""Linear layers whose weight lies in panels of 64 outputs, for the products of linear.cpp.
+"""Linear layers whose weight lies in panels of 32 outputs, for the products of linear.cpp.
 
 Decode reads each weight once, at the memory's speed; prefill multiplies from the same bytes. A token's result is the
-same bit for bit whatever tokens are beside it.
+same bit for bit whatever tokens are beside it, with one exception: on a CPU with matrix units (AMX) oneDNN takes passes
+of more than FEW_TOKENS, and may round differently.
 
 Legend: M tokens, N outputs, K inputs, P panels, p inputs of a 32-bit word.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -16,48 +17,67 @@ from torch import nn
 from services.common.linear import PackedLinear
 from services.llm.kernels import native
 
-PANEL = 64
-"""Outputs side by side, as in linear.cpp."""
+PANEL = 32
+"""Outputs side by side, as in linear.cpp and in what oneDNN makes of a bf16 weight for AMX."""
+FEW_TOKENS = 96
+"""Up to here the panels' own kernels are faster than oneDNN's on AMX."""
 
 
 class PanelLinear(nn.Module):
     """nn.Linear in fp32 or bf16, sums in fp32. No gradient, no parameters, no state dict, as PackedLinear."""
 
-    def __init__(self, linear: nn.Linear):
+    packed: PackedLinear | None
+
+    def __init__(self, linear: nn.Linear, packed: PackedLinear | None = None):
+        """packed: the same layer, if `lies_in_panels`: the weight is kept once, passes of many tokens are oneDNN's."""
         super().__init__()
-        weight_NK = linear.weight.detach()
-        self.out_features, self.in_features = weight_NK.shape
-        panels, p = -(-self.out_features // PANEL), 4 // weight_NK.element_size()
-        self.weight_PKNp = weight_NK.new_zeros(panels, self.in_features // p, PANEL, p)
-        # One panel at a time: the head of a large vocabulary must not lie in memory a third time.
-        for panel_KNp, rows_NK in zip(self.weight_PKNp, weight_NK.split(PANEL), strict=True):
-            panel_KNp[:, : len(rows_NK)] = rows_NK.unflatten(1, (-1, p)).transpose(0, 1)
+        self.out_features, self.in_features = linear.weight.shape
+        self.__dict__["packed"] = packed  # no submodule: it is this very layer, and counts once
+        panels, p = -(-self.out_features // PANEL), 4 // linear.weight.element_size()
+        shape = panels, self.in_features // p, PANEL, p
+        if packed is not None:
+            self.weight_PKNp = packed.memory().view(shape)
+        else:
+            self.weight_PKNp = linear.weight.detach().new_zeros(shape)
+            for panel_KNp, own_KNp in zip(self.weight_PKNp, _panels(linear), strict=True):
+                panel_KNp[:, : own_KNp.shape[1]] = own_KNp
         self.bias = None if linear.bias is None else linear.bias.detach().clone()
 
     def forward(self, x_MK: torch.Tensor) -> torch.Tensor:
         """[..., K] -> [..., N] in the weight's dtype."""
-        (out_MN,) = torch.ops.focusllava.linear(x_MK, [self.weight_PKNp], [self.bias], [self.out_features])
-        return out_MN
+        return linears(x_MK, self)[0]
+
+
+def lies_in_panels(packed: PackedLinear, linear: nn.Linear) -> bool:
+    """Whether oneDNN's layout of the weight, which it promises nobody, is that of the panels."""
+    memory = packed.memory()
+    if linear.out_features % PANEL or memory.numel() != linear.weight.numel():
+        return False
+    panels = zip(memory.chunk(linear.out_features // PANEL), _panels(linear), strict=True)
+    return all(torch.equal(memory, panel_KNp.flatten()) for memory, panel_KNp in panels)
 
 
 def pack_linear(linear: nn.Linear) -> nn.Module:
     """The layer in the fastest form that this CPU has for it.
 
-    Panels need AVX-512, with its bf16 products for bf16. A CPU with matrix units (AMX) keeps oneDNN's kernels, which
-    use them.
+    Panels need AVX-512, with its bf16 products for bf16. With matrix units (AMX) oneDNN has its part in them, or all.
     """
     bf16 = linear.weight.dtype == torch.bfloat16
     fast = torch.cpu._is_avx512_bf16_supported() if bf16 else torch.cpu._is_avx512_supported()
-    if fast and not torch.cpu._is_amx_tile_supported() and linear.in_features % 2 == 0 and native.load():
+    if not fast or linear.in_features % 2 or not native.load():
+        return PackedLinear(linear)
+    if not torch.cpu._is_amx_tile_supported():
         return PanelLinear(linear)
-    return PackedLinear(linear)
+    packed = PackedLinear(linear)
+    return PanelLinear(linear, packed) if bf16 and lies_in_panels(packed, linear) else packed
 
 
 def linears(x_MK: torch.Tensor, *layers: nn.Module) -> Sequence[torch.Tensor]:
     """Each layer's result on the same input, from one call where their kind allows it."""
-    panels = [layer for layer in layers if isinstance(layer, PanelLinear)]
+    forms = [_form(layer, x_MK) for layer in layers]
+    panels = [form for form in forms if isinstance(form, PanelLinear)]
     if len(panels) < len(layers):
-        return [layer(x_MK) for layer in layers]
+        return [form(x_MK) for form in forms]
     return torch.ops.focusllava.linear(
         x_MK,
         [layer.weight_PKNp for layer in panels],
@@ -68,16 +88,18 @@ def linears(x_MK: torch.Tensor, *layers: nn.Module) -> Sequence[torch.Tensor]:
 
 def add_linear(hidden_MN: torch.Tensor, x_MK: torch.Tensor, layer: nn.Module) -> torch.Tensor:
     """hidden + layer(x); hidden may be written to."""
-    if isinstance(layer, PanelLinear):
-        torch.ops.focusllava.linear_add_(hidden_MN, x_MK, layer.weight_PKNp, layer.bias)
+    form = _form(layer, x_MK)
+    if isinstance(form, PanelLinear):
+        torch.ops.focusllava.linear_add_(hidden_MN, x_MK, form.weight_PKNp, form.bias)
         return hidden_MN
-    if isinstance(layer, PackedLinear):
-        return layer.combined(x_MK, hidden_MN, "add")
-    return hidden_MN.add_(layer(x_MK))
+    if isinstance(form, PackedLinear):
+        return form.combined(x_MK, hidden_MN, "add")
+    return hidden_MN.add_(form(x_MK))
 
 
 def gated_linear(x_MK: torch.Tensor, gate: nn.Module, up: nn.Module) -> torch.Tensor:
     """silu(gate(x)) * up(x): [..., K] -> [..., N]."""
+    gate, up = _form(gate, x_MK), _form(up, x_MK)
     if isinstance(gate, PanelLinear) and isinstance(up, PanelLinear):
         return torch.ops.focusllava.linear_gated(
             x_MK, gate.weight_PKNp, gate.bias, up.weight_PKNp, up.bias, gate.out_features
@@ -87,3 +109,17 @@ def gated_linear(x_MK: torch.Tensor, gate: nn.Module, up: nn.Module) -> torch.Te
     gate_MN = gate(x_MK)
     torch.ops.focusllava.silu_mul_(gate_MN, up(x_MK))
     return gate_MN
+
+
+def _panels(linear: nn.Linear) -> Iterator[torch.Tensor]:
+    """[K / p, up to 32, p] each. One at a time: the head of a large vocabulary must not lie in memory a third time."""
+    p = 4 // linear.weight.element_size()
+    for rows_NK in linear.weight.detach().split(PANEL):
+        yield rows_NK.unflatten(1, (-1, p)).transpose(0, 1)
+
+
+def _form(layer: nn.Module, x_MK: torch.Tensor) -> nn.Module:
+    """What multiplies so many tokens: the layer, or what oneDNN has of it."""
+    if not isinstance(layer, PanelLinear) or layer.packed is None or x_MK.numel() <= FEW_TOKENS * layer.in_features:
+        return layer
+    return layer.packed
