@@ -18,8 +18,8 @@ LAYER, THRESHOLD = 2, 0.98
 """Where the text-guided sampler is evaluated, unless a setting says otherwise. The paper's 0.85 keeps four in five
 tokens there; here, where pre-training has taught attention to be narrow, one in forty."""
 SHARES = (0.17, 0.14, 0.69)
-"""Of regions at 1x1, 2x2 and 4x4 at which the balance loss is level: 25 % of the map's tokens. Selectors end lower, near
-18 %: they choose what is likeliest, and the loss sees how likely each is."""
+"""Of regions at 1x1, 2x2 and 4x4 at which the balance loss is level: 25 % of the map's tokens. Selectors end lower,
+near 18 %: they choose what is likeliest, and the loss sees how likely each is."""
 LEAST_LAYER_BUDGET = 0.2
 """Converted share of a rival inside the language model: its first layer of six sees all tokens, 17 % by itself."""
 
