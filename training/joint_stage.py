@@ -95,6 +95,7 @@ class JointTask:
             self.tokenizer,
             image_token_id=self.config.image_token_id,
             context=self.config.text_config.max_position_embeddings,
+            instruction=self.config.text_sampler.instruction,
         )
         self.builder = BranchBuilder(renderer)
         self.data: SceneBatches | ConversationBatches

@@ -69,7 +69,7 @@ class Run:
     setting: Setting
     seed: int
     config: dict[str, Any]
-    """Of the training that makes its weights: RunConfig as YAML has it."""
+    """Of the training that makes its weights, or made them: RunConfig as YAML has it."""
     weights: pathlib.Path
     keys: dict[PosterSplit, str]
 
@@ -142,6 +142,9 @@ def planned(study: Study, setting: Setting, seed: int, results: Sequence[Result]
     weights = study.scratch / "weights" / config["name"] if setting.weights_of != START else study.start
     config["output"] = str(weights)
     scored = {"weights": weights_key, "text": setting.text, "permuted": setting.permuted, "images": study.images}
+    if setting.weights_of and setting.stage:
+        config["stage"] = merged(config["stage"], setting.stage)
+        scored["stage"] = setting.stage
     keys = {split: _hash({**scored, "split": split}) for split in SPLITS}
     return Run(setting=setting, seed=seed, config=config, weights=weights, keys=keys)
 

@@ -16,6 +16,7 @@ from services.common.errors import InvalidInput
 MODEL_TYPE = "focusllava"
 FORMAT_VERSION = 1
 TEXT_FAMILIES = ("llama", "mistral", "qwen2")
+Instruction = Literal["last_turn", "all_turns", "to_answer"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,9 @@ class TextSamplerConfig:
     """i: zero-based layer before which tokens are pruned."""
     threshold: float = 0.85
     """gamma: share of the summed importance that the kept tokens must reach."""
+    instruction: Instruction = "last_turn"
+    """Whose attention chooses: the last user turn's words, all user turns' words, or the last turn's words and the
+    template's markers after them, which the answer starts from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +145,11 @@ class FocusLlavaConfig:
         return self.vision["image_size"] // self.vision["patch_size"]
 
     def to_dict(self) -> dict[str, Any]:
-        return {"model_type": MODEL_TYPE, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        raw = {"model_type": MODEL_TYPE, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        # Younger than the format: written where it says something, so that older checkpoints keep their fingerprints.
+        if self.text_sampler.instruction == TextSamplerConfig.instruction:
+            del raw["text_sampler"]["instruction"]
+        return raw
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> FocusLlavaConfig:

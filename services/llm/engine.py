@@ -121,7 +121,12 @@ class Engine:
         quantize: see `services.common.linear.prepare_linears`."""
         config = FocusLlavaConfig.load(folder)
         decoder = Decoder.from_checkpoint(folder, dtype=dtype, device=device, quantize=quantize)
-        renderer = PromptRenderer.from_checkpoint(folder, image_token_id=config.image_token_id, context=decoder.context)
+        renderer = PromptRenderer.from_checkpoint(
+            folder,
+            image_token_id=config.image_token_id,
+            context=decoder.context,
+            instruction=config.text_sampler.instruction,
+        )
         return cls(
             decoder,
             renderer,

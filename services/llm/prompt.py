@@ -13,12 +13,13 @@ import re
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jinja2
 import torch
 from transformers import AutoTokenizer, LlavaNextConfig
 
+from services.checkpoint.config import Instruction
 from services.common.errors import InvalidInput
 from services.common.types import ChatTurn, ImagePart
 
@@ -26,7 +27,6 @@ ROLES = ("system", "user", "assistant")
 ZERO_WIDTH_SPACE = "\u200b"
 FIRST_SENTINEL = 0xF0000
 SENTINEL = re.compile("[\U000f0000-\U000ffffd]")
-Instruction = Literal["last_turn", "all_turns"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Prompt:
     visual_spans: tuple[tuple[int, int], ...]
     """An image: first position and one past the last, in order; they index `input_ids`."""
     instruction_positions: tuple[int, ...]
-    """Positions of the words whose attention chooses the visual tokens (method, section 2)."""
+    """Positions of the tokens whose attention chooses the visual tokens (method, section 2)."""
 
     def visual_positions(self) -> torch.Tensor:
         """int64 [N]: positions of all images' visual tokens."""
@@ -55,7 +55,7 @@ class PromptRenderer:
     """Renders prompts with one checkpoint's tokenizer and chat template. Thread-safe."""
 
     def __init__(self, tokenizer: Any, *, image_token_id: int, context: int, instruction: Instruction = "last_turn"):
-        """instruction: the last user turn's words choose the visual tokens, or all user turns' words."""
+        """instruction: which tokens choose the visual tokens; see `services.checkpoint.config.TextSamplerConfig`."""
         if not tokenizer.is_fast:
             raise InvalidInput("has no fast (tokenizer.json) version, which token offsets need", field="tokenizer")
         if not tokenizer.chat_template:
@@ -171,6 +171,9 @@ class PromptRenderer:
             input_ids.append(token)
         if len(visual_spans) != len(image_tokens):
             raise InvalidInput("does not place each image exactly once", field="chat_template")
+        if self.instruction == "to_answer" and instruction:
+            after = range(instruction[-1] + 1, len(input_ids))
+            instruction += [p for p in after if input_ids[p] != self.image_token_id]
         return Prompt(
             input_ids=tuple(input_ids),
             visual_spans=tuple(visual_spans),

@@ -26,7 +26,7 @@ from services.llm.engine import Engine
 from services.llm.prompt import PromptRenderer
 from tests.llm_reference import causal_mask, naive_kept
 from tests.tiny_checkpoints import make_random_checkpoint
-from tests.tiny_training import tiny_run
+from tests.tiny_training import MODEL, tiny_run
 from tests.unit import sampler_oracles as oracle
 from training.data.branches import BranchBuilder, Exchange
 from training.data.questions import questions
@@ -37,16 +37,26 @@ from training.layout import pack_text
 from training.stochastic_prune import PruneSchedule
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
+def joint_task(folder, **stage):
     torch.manual_seed(3)
-    folder = tmp_path_factory.mktemp("joint")
-    built = JointTask(tiny_run(str(folder / "out")))
+    built = JointTask(tiny_run(str(folder / "out"), stage=stage))
     torch.nn.init.normal_(built.module.encoder.vision_guided_sampler.selector.linear.weight, std=1.0)
     built.module.eval()
     built.export(folder / "out")
     built.folder = folder / "out"
     return built
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    return joint_task(tmp_path_factory.mktemp("joint"))
+
+
+@pytest.fixture(scope="module")
+def marker_task(tmp_path_factory):
+    """Template markers between question and answer choose too."""
+    text_sampler = {**MODEL["text_sampler"], "instruction": "to_answer"}
+    return joint_task(tmp_path_factory.mktemp("markers"), model={**MODEL, "text_sampler": text_sampler})
 
 
 def hidden_of(joint, samples, pruned):
@@ -70,8 +80,9 @@ def test_a_branch_in_a_batch_equals_the_branch_alone(task, pruned):
             torch.testing.assert_close(together[b, q, :size], alone[0, 0, :size], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("pruned", [False, True])
-def test_the_served_first_token_is_the_trained_one(task, pruned):
+@pytest.mark.parametrize(("kind", "pruned"), [("task", False), ("task", True), ("marker_task", True)])
+def test_the_served_first_token_is_the_trained_one(kind, pruned, request):
+    task = request.getfixturevalue(kind)
     joint = task.module
     pipeline = EncoderPipeline.from_checkpoint(task.folder, dtype=torch.float32)
     engine = Engine.from_checkpoint(task.folder, dtype=torch.float32, kv_cache_bytes=1 << 24)
@@ -219,7 +230,7 @@ def test_the_balance_loss_is_over_all_regions_of_the_batch(task, monkeypatch, co
     )
 
 
-@pytest.mark.parametrize("instruction", ["last_turn", "all_turns"])
+@pytest.mark.parametrize("instruction", ["last_turn", "all_turns", "to_answer"])
 def test_users_words_choose_and_an_answer_never_does(task, instruction):
     config = task.config
     renderer = PromptRenderer(task.tokenizer, image_token_id=config.image_token_id, context=2048,
@@ -229,7 +240,12 @@ def test_users_words_choose_and_an_answer_never_does(task, instruction):
     asked = [token for token, theirs in zip(branch.token_ids, branch.instruction, strict=True) if theirs]
     words = task.tokenizer.decode(asked).split()
     both = "what colour is the card ? how many cards ?".split()
+    if instruction == "to_answer":
+        first = branch.instruction.index(True)
+        assert branch.instruction[first : branch.answer_start] == (True,) * (branch.answer_start - first)
+        words = words[:4]
     assert "".join(words) == "".join(both if instruction == "all_turns" else both[-4:])
+    assert not any(branch.instruction[branch.answer_start :])
 
 
 def picture(seed, size_wh):

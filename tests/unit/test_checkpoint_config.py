@@ -39,6 +39,17 @@ def test_a_sampler_that_cannot_be_is_refused(sampler, message):
         config(**sampler)
 
 
+def test_the_choice_of_instruction_tokens_is_kept_and_the_default_is_not_written():
+    default = config()
+    assert "instruction" not in default.to_dict()["text_sampler"], "older checkpoints would change their fingerprints"
+    chosen = dataclasses.replace(default, text_sampler=TextSamplerConfig(layer=1, instruction="to_answer"))
+    assert FocusLlavaConfig.from_dict(chosen.to_dict()) == chosen
+    raw = default.to_dict()
+    raw["text_sampler"]["instruction"] = "words"
+    with pytest.raises(InvalidInput, match=r"text_sampler.instruction: is 'words', expected one of last_turn, all_turns"):
+        FocusLlavaConfig.from_dict(raw)
+
+
 def test_keep_or_drop_of_single_tokens_is_a_sampler():
     kept = config(window=1, branches=((1, 1), (0, 0)), balance_coefficients=(1, 1))
     assert FocusLlavaConfig.from_dict(kept.to_dict()) == kept

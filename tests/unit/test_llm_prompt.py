@@ -122,10 +122,23 @@ def test_instruction_tokens_are_the_last_user_turns_words_and_nothing_else(famil
     assert words(target, prompt) == "And theblue circle below it?"
     both = renderer(family, instruction="all_turns")
     assert words(both, both.render(turns, [7, 3])) == "What number is on the red card?And theblue circle below it?"
+    whole = renderer(family, instruction="to_answer")
+    asked = set(whole.render(turns, [7, 3]).instruction_positions)
+    words_only, shown = set(prompt.instruction_positions), set(prompt.visual_positions().tolist())
+    after = set(range(max(words_only) + 1, len(prompt.input_ids)))
+    assert after and asked == words_only | after - shown
     visual = set(prompt.visual_positions().tolist())
     assert len(visual) == 10 and not visual & set(prompt.instruction_positions)
     assert {prompt.input_ids[p] for p in visual} == {target.image_token_id}
     assert [last - first for first, last in prompt.visual_spans] == [7, 3]
+
+
+def test_an_image_after_the_words_does_not_ask() -> None:
+    target = renderer(instruction="to_answer")
+    prompt = target.render([turn("user", "What is this?", 0)], [5])
+    visual = set(prompt.visual_positions().tolist())
+    assert not visual & set(prompt.instruction_positions)
+    assert prompt.instruction_positions[-1] == len(prompt.input_ids) - 1 > max(visual)
 
 
 def test_a_token_that_only_touches_the_users_words_is_not_theirs_and_one_that_shares_a_character_is() -> None:

@@ -118,3 +118,13 @@ def test_spread_over_seeds(study):
     for seed in (1, 0):
         store(study, "off", seed=seed)
     assert [r.seed for r in of_setting(load_results(study.folder), "off")] == [0, 1]
+
+
+def test_what_is_only_evaluated_may_change_the_training_that_made_its_weights(study):
+    trained = store(study, "off")
+    direct = planned(study, SETTINGS["text_direct"], 0, load_results(study.folder))
+    assert direct.weights == trained.weights and direct.keys != trained.keys
+    chosen = {"text_sampler": {"instruction": "to_answer"}}
+    assert direct.config["stage"] == {**trained.config["stage"], "model": chosen}
+    other = dataclasses.replace(SETTINGS["text_direct"], stage={})
+    assert planned(study, other, 0, load_results(study.folder)).keys != direct.keys

@@ -35,7 +35,11 @@ def test_a_setting_builds_into_what_it_says(study, setting):
     assert model.vision_sampler == stage.get("vision_sampler", False)
     assert (model.schedule is not None) == ("prune" in stage)
     assert task.data.source.glyph_boxes is not None
-    if "model" in stage:
+    for name, value in stage.get("model", {}).get("text_sampler", {}).items():
+        assert getattr(task.config.text_sampler, name) == value
+        if name == "instruction":
+            assert task.builder.renderer.instruction == value
+    if "vision_sampler" in stage.get("model", {}):
         wanted, found = stage["model"]["vision_sampler"], task.config.vision_sampler
         assert (found.window, found.probability_gate, found.selector_input, len(found.branches)) == (
             wanted["window"], wanted["probability_gate"], wanted["selector_input"], len(wanted["branches"])
