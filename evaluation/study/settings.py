@@ -1,7 +1,7 @@
 """What the study trains: its settings, each a way to train and to evaluate the model.
 
-The paper's model has 32 layers and maps of up to 96 x 96 tokens; that of the study 6 layers and 24 x 24. Layers are
-scaled by 6/32 (8 -> 2, 24 -> 4), the rest is taken as it is. All settings share data, steps, seeds and start; the
+The paper's model has 32 layers and maps of up to 96 x 96 tokens; that of the study 6 layers and 24 x 24. Layers drawn in
+training are scaled by 6/32 (8 -> 2, 24 -> 4), the rest is taken as it is. All settings share data, steps, seeds and start; the
 vision-guided sampler starts fresh in each, whatever the start knew of it.
 """
 
@@ -14,9 +14,10 @@ from typing import Any
 
 START = "start"
 """In `Setting.weights_of`: the start itself."""
-LAYER, THRESHOLD = 2, 0.98
-"""Where the text-guided sampler is evaluated, unless a setting says otherwise. The paper's 0.85 keeps four in five
-tokens there; here, where pre-training has taught attention to be narrow, one in forty."""
+LAYER, THRESHOLD = 3, 0.98
+"""Where the text-guided sampler is evaluated, unless a setting says otherwise: half-way, for two layers of six are not
+enough to have read the question. The paper's 0.85 keeps four in five tokens; here, where pre-training has taught
+attention to be narrow, one in forty."""
 SHARES = (0.17, 0.14, 0.69)
 """Of regions at 1x1, 2x2 and 4x4 at which the balance loss is level: 25 % of the map's tokens. Selectors end lower,
 near 18 %: they choose what is likeliest, and the loss sees how likely each is."""
@@ -139,6 +140,9 @@ def _pruned(layers: tuple[int, int], thresholds: tuple[float, float]) -> dict[st
 
 INSTRUCTION = {"text_sampler": {"instruction": "to_answer"}}
 RANDOM_PRUNE = _pruned((2, 4), (0.9, 1.0))
+FIXED_PRUNE = _pruned((LAYER, LAYER), (0.97, 1.0))
+"""What both samplers are trained with. Counting reads how attention is shared out, which each layer's pruning changes in
+its own way: 200 steps are too few to learn it for all of them."""
 TEXT = (LAYER, THRESHOLD)
 OURS = "both"
 """Both samplers: what the study is about."""
@@ -151,7 +155,7 @@ _ALL = (
             stage=_vision()),
     Setting(name="text", title="text-guided sampler, layer and threshold drawn in training",
             stage=RANDOM_PRUNE, text=TEXT),
-    Setting(name=OURS, title="both samplers", stage=merged(_vision(shares=SHARES_BOTH), RANDOM_PRUNE), text=TEXT),
+    Setting(name=OURS, title="both samplers", stage=merged(_vision(shares=SHARES_BOTH), FIXED_PRUNE), text=TEXT),
     # Rivals at equal tokens.
     Setting(name="random", title="random tokens", stage=_map_rival("random"), match="vision"),
     Setting(name="uniform_mean", title="2x2 average pooling everywhere", stage=_map_rival("uniform_mean", 0.25)),
@@ -185,7 +189,7 @@ _ALL = (
     Setting(name="text_train", title="text-guided sampler, layer and threshold fixed in training",
             stage=_pruned((LAYER, LAYER), (THRESHOLD, THRESHOLD)), text=TEXT),
     *(Setting(name=f"text_layer_{layer}", title=f"text-guided sampler before layer {layer} of 6", weights_of="text",
-              text=(layer, THRESHOLD)) for layer in (1, 3, 4, 5)),
+              text=(layer, THRESHOLD)) for layer in (1, 2, 4, 5)),
     # The hand-made rule at the paper's shares.
     *(Setting(name=f"top_{percent}", title=f"top similarity, {percent} %",
               stage=_map_rival("top_similarity", percent / 100)) for percent in (80, 60, 40)),

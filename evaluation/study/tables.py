@@ -268,7 +268,7 @@ TABLES: dict[int, Table] = {
 }  # fmt: skip
 
 FIGURES: dict[int, tuple[str, ...]] = {
-    2: ("off", "text_layer_1", "text", "text_layer_3", "text_layer_4", "text_layer_5"),
+    2: ("off", "text_layer_1", "text_layer_2", "text", "text_layer_4", "text_layer_5"),
     3: ("vision",),
     **{number: (OURS,) for number in range(4, 11)},
 }
