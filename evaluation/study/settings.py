@@ -131,14 +131,13 @@ def _control(name: str, **options: Any) -> dict[str, Any]:
 
 
 
-
 def _pruned(layers: tuple[int, int], thresholds: tuple[float, float]) -> dict[str, Any]:
-    """Stage of a text-guided sampler, or what it is evaluated with where it was not trained."""
-    # With the user's words alone, counting lost its shapes: the last tokens before the answer do that.
-    return {"prune": {"layers": list(layers), "thresholds": list(thresholds)}, "model": INSTRUCTION}
+    """Stage of a text-guided sampler."""
+    return {"prune": {"layers": list(layers), "thresholds": list(thresholds)}, "model": TEXT_SAMPLER}
 
 
-INSTRUCTION = {"text_sampler": {"instruction": "to_answer"}}
+# The user's words alone drop the shapes that are to be counted: the tokens between question and answer do that.
+TEXT_SAMPLER = {"text_sampler": {"instruction": "to_answer", "layer": LAYER, "threshold": THRESHOLD}}
 RANDOM_PRUNE = _pruned((2, 4), (0.9, 1.0))
 FIXED_PRUNE = _pruned((LAYER, LAYER), (0.97, 1.0))
 """What both samplers are trained with. Counting reads how attention is shared out, which each layer's pruning changes in
@@ -185,7 +184,7 @@ _ALL = (
                                   ("0.1", "balance weight 0.1", 0.1), ("0.5", "balance weight 0.5", 0.5))),
     # The text-guided sampler.
     Setting(name="text_direct", title="text-guided sampler on the model trained without it, threshold 0.9",
-            weights_of="off", stage={"model": INSTRUCTION}, text=(LAYER, 0.9)),
+            weights_of="off", stage={"model": TEXT_SAMPLER}, text=(LAYER, 0.9)),
     Setting(name="text_train", title="text-guided sampler, layer and threshold fixed in training",
             stage=_pruned((LAYER, LAYER), (THRESHOLD, THRESHOLD)), text=TEXT),
     *(Setting(name=f"text_layer_{layer}", title=f"text-guided sampler before layer {layer} of 6", weights_of="text",

@@ -1,5 +1,6 @@
 """The study's scores are those of the served engine, question by question and token by token."""
 
+import dataclasses
 import pathlib
 import random
 
@@ -30,6 +31,8 @@ def task_of(name, folder):
 @pytest.mark.parametrize("name", ["off", "both"])
 def test_scores_are_the_served_engines(tmp_path, name):
     setting, task = SETTINGS[name], task_of(name, tmp_path)
+    if setting.text:  # a request may say its threshold, its layer is the checkpoint's
+        setting = dataclasses.replace(setting, text=(task.config.text_sampler.layer, setting.text[1]))
     model = task.module.eval()
     model.schedule = schedule_of(setting)
     pipeline = EncoderPipeline.from_checkpoint(CHECKPOINT, dtype=torch.float32)

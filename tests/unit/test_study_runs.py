@@ -124,7 +124,6 @@ def test_what_is_only_evaluated_may_change_the_training_that_made_its_weights(st
     trained = store(study, "off")
     direct = planned(study, SETTINGS["text_direct"], 0, load_results(study.folder))
     assert direct.weights == trained.weights and direct.keys != trained.keys
-    chosen = {"text_sampler": {"instruction": "to_answer"}}
-    assert direct.config["stage"] == {**trained.config["stage"], "model": chosen}
+    assert direct.config["stage"] == {**trained.config["stage"], "model": SETTINGS["text_direct"].stage["model"]}
     other = dataclasses.replace(SETTINGS["text_direct"], stage={})
     assert planned(study, other, 0, load_results(study.folder)).keys != direct.keys
