@@ -128,7 +128,7 @@ def planned(study: Study, setting: Setting, seed: int, results: Sequence[Result]
         found = _result(results, setting.match, MATCH_SEED, "validation")
         if found is None or not finished(study, SETTINGS[setting.match], MATCH_SEED, results):
             return None
-        setting = resolved(setting, found.branch_shares.get("all", ()), found.map_percent, found.converted_percent)
+        setting = resolved(setting, found.branch_shares.get("all", ()), found.converted_percent)
     trained = setting
     if setting.weights_of and setting.weights_of != START:
         trained = SETTINGS[setting.weights_of]

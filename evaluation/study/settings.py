@@ -24,6 +24,9 @@ near 18 %: they choose what is likeliest, and the loss sees how likely each is."
 SHARES_BOTH = (0.5, 0.2, 0.3)
 """The same with both samplers, 57 % of the map: the paper's 49 % of the tokens, of which the text-guided one then takes
 what the question does not need."""
+RIVAL_BUDGET = 0.25
+"""Of the map, for rivals outside the language model: what 2x2 pooling leaves, 35 % of all visual tokens with the base
+tile's; both samplers end at as many, converted."""
 LEAST_LAYER_BUDGET = 0.2
 """Converted share of a rival inside the language model: its first layer of six sees all tokens, 17 % by itself."""
 
@@ -120,10 +123,9 @@ def _as_written(weight: float) -> dict[str, Any]:
     return {**stage, "loss": {"balance": weight}}
 
 
-def _map_rival(name: str, budget: float | None = None) -> dict[str, Any]:
+def _map_rival(name: str, budget: float = RIVAL_BUDGET) -> dict[str, Any]:
     # A newline for each row of regions, as the sampler pays.
-    share = {} if budget is None else {"budget": budget}
-    return {"map_rival": {"name": name, "newline_rows": 4, **share}}
+    return {"map_rival": {"name": name, "newline_rows": 4, "budget": budget}}
 
 
 def _control(name: str, **options: Any) -> dict[str, Any]:
@@ -156,13 +158,12 @@ _ALL = (
             stage=RANDOM_PRUNE, text=TEXT),
     Setting(name=OURS, title="both samplers", stage=merged(_vision(shares=SHARES_BOTH), FIXED_PRUNE), text=TEXT),
     # Rivals at equal tokens.
-    Setting(name="random", title="random tokens", stage=_map_rival("random"), match="vision"),
-    Setting(name="uniform_mean", title="2x2 average pooling everywhere", stage=_map_rival("uniform_mean", 0.25)),
-    Setting(name="uniform_max", title="2x2 max-pooling everywhere", stage=_map_rival("uniform_max", 0.25)),
-    Setting(name="visionzip", title="VisionZip", stage=_map_rival("visionzip"), match="vision"),
-    Setting(name="prumerge_plus", title="PruMerge+", stage=_map_rival("prumerge_plus"), match="vision"),
-    Setting(name="top_similarity", title="top similarity to the base tile", stage=_map_rival("top_similarity"),
-            match="vision"),
+    Setting(name="random", title="random tokens", stage=_map_rival("random")),
+    Setting(name="uniform_mean", title="2x2 average pooling everywhere", stage=_map_rival("uniform_mean")),
+    Setting(name="uniform_max", title="2x2 max-pooling everywhere", stage=_map_rival("uniform_max")),
+    Setting(name="visionzip", title="VisionZip", stage=_map_rival("visionzip")),
+    Setting(name="prumerge_plus", title="PruMerge+", stage=_map_rival("prumerge_plus")),
+    Setting(name="top_similarity", title="top similarity to the base tile", stage=_map_rival("top_similarity")),
     Setting(name="fastv", title="FastV before layer 1 of 6 (2 of 32)",
             stage={"layer_rival": {"name": "fastv", "layer": 1}}, match=OURS),
     Setting(name="pyramid_drop", title="PyramidDrop before layers 1, 3 and 4 of 6 (8, 16 and 24 of 32)",
@@ -214,13 +215,12 @@ _ALL = (
 SETTINGS: dict[str, Setting] = {setting.name: setting for setting in _ALL}
 
 
-def resolved(setting: Setting, shares: Sequence[float], map_percent: float, converted_percent: float) -> Setting:
+def resolved(setting: Setting, shares: Sequence[float], converted_percent: float) -> Setting:
     """The setting with the budget or shares that it takes from what it is matched with."""
     stage = dict(setting.stage)
-    layer_budget = max(converted_percent / 100, LEAST_LAYER_BUDGET)
-    for name, value in (("map_rival", map_percent / 100), ("layer_rival", layer_budget)):
-        if name in stage and "budget" not in stage[name]:
-            stage[name] = {**stage[name], "budget": round(value, 4)}
+    rival = stage.get("layer_rival", {})
+    if rival and "budget" not in rival:
+        stage["layer_rival"] = {**rival, "budget": round(max(converted_percent / 100, LEAST_LAYER_BUDGET), 4)}
     control = stage.get("branch_control", {})
     if control.get("name") == "random" and "shares" not in control:
         stage["branch_control"] = {**control, "shares": [round(share, 4) for share in shares]}

@@ -6,7 +6,7 @@ import pytest
 
 from evaluation.study.runs import Study, run_config
 from evaluation.study.scoring import Job
-from evaluation.study.settings import LEAST_LAYER_BUDGET, SETTINGS, START, coefficients, resolved
+from evaluation.study.settings import LEAST_LAYER_BUDGET, RIVAL_BUDGET, SETTINGS, START, coefficients, resolved
 from evaluation.study.tables import FIGURES, TABLES, settings_of
 from services.common.errors import InvalidInput
 from services.sampler.rivals.registry import LAYER_RIVALS, MAP_RIVALS
@@ -24,7 +24,7 @@ def study(tmp_path_factory):
 
 @pytest.mark.parametrize("setting", [s for s in settings_of() if s.train], ids=lambda s: s.name)
 def test_a_setting_builds_into_what_it_says(study, setting):
-    setting = resolved(setting, (0.2, 0.3, 0.5), 24.0, 30.0) if setting.match else setting
+    setting = resolved(setting, (0.2, 0.3, 0.5), 30.0) if setting.match else setting
     run = build(RunConfig, run_config(study, setting, 0))
     task = JointTask(run)
     model, stage = task.module, setting.stage
@@ -47,7 +47,7 @@ def test_a_setting_builds_into_what_it_says(study, setting):
         # Nothing of what the start's selector knows.
         assert not model.encoder.vision_guided_sampler.selector.linear.weight.any()
     if stage.get("map_rival", {}).get("name") == "random":
-        assert model.map_rival.budget == 0.24 and model.map_rival.newline_rows == 4
+        assert model.map_rival.budget == RIVAL_BUDGET and model.map_rival.newline_rows == 4
     assert (model.branch_control is not None) == ("branch_control" in stage)
 
 
@@ -73,14 +73,12 @@ def test_what_another_needs_stands_first():
 
 
 def test_a_match_fills_in_budgets_and_shares():
-    random = resolved(SETTINGS["random"], (0.1, 0.2, 0.7), 23.456, 31.0)
-    assert random.stage["map_rival"]["budget"] == 0.2346
-    assert resolved(SETTINGS["fastv"], (), 23.0, 31.0).stage["layer_rival"]["budget"] == 0.31
-    assert resolved(SETTINGS["fastv"], (), 23.0, 15.0).stage["layer_rival"]["budget"] == LEAST_LAYER_BUDGET
-    branches = resolved(SETTINGS["random_branches"], (0.1, 0.2, 0.7), 23.0, 31.0)
+    assert resolved(SETTINGS["fastv"], (), 31.0).stage["layer_rival"]["budget"] == 0.31
+    assert resolved(SETTINGS["fastv"], (), 15.0).stage["layer_rival"]["budget"] == LEAST_LAYER_BUDGET
+    assert "budget" not in SETTINGS["fastv"].stage["layer_rival"]
+    branches = resolved(SETTINGS["random_branches"], (0.1, 0.2, 0.7), 31.0)
     assert branches.stage["branch_control"]["shares"] == [0.1, 0.2, 0.7]
-    assert "budget" not in SETTINGS["random"].stage["map_rival"]
-    assert resolved(SETTINGS["uniform_max"], (), 99.0, 99.0).stage["map_rival"]["budget"] == 0.25
+    assert resolved(SETTINGS["uniform_max"], (), 99.0).stage["map_rival"]["budget"] == RIVAL_BUDGET
 
 
 def test_coefficients_level_the_loss_at_the_shares():
