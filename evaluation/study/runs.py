@@ -34,8 +34,6 @@ from services.checkpoint.store import fingerprint
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SPLITS: tuple[PosterSplit, ...] = ("validation", "test")
-MATCH_SEED = 0
-"""Budgets are taken from this seed's result on the validation split."""
 FIRST_GUESS_MINUTES = 6.0
 """What a training run is taken to need before one has finished."""
 PROGRESS = re.compile(r" (\d+)/\d+  ((?:[a-z_0-9]+ -?[\d.]+  )+)")
@@ -125,8 +123,8 @@ def conduct(study: Study, settings: Sequence[Setting], *, minutes: float) -> lis
 def planned(study: Study, setting: Setting, seed: int, results: Sequence[Result]) -> Run | None:
     """The run, or None as long as another's result is needed for it."""
     if setting.match:
-        found = _result(results, setting.match, MATCH_SEED, "validation")
-        if found is None or not finished(study, SETTINGS[setting.match], MATCH_SEED, results):
+        found = _result(results, setting.match, seed, "validation")
+        if found is None or not finished(study, SETTINGS[setting.match], seed, results):
             return None
         setting = resolved(setting, found.branch_shares.get("all", ()), found.converted_percent)
     trained = setting

@@ -67,7 +67,8 @@ class Setting:
     weights_of: str = ""
     """The setting whose trained weights are evaluated as they are, or START; empty trains its own."""
     match: str = ""
-    """The setting that this one's tokens are made equal to: it gives the budget or shares that `stage` leaves out."""
+    """The setting that this one's tokens are made equal to, seed by seed: its result on the validation split gives the
+    budget or the shares that `stage` leaves out."""
     unavailable: str = ""
     """Why it cannot run with this model; empty when it can."""
 

@@ -75,9 +75,8 @@ TABLES: dict[int, Table] = {
             number=1,
             title="Main comparison",
             compared=(
-                "Ways to spend fewer visual tokens. Rivals on the feature map come out with as many map tokens as our "
-                "vision-guided sampler, rivals inside the language model with the converted share of both samplers, or "
-                "20 % where that is less: they let their first layers see everything."
+                "Ways to spend fewer visual tokens. Rivals on the feature map leave a quarter of it, as 2x2 pooling does; "
+                "rivals inside the language model come out with the converted share of both samplers."
             ),
             columns=TEN,
             rows=(

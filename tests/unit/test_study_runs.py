@@ -81,9 +81,11 @@ def test_a_run_waits_for_what_it_is_made_equal_to(study):
     assert dealt.weights == vision.weights and dealt.keys != vision.keys
     store(study, "vision", branch_shares={"all": [0.2, 0.2, 0.6]})
     assert planned(study, random, 0, load_results(study.folder)).keys != run.keys
-    # Every seed has its own weights, and its budget from the first.
-    assert planned(study, random, 1, results).config["stage"] == run.config["stage"]
-    assert planned(study, permuted, 1, results) is None
+    # Every seed has its own weights and its own budget.
+    assert planned(study, random, 1, results) is None and planned(study, permuted, 1, results) is None
+    store(study, "vision", seed=1, branch_shares={"all": [0.3, 0.3, 0.4]})
+    other = planned(study, random, 1, load_results(study.folder))
+    assert other.config["stage"]["branch_control"]["shares"] == [0.3, 0.3, 0.4]
     assert not finished(study, random, 0, results)
 
 
