@@ -135,6 +135,9 @@ def planned(study: Study, setting: Setting, seed: int, results: Sequence[Result]
     versions = study.versions
     config = run_config(study, trained, seed)
     made_of = {name: config[name] for name in ("steps", "seed", "samples_per_worker", "optimizer", "stage")}
+    if not trained.selects:
+        # Nothing has this learning rate.
+        made_of["optimizer"] = {k: v for k, v in OPTIMIZER.items() if k != "selector_lr_scale"}
     weights_key = _hash({**made_of, **versions, "trained": setting.weights_of != START})
     config["name"] = f"{trained.name}-seed{seed}-{weights_key}"
     weights = study.scratch / "weights" / config["name"] if setting.weights_of != START else study.start

@@ -49,6 +49,8 @@ def test_a_setting_builds_into_what_it_says(study, setting):
     if stage.get("map_rival", {}).get("name") == "random":
         assert model.map_rival.budget == RIVAL_BUDGET and model.map_rival.newline_rows == 4
     assert (model.branch_control is not None) == ("branch_control" in stage)
+    selector = model.encoder.vision_guided_sampler.selector.linear.weight
+    assert setting.selects == (model.vision_sampler and selector.requires_grad)
 
 
 def test_every_table_has_random_and_uniform_and_every_rival_a_row():
