@@ -10,7 +10,7 @@ import pytest
 from evaluation.scenes.scoring import Tally
 from evaluation.study.results import Result, load_results, of_setting, save_result, spread
 from evaluation.study.runs import SPLITS, Study, conduct, expected_minutes, finished, planned, read_history
-from evaluation.study.settings import SETTINGS
+from evaluation.study.settings import OPTIMIZER, SETTINGS
 from evaluation.study.tables import settings_of
 from services.common.errors import InvalidInput
 
@@ -87,6 +87,16 @@ def test_a_run_waits_for_what_it_is_made_equal_to(study):
     other = planned(study, random, 1, load_results(study.folder))
     assert other.config["stage"]["branch_control"]["shares"] == [0.3, 0.3, 0.4]
     assert not finished(study, random, 0, results)
+
+
+def test_a_learning_rate_that_nothing_has_changes_no_key(study, monkeypatch):
+    store(study, "vision")
+    names = ("off", "vision", "random_branches", "no_task_gradient", "uniform_max")
+    before = {name: planned(study, SETTINGS[name], 0, load_results(study.folder)).keys for name in names}
+    monkeypatch.setitem(OPTIMIZER, "selector_lr_scale", 7)
+    monkeypatch.setattr("evaluation.study.runs.finished", lambda *_: True)
+    after = {name: planned(study, SETTINGS[name], 0, load_results(study.folder)).keys for name in names}
+    assert {name for name in names if before[name] != after[name]} == {"vision", "no_task_gradient"}
 
 
 def test_what_a_run_may_take_is_the_mean_of_those_before(study):
