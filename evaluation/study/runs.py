@@ -142,7 +142,12 @@ def planned(study: Study, setting: Setting, seed: int, results: Sequence[Result]
     config["name"] = f"{trained.name}-seed{seed}-{weights_key}"
     weights = study.scratch / "weights" / config["name"] if setting.weights_of != START else study.start
     config["output"] = str(weights)
-    scored = {"weights": weights_key, "text": setting.text, "permuted": setting.permuted, "images": study.images}
+    scored: dict[str, Any] = {
+        "weights": weights_key,
+        "text": setting.text,
+        "permuted": setting.permuted,
+        "images": study.images,
+    }
     if setting.weights_of and setting.stage:
         config["stage"] = merged(config["stage"], setting.stage)
         scored["stage"] = setting.stage

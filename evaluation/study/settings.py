@@ -1,8 +1,8 @@
 """What the study trains: its settings, each a way to train and to evaluate the model.
 
-The paper's model has 32 layers and maps of up to 96 x 96 tokens; that of the study 6 layers and 24 x 24. Layers drawn in
-training are scaled by 6/32 (8 -> 2, 24 -> 4), the rest is taken as it is. All settings share data, steps, seeds and start; the
-vision-guided sampler starts fresh in each, whatever the start knew of it.
+The paper's model has 32 layers and maps of up to 96 x 96 tokens; that of the study 6 layers and 24 x 24. Layers drawn
+in training are scaled by 6/32 (8 -> 2, 24 -> 4), the rest is taken as it is. All settings share data, steps, seeds and
+start; the vision-guided sampler starts fresh in each, whatever the start knew of it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ LAYER, THRESHOLD = 3, 0.98
 enough to have read the question. The paper's 0.85 keeps four in five tokens; here, where pre-training has taught
 attention to be narrow, one in forty."""
 SHARES = (0.17, 0.14, 0.69)
-"""Of regions at 1x1, 2x2 and 4x4 at which the balance loss is level: 25 % of the map's tokens. Selectors end lower,
-near 18 %: they choose what is likeliest, and the loss sees how likely each is."""
+"""Of regions at 1x1, 2x2 and 4x4 at which the balance loss is level: 25 % of the map's tokens, as 2x2 pooling."""
 SHARES_BOTH = (0.5, 0.2, 0.3)
 """The same with both samplers, 57 % of the map: the paper's 49 % of the tokens, of which the text-guided one then takes
 what the question does not need."""
@@ -141,7 +140,6 @@ def _control(name: str, **options: Any) -> dict[str, Any]:
     return {**_vision(), "branch_control": {"name": name, **options}}
 
 
-
 def _pruned(layers: tuple[int, int], thresholds: tuple[float, float]) -> dict[str, Any]:
     """Stage of a text-guided sampler."""
     return {"prune": {"layers": list(layers), "thresholds": list(thresholds)}, "model": TEXT_SAMPLER}
@@ -151,8 +149,8 @@ def _pruned(layers: tuple[int, int], thresholds: tuple[float, float]) -> dict[st
 TEXT_SAMPLER = {"text_sampler": {"instruction": "to_answer", "layer": LAYER, "threshold": THRESHOLD}}
 RANDOM_PRUNE = _pruned((2, 4), (0.9, 1.0))
 FIXED_PRUNE = _pruned((LAYER, LAYER), (0.97, 1.0))
-"""What both samplers are trained with. Counting reads how attention is shared out, which each layer's pruning changes in
-its own way: 200 steps are too few to learn it for all of them."""
+"""What both samplers are trained with. Counting reads how attention is shared out, which each layer's pruning changes
+in its own way: 200 steps are too few to learn it for all of them."""
 TEXT = (LAYER, THRESHOLD)
 OURS = "both"
 """Both samplers: what the study is about."""

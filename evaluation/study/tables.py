@@ -75,8 +75,8 @@ TABLES: dict[int, Table] = {
             number=1,
             title="Main comparison",
             compared=(
-                "Ways to spend fewer visual tokens. Rivals on the feature map leave a quarter of it, as 2x2 pooling does; "
-                "rivals inside the language model come out with the converted share of both samplers."
+                "Ways to spend fewer visual tokens. Rivals on the feature map leave a quarter of it, as 2x2 pooling "
+                "does; rivals inside the language model come out with the converted share of both samplers."
             ),
             columns=TEN,
             rows=(
@@ -107,8 +107,8 @@ TABLES: dict[int, Table] = {
             number=2,
             title="The two samplers",
             compared=(
-                "Which samplers are on, in training and in evaluation. The vision-guided one is set to leave less of the "
-                "map by itself than beside the text-guided one, so that both rows cost about the same."
+                "Which samplers are on, in training and in evaluation. The vision-guided one is set to leave less of "
+                "the map by itself than beside the text-guided one, so that both rows cost about the same."
             ),
             columns=_SAMPLERS,
             rows=(

@@ -46,7 +46,7 @@ def test_the_choice_of_instruction_tokens_is_kept_and_the_default_is_not_written
     assert FocusLlavaConfig.from_dict(chosen.to_dict()) == chosen
     raw = default.to_dict()
     raw["text_sampler"]["instruction"] = "words"
-    with pytest.raises(InvalidInput, match=r"text_sampler.instruction: is 'words', expected one of last_turn, all_turns"):
+    with pytest.raises(InvalidInput, match=r"text_sampler.instruction: is 'words', expected one of last_turn"):
         FocusLlavaConfig.from_dict(raw)
 
 
