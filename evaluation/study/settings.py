@@ -15,9 +15,9 @@ from typing import Any
 START = "start"
 """In `Setting.weights_of`: the start itself."""
 LAYER, THRESHOLD = 3, 0.98
-"""Where the text-guided sampler is evaluated, unless a setting says otherwise: half-way, for two layers of six are not
-enough to have read the question. The paper's 0.85 keeps four in five tokens; here, where pre-training has taught
-attention to be narrow, one in forty."""
+"""Where the text-guided sampler is evaluated, unless a setting says otherwise. Half-way, a layer later than the paper's
+scaled: on 100 validation images both samplers lost 1.7 points more before layer 2. The paper's 0.85 keeps four in five
+tokens; here, where pre-training has taught attention to be narrow, one in forty."""
 SHARES = (0.17, 0.14, 0.69)
 """Of regions at 1x1, 2x2 and 4x4 at which the balance loss is level: 25 % of the map's tokens, as 2x2 pooling."""
 SHARES_BOTH = (0.5, 0.2, 0.3)
