@@ -139,6 +139,7 @@ class FocusModel:
             patches_per_side=config.patches_per_side,
             window=sampler.window,
             branches=sampler.branches,
+            order=sampler.token_order,
             sampled=sampled,
             base_tile=sampler.base_tile,
             base_branch_ids_M=self._base_branches(prepared) if sampled and sampler.base_tile == "sample" else None,

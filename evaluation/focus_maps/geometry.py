@@ -14,7 +14,7 @@ import torch
 from services.common.errors import InvalidInput
 from services.common.types import CompressedVisualTokens, ImageTiles
 from services.encoder.anyres import resized_hw, unpadded_hw
-from services.sampler.vision_guided import pool, split_regions
+from services.sampler.vision_guided import TokenOrder, emit, pool, split_regions
 
 Box = tuple[float, float, float, float]
 
@@ -79,13 +79,14 @@ def layout(
     patches_per_side: int,
     window: int,
     branches: Sequence[tuple[int, int]],
+    order: TokenOrder = "region",
     sampled: bool = True,
     base_tile: str = "keep",
     base_branch_ids_M: torch.Tensor | None = None,
 ) -> TokenLayout:
     """Where the visual tokens of one encoded image lie.
 
-    sampled: the vision-guided sampler was on; without it nothing from window on counts. base_tile: "keep", "sample" or
+    order: the vision-guided sampler's. sampled: it was on; without it nothing from window on counts. base_tile: "keep", "sample" or
     "drop", as the checkpoint's vision sampler has it. base_branch_ids_M: for "sample", the branches that the base
     tile's own regions chose.
     Raises InvalidInput where tiles and tokens are not of one image.
@@ -97,12 +98,14 @@ def layout(
         # Rows of single tokens, each closed by a newline.
         window, branches, branch_ids_M = 1, FULL_RESOLUTION, torch.zeros(height * width, dtype=torch.int64)
     # A region's box is its pool by the largest kernel, whatever the branches are.
-    region_boxes_M4 = pooled_boxes(corners_HW4, window, ((window, window),), torch.zeros_like(branch_ids_M))
-    map_boxes_N4 = pooled_boxes(corners_HW4, window, branches, branch_ids_M)
+    region_boxes_M4 = pooled_boxes(
+        corners_HW4, window, ((window, window),), torch.zeros_like(branch_ids_M), "region"
+    )
+    map_boxes_N4 = pooled_boxes(corners_HW4, window, branches, branch_ids_M, order)
     base_N4 = base_corners(tiles.image_size_hw, patches_per_side)
     if sampled and base_tile == "sample":
         assert base_branch_ids_M is not None
-        base_N4 = pooled_boxes(base_N4, window, branches, base_branch_ids_M)
+        base_N4 = pooled_boxes(base_N4, window, branches, base_branch_ids_M, order)
     elif sampled and base_tile == "drop":
         base_N4 = base_N4[:0]
     base_N4 = base_N4.reshape(-1, 4)
@@ -157,22 +160,21 @@ def base_corners(image_size_hw: tuple[int, int], patches_per_side: int) -> torch
 
 
 def pooled_boxes(
-    corners_HW4: torch.Tensor, window: int, branches: Sequence[tuple[int, int]], branch_ids_M: torch.Tensor
+    corners_HW4: torch.Tensor,
+    window: int,
+    branches: Sequence[tuple[int, int]],
+    branch_ids_M: torch.Tensor,
+    order: TokenOrder,
 ) -> torch.Tensor:
     """Box of each token that the vision-guided sampler emits for these branches, [N, 4]; NaN for a newline.
 
     The sampler's own max-pool does it: the largest of (-x0, -y0, x1, y1) over a cell's real tokens is the cell's box.
     """
     sign = torch.tensor([-1.0, -1.0, 1.0, 1.0], dtype=corners_HW4.dtype)
-    regions, real, (_, cols) = split_regions(corners_HW4 * sign, window)
-    cells, emitted = [], []
-    for branch, kernel in enumerate(branches):
-        pooled, real_cells = pool(regions, real, kernel)
-        cells.append(pooled * sign)
-        emitted.append(real_cells & (branch_ids_M == branch)[:, None])
-    cells.append(torch.full((len(regions), 1, 4), torch.nan, dtype=corners_HW4.dtype))
-    emitted.append((torch.arange(1, len(regions) + 1) % cols == 0)[:, None])
-    return torch.cat(cells, dim=1)[torch.cat(emitted, dim=1)]
+    regions, real, grid = split_regions(corners_HW4 * sign, window)
+    pooled = [pool(regions, real, kernel) for kernel in branches]
+    boxes_N4, _ = emit(pooled, branches, branch_ids_M, torch.full((4,), torch.nan), grid=grid, window=window, order=order)
+    return boxes_N4 * sign
 
 
 def _corners(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

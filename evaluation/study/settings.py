@@ -107,7 +107,7 @@ def coefficients(shares: Sequence[float]) -> list[float]:
 
 
 def _vision(gate: str = "counterfactual", selector: str = "region", *, shares: Sequence[float] = SHARES,
-            **sampler: Any) -> dict[str, Any]:  # fmt: skip
+            order: str = "row", **sampler: Any) -> dict[str, Any]:  # fmt: skip
     """Stage of a vision-guided sampler; `sampler` are fields of VisionSamplerConfig."""
     fields: dict[str, Any] = {
         "window": 4,
@@ -119,6 +119,8 @@ def _vision(gate: str = "counterfactual", selector: str = "region", *, shares: S
         "selector_temperature": 3.0,
         "balance_coefficients": coefficients(shares),
     }
+    if order == "row":
+        fields["token_order"] = order
     return {
         "vision_sampler": True,
         "loss": {"balance": 0.1, "balance_warmup": BALANCE_WARMUP},
@@ -129,7 +131,7 @@ def _vision(gate: str = "counterfactual", selector: str = "region", *, shares: S
 def _as_written(weight: float) -> dict[str, Any]:
     """The paper to the letter: inner products with the base tile, Eq. 2, Eq. 3, one weight from the first step on."""
     stage = _vision("paper", "base_tile", similarity="inner_product", region_pool="mean",
-                    selector_temperature=1.0, balance_coefficients=[1.0, 1.0, 1.0])  # fmt: skip
+                    selector_temperature=1.0, balance_coefficients=[1.0, 1.0, 1.0], order="region")  # fmt: skip
     return {**stage, "loss": {"balance": weight}}
 
 
@@ -166,6 +168,11 @@ _ALL = (
     Setting(name="text", title="text-guided sampler, layer and threshold drawn in training",
             stage=RANDOM_PRUNE, text=TEXT),
     Setting(name=OURS, title="both samplers", stage=merged(_vision(shares=SHARES_BOTH), FIXED_PRUNE), text=TEXT),
+    # The order of the tokens.
+    *(Setting(name=f"{name}_region", title=f"{title}, tokens region by region", stage=stage, text=text)
+      for name, title, stage, text in (
+          ("vision", "vision-guided sampler", _vision(order="region"), None),
+          (OURS, "both samplers", merged(_vision(shares=SHARES_BOTH, order="region"), FIXED_PRUNE), TEXT))),
     # Rivals at equal tokens.
     Setting(name="random", title="random tokens", stage=_map_rival("random")),
     Setting(name="uniform_mean", title="2x2 average pooling everywhere", stage=_map_rival("uniform_mean")),

@@ -40,10 +40,12 @@ class VisionSamplerConfig:
     """c of Eq. 10, one a branch; rescaled to sum to the number of branches."""
     selector_temperature: float = 1.0
     """The selector's logits are multiplied by this; a larger value makes a small-lr selector move faster."""
+    token_order: Literal["region", "row"] = "region"
+    """How the tokens follow each other, see `services.sampler.vision_guided.TokenOrder`."""
 
     def module_options(self) -> dict[str, Any]:
         """Options of `services.sampler.vision_guided.VisionGuidedSampler`."""
-        names = ("window", "branches", "similarity", "region_pool", "selector_input", "probability_gate")
+        names = ("window", "branches", "similarity", "region_pool", "selector_input", "probability_gate", "token_order")
         return {**{name: getattr(self, name) for name in names}, "selector_temperature": self.selector_temperature}
 
 
@@ -149,6 +151,8 @@ class FocusLlavaConfig:
         # Younger than the format: written where it says something, so that older checkpoints keep their fingerprints.
         if self.text_sampler.instruction == TextSamplerConfig.instruction:
             del raw["text_sampler"]["instruction"]
+        if self.vision_sampler.token_order == VisionSamplerConfig.token_order:
+            del raw["vision_sampler"]["token_order"]
         return raw
 
     @classmethod

@@ -70,7 +70,7 @@ class EncoderModel(nn.Module):
         if vision_sampler:
             sampled = self.vision_guided_sampler(map_HWD, base_PD, self.image_newline, choose)
             rest_ND = sampled.tokens_ND
-            newlines = sampled.region_grid[0]
+            newlines = sampled.newlines
             mode = self.config.vision_sampler.base_tile
             if mode == "sample":
                 side = self.config.patches_per_side

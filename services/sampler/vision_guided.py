@@ -6,8 +6,9 @@ N base-tile tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -16,6 +17,11 @@ from services.common.errors import InvalidInput
 
 Choice = Callable[[torch.Tensor, tuple[int, int]], torch.Tensor]
 """Branches decided from outside: (p float32 [M, K], rows and columns of regions) -> branch ids int64 [M]."""
+
+TokenOrder = Literal["region", "row"]
+"""How a sampled map's tokens follow each other. region: region by region in raster order, row-major inside a region, one
+newline closing each row of regions. row: by row, then column, of a token's top left corner, one newline closing each row
+of the map in which a token begins; with every region at 1x1 that is LLaVA-NeXT's own sequence."""
 
 DROP = (0, 0)
 """The kernel of a branch that emits nothing: with a window of 1 a token is kept or dropped (Tab. 4)."""
@@ -26,7 +32,8 @@ class SampledMap:
     """One image's feature map after the sampler."""
 
     tokens_ND: torch.Tensor
-    """Region by region in raster order, row-major inside a region, one newline closing each row of regions."""
+    """In the sampler's TokenOrder, newlines included."""
+    newlines: int
     branch_ids_M: torch.Tensor
     """int64 [M]: the branch that each region chose."""
     probs_MK: torch.Tensor
@@ -68,6 +75,51 @@ def pool(
     masked = regions_MwwD.masked_fill(~real_Mww.unsqueeze(-1), -torch.inf)
     pooled = masked.view(*cells, depth).amax((2, 4)).flatten(1, 2)
     return pooled.masked_fill(~real_cells.unsqueeze(-1), 0), real_cells
+
+
+def emit(
+    pooled: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    branches: Sequence[tuple[int, int]],
+    branch_ids_M: torch.Tensor,
+    newline_D: torch.Tensor,
+    *,
+    grid: tuple[int, int],
+    window: int,
+    order: TokenOrder,
+) -> tuple[torch.Tensor, int]:
+    """The cells of the branch that each region chose, in order: tokens [N, D], newlines among them; how many are those.
+
+    pooled: what `pool` gives for each branch; grid: rows and columns of regions.
+    """
+    cells_MCD = torch.cat([cells for cells, _ in pooled], dim=1)
+    chosen = [real & (branch_ids_M == branch)[:, None] for branch, (_, real) in enumerate(pooled)]
+    emitted_MC = torch.cat(chosen, dim=1)
+    device, (rows, cols) = cells_MCD.device, grid
+    region_M1 = torch.arange(rows * cols, device=device)[:, None]
+    if order == "region":
+        # The newline is one more cell, emitted by the last region of each row.
+        newline_M1D = newline_D.to(cells_MCD.dtype).expand(len(cells_MCD), 1, -1)
+        emitted_MC = torch.cat((emitted_MC, (region_M1 + 1) % cols == 0), dim=1)
+        return torch.cat((cells_MCD, newline_M1D), dim=1)[emitted_MC], rows
+    top_C, left_C = (
+        torch.tensor(corners, device=device) for corners in zip(*_corners(branches, window), strict=True)
+    )
+    row_N = (region_M1 // cols * window + top_C)[emitted_MC]
+    col_N = (region_M1 % cols * window + left_C)[emitted_MC]
+    begins = torch.zeros(rows * window, dtype=torch.bool, device=device)
+    begins[row_N] = True
+    newline_row_L = begins.nonzero()[:, 0]
+    width = cols * window  # the column of newlines
+    order_N = torch.cat((row_N * (width + 1) + col_N, newline_row_L * (width + 1) + width)).argsort()
+    newline_LD = newline_D.to(cells_MCD.dtype).expand(len(newline_row_L), -1)
+    return torch.cat((cells_MCD[emitted_MC], newline_LD))[order_N], len(newline_row_L)
+
+
+def _corners(branches: Sequence[tuple[int, int]], window: int) -> list[tuple[int, int]]:
+    """Row and column, inside a region, of the top left corner of each branch's cells."""
+    kernels = (kernel for kernel in branches if kernel != DROP)
+    return [(top, left) for height, width in kernels
+            for top in range(0, window, height) for left in range(0, window, width)]  # fmt: skip
 
 
 class Selector(nn.Module):
@@ -129,9 +181,11 @@ class VisionGuidedSampler(nn.Module):
         selector_input: str = "base_tile",
         probability_gate: str = "paper",
         selector_temperature: float = 1.0,
+        token_order: TokenOrder = "region",
     ):
         super().__init__()
         self.window, self.branches, self.probability_gate = window, tuple(branches), probability_gate
+        self.token_order: TokenOrder = token_order
         self.selector = Selector(
             width,
             base_tokens,
@@ -153,20 +207,14 @@ class VisionGuidedSampler(nn.Module):
             probs_MK = self.selector(regions, real, base_ND)
         branch_ids_M = choose(probs_MK, grid) if choose else probs_MK.argmax(dim=1)
         gated = self.training and torch.is_grad_enabled() and choose is None
-        cells, emitted = [], []
+        pooled = []
         for branch, kernel in enumerate(self.branches):
-            chosen_M = branch_ids_M == branch
-            pooled, real_cells = pool(regions, real, kernel)
-            if gated:
-                pooled = self._gate(pooled, regions, real, probs_MK, branch)
-            cells.append(pooled)
-            emitted.append(real_cells & chosen_M.unsqueeze(1))
-        # The newline is one more cell, emitted by the last region of each row.
-        cells.append(newline_D.to(map_HWD.dtype).expand(regions.shape[0], 1, -1))
-        closes_row = torch.arange(1, regions.shape[0] + 1, device=map_HWD.device) % grid[1] == 0
-        emitted.append(closes_row.unsqueeze(1))
-        tokens_ND = torch.cat(cells, dim=1)[torch.cat(emitted, dim=1)]
-        return SampledMap(tokens_ND=tokens_ND, branch_ids_M=branch_ids_M, probs_MK=probs_MK, region_grid=grid)
+            cells, real_cells = pool(regions, real, kernel)
+            pooled.append((self._gate(cells, regions, real, probs_MK, branch) if gated else cells, real_cells))
+        tokens_ND, newlines = emit(pooled, self.branches, branch_ids_M, newline_D, grid=grid, window=self.window,
+                                   order=self.token_order)  # fmt: skip
+        return SampledMap(tokens_ND=tokens_ND, newlines=newlines, branch_ids_M=branch_ids_M, probs_MK=probs_MK,
+                          region_grid=grid)  # fmt: skip
 
     def _gate(self, pooled_MCD: torch.Tensor, regions: torch.Tensor, real: torch.Tensor, probs_MK: torch.Tensor,
               branch: int) -> torch.Tensor:  # fmt: skip
