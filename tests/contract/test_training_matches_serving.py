@@ -256,13 +256,14 @@ def picture(seed, size_wh):
     return file.getvalue()
 
 
+@pytest.mark.parametrize("order", ["region", "row"])
 @pytest.mark.parametrize("base_tile", ["keep", "sample", "drop"])
 @pytest.mark.parametrize("pruned", [False, True])
-def test_serving_emits_and_reports_what_the_loops_say(tmp_path, base_tile, pruned):
+def test_serving_emits_and_reports_what_the_loops_say(tmp_path, base_tile, pruned, order):
     folder, side, layers, prune_layer = tmp_path / "checkpoint", 4, 3, 1
     sampler = VisionSamplerConfig(
         base_grid=(side, side), similarity="normalized", region_pool="max", base_tile=base_tile, window=2,
-        branches=((1, 1), (2, 2)), balance_coefficients=(1.0, 1.0),
+        branches=((1, 1), (2, 2)), balance_coefficients=(1.0, 1.0), token_order=order,
     )  # fmt: skip
     text_sampler = TextSamplerConfig(layer=prune_layer, threshold=0.5, enabled=pruned)
     make_random_checkpoint(folder, layers=layers, vision_sampler=sampler, text_sampler=text_sampler)
@@ -281,7 +282,7 @@ def test_serving_emits_and_reports_what_the_loops_say(tmp_path, base_tile, prune
 
         def sampled(of, base=base):
             chosen = oracle.likeliest(oracle.probabilities(of, base, 2, chooser))
-            return oracle.tokens(of, newline, 2, sampler.branches, chosen), chosen
+            return oracle.tokens(of, newline, 2, sampler.branches, chosen, order), chosen
 
         square = [base[row * side : (row + 1) * side] for row in range(side)]
         first = {"keep": base, "sample": sampled(square)[0], "drop": []}[base_tile]

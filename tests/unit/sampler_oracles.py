@@ -116,17 +116,20 @@ def likeliest(probs: list[Vector]) -> list[int]:
     return [p.index(max(p)) for p in probs]
 
 
-def tokens(grid: Grid, newline: Vector, window: int, branches: Sequence[Kernel], chosen: Sequence[int]) -> list[Vector]:
-    """Eq. 1: region by region, a newline after each row of regions."""
-    return gated_tokens(grid, newline, window, branches, chosen, gate="none", probs=[], frozen=[])
+def tokens(grid: Grid, newline: Vector, window: int, branches: Sequence[Kernel], chosen: Sequence[int],
+           order: str = "region") -> list[Vector]:  # fmt: skip
+    """Eq. 1. Order "region": region by region, a newline after each row of regions; "row": a map row after the other,
+    in each the tokens that begin there, and a newline where there is one."""
+    return gated_tokens(grid, newline, window, branches, chosen, gate="none", probs=[], frozen=[], order=order)
 
 
 def gated_tokens(grid: Grid, newline: Vector, window: int, branches: Sequence[Kernel], chosen: Sequence[int], *,
-                 gate: str, probs: list[Vector], frozen: list[Vector]) -> list[Vector]:  # fmt: skip
+                 gate: str, probs: list[Vector], frozen: list[Vector], order: str = "region") -> list[Vector]:  # fmt: skip
     """Eq. 2 and its two rivals, by their formulas. `frozen` stands for sg(p): a caller that moves `probs` alone, by a
     little, sees the gradient that training sees. "none" is Eq. 1.
     """
     emitted = []
+    begins: dict[int, dict[int, Vector]] = {}  # row, column
     for m, corner in enumerate(regions(grid, window)):
         choice = chosen[m]
         for cell in cells(grid, corner, window, branches[choice]):
@@ -140,8 +143,11 @@ def gated_tokens(grid: Grid, newline: Vector, window: int, branches: Sequence[Ke
                     instead = resized(grid, corner, window, kernel, cell)
                     token = [v + (probs[m][k] - frozen[m][k]) * o for v, o in zip(token, instead, strict=True)]
             emitted.append(token)
+            begins.setdefault(cell[0][0], {})[cell[0][1]] = token
         if corner[1] + window >= len(grid[0]):
             emitted.append(list(newline))
+    if order == "row":
+        return [token for _, row in sorted(begins.items()) for token in (*(row[at] for at in sorted(row)), list(newline))]
     return emitted
 
 

@@ -50,6 +50,16 @@ def test_the_choice_of_instruction_tokens_is_kept_and_the_default_is_not_written
         FocusLlavaConfig.from_dict(raw)
 
 
+def test_the_order_of_sampled_tokens_is_kept_and_the_default_is_not_written():
+    assert "token_order" not in config().to_dict()["vision_sampler"], "older checkpoints would change their fingerprints"
+    chosen = config(token_order="row")
+    assert FocusLlavaConfig.from_dict(chosen.to_dict()) == chosen
+    raw = chosen.to_dict()
+    raw["vision_sampler"]["token_order"] = "column"
+    with pytest.raises(InvalidInput, match=r"vision_sampler.token_order: is 'column', expected one of region, row"):
+        FocusLlavaConfig.from_dict(raw)
+
+
 def test_keep_or_drop_of_single_tokens_is_a_sampler():
     kept = config(window=1, branches=((1, 1), (0, 0)), balance_coefficients=(1, 1))
     assert FocusLlavaConfig.from_dict(kept.to_dict()) == kept

@@ -24,6 +24,7 @@ from services.common.types import CompressedVisualTokens, ImageTiles, ProjectedF
 from services.encoder.anyres import join_tiles, tile_image
 from services.encoder.model import EncoderModel
 from services.sampler.text_guided import keep_by_share
+from services.sampler.vision_guided import TokenOrder
 from tests import tiny_llm
 from tests.llm_reference import naive_kept
 from tests.tiny_checkpoints import grid_pinpoints, make_random_checkpoint, text_fields, vision_fields
@@ -91,16 +92,26 @@ def test_a_box_is_where_the_patchs_pixels_come_from(size_hw: tuple[int, int]) ->
 
 @pytest.mark.parametrize("size_hw", SIZES)
 @pytest.mark.parametrize("window", [1, 4, 8])
-def test_boxes_of_one_branch_tile_what_the_map_shows(size_hw: tuple[int, int], window: int) -> None:
+@pytest.mark.parametrize("order", ["region", "row"])
+def test_boxes_of_one_branch_tile_what_the_map_shows(size_hw: tuple[int, int], window: int, order: TokenOrder) -> None:
     corners_HW4 = corners(size_hw)
     area = torch.cat((corners_HW4[0, 0, :2], corners_HW4[-1, -1, 2:])) if corners_HW4.numel() else torch.zeros(4)
     rows, cols = (-(-size // window) for size in corners_HW4.shape[:2])
     branches = ((1, 1),) if window == 1 else SEVEN
     drawn = torch.randint(len(branches), (rows * cols,), generator=torch.Generator().manual_seed(0))
     for branch_ids_M in [torch.full((rows * cols,), branch) for branch in range(len(branches))] + [drawn]:
-        boxes_N4 = pooled_boxes(corners_HW4, window, branches, branch_ids_M)
+        boxes_N4 = pooled_boxes(corners_HW4, window, branches, branch_ids_M, order)
         newline_N = boxes_N4[:, 0].isnan()
-        assert int(newline_N.sum()) == rows
+        if order == "region":
+            assert int(newline_N.sum()) == rows
+        else:
+            # Down from row to row, to the right in each: as the tops and left sides of the boxes say.
+            ends = newline_N.nonzero().flatten().tolist()
+            lines = [boxes_N4[start:end] for start, end in zip([0, *(end + 1 for end in ends)], ends, strict=False)]
+            assert all((line_N4[:, 1] == line_N4[0, 1]).all() and (line_N4[1:, 0] > line_N4[:-1, 0]).all()
+                       for line_N4 in lines)  # fmt: skip
+            tops = [float(line_N4[0, 1]) for line_N4 in lines]
+            assert tops == sorted(set(tops))
         if rows * cols:
             assert newline_N[-1]
             assert_tiled(boxes_N4[~newline_N], area.double())
@@ -113,9 +124,12 @@ def test_boxes_of_one_branch_tile_what_the_map_shows(size_hw: tuple[int, int], w
         assert area[0] == 0 and area[2] == size_hw[1] or area[1] == 0 and area[3] == size_hw[0]
 
 
+@pytest.mark.parametrize("order", ["region", "row"])
 @pytest.mark.parametrize("base_tile", ["keep", "sample", "drop", "off"])
 @pytest.mark.parametrize(("window", "branches"), [(4, ((1, 1), (2, 2), (4, 4))), (4, SEVEN), (2, ((1, 1), (2, 2)))])
-def test_tokens_are_in_the_encoders_order(base_tile: str, window: int, branches: tuple[tuple[int, int], ...]) -> None:
+def test_tokens_are_in_the_encoders_order(
+    base_tile: str, window: int, branches: tuple[tuple[int, int], ...], order: TokenOrder
+) -> None:
     """The encoder pools the corners of its own tokens: the largest (-x0, -y0, x1, y1) of a pool is its box."""
     options: dict[str, Any] = {} if base_tile == "off" else {"base_tile": base_tile}
     config = FocusLlavaConfig(
@@ -130,6 +144,7 @@ def test_tokens_are_in_the_encoders_order(base_tile: str, window: int, branches:
             base_grid=(SIDE, SIDE),
             selector_input="region",
             balance_coefficients=(1.0,) * len(branches),
+            token_order=order,
             **options,
         ),
     )
@@ -158,6 +173,7 @@ def test_tokens_are_in_the_encoders_order(base_tile: str, window: int, branches:
             "patches_per_side": SIDE,
             "window": window,
             "branches": branches,
+            "order": order,
             "sampled": base_tile != "off",
             "base_tile": base_tile,
             "base_branch_ids_M": base.branch_ids_M,

@@ -25,6 +25,7 @@ SELECTIONS: list[dict[str, Any]] = [
         for similarity, region_pool in itertools.product(("inner_product", "normalized"), ("mean", "max"))
     ),
 ]
+ORDERS = ["region", "row"]
 GATES = ["paper", "straight_through", "counterfactual"]
 
 
@@ -56,33 +57,45 @@ def close(actual: torch.Tensor, expected: list, **tolerance: float) -> None:
     torch.testing.assert_close(actual.double(), wanted, **{"rtol": 1e-4, "atol": 1e-5, **tolerance})
 
 
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("window_and_branches", oracle.WINDOWS, ids=of_window)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_tokens_equal_the_naive_loop(size, window_and_branches):
+def test_tokens_equal_the_naive_loop(size, window_and_branches, order):
     window, branches = window_and_branches
-    built = sampler(window=window, branches=branches, similarity="normalized").eval()
+    built = sampler(window=window, branches=branches, similarity="normalized", token_order=order).eval()
     # Negative values would show a zero that leaked from padding into a maximum.
     map_HWD, base, newline = -torch.rand(*size, D) - 1, torch.randn(BASE, D), torch.randn(D)
     out = built(map_HWD, base, newline)
     chosen = out.branch_ids_M.tolist()
-    expected = oracle.tokens(map_HWD.tolist(), newline.tolist(), window, branches, chosen)
+    expected = oracle.tokens(map_HWD.tolist(), newline.tolist(), window, branches, chosen, order)
     close(out.tokens_ND, expected, rtol=0, atol=0)
+    assert out.newlines == expected.count(newline.tolist())
     assert chosen == oracle.likeliest(out.probs_MK.tolist())
     assert out.region_grid == (-(-size[0] // window), -(-size[1] // window))
 
 
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("window_and_branches", oracle.WINDOWS, ids=of_window)
-def test_every_branch_at_every_edge_equals_the_naive_loop(window_and_branches):
+def test_every_branch_at_every_edge_equals_the_naive_loop(window_and_branches, order):
     window, branches = window_and_branches
     sizes = [(window + 1, 2 * window - 1), (window - 1 or 1, window), (13, 5)]
     for branch, size in itertools.product(range(len(branches)), sizes):
-        built = VisionGuidedSampler(D, BASE, window=window, branches=branches).eval()
+        built = VisionGuidedSampler(D, BASE, window=window, branches=branches, token_order=order).eval()
         torch.nn.init.constant_(built.selector.linear.bias[branch : branch + 1], 9.0)
         map_HWD, newline = -torch.rand(*size, D) - 1, torch.randn(D)
         out = built(map_HWD, torch.randn(BASE, D), newline)
         assert set(out.branch_ids_M.tolist()) == {branch}
-        expected = oracle.tokens(map_HWD.tolist(), newline.tolist(), window, branches, out.branch_ids_M.tolist())
+        expected = oracle.tokens(map_HWD.tolist(), newline.tolist(), window, branches, out.branch_ids_M.tolist(), order)
         close(out.tokens_ND, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_row_by_row_all_regions_at_1x1_are_llava_nexts_own_sequence(size):
+    built = VisionGuidedSampler(D, BASE, token_order="row").eval()  # fresh: full resolution everywhere
+    map_HWD, newline_D = torch.randn(*size, D), torch.randn(D)
+    out = built(map_HWD, torch.randn(BASE, D), newline_D)
+    whole_ND = torch.cat((map_HWD, newline_D.expand(size[0], 1, D)), dim=1).flatten(0, 1)
+    assert torch.equal(out.tokens_ND, whole_ND) and out.newlines == size[0]
 
 
 @pytest.mark.parametrize("window_and_branches", oracle.WINDOWS, ids=of_window)
@@ -113,13 +126,15 @@ def test_the_two_poolings_and_similarities_do_differ():
 GATED: list[tuple[int, tuple[oracle.Kernel, ...]]] = [w for w in oracle.WINDOWS if w[0] <= 4]
 
 
-@pytest.mark.parametrize("options", SELECTIONS, ids=named)
+@pytest.mark.parametrize(("options", "order"), [*((options, "region") for options in SELECTIONS), (SELECTIONS[0], "row")],
+                         ids=lambda value: value if isinstance(value, str) else named(value))  # fmt: skip
 @pytest.mark.parametrize("window_and_branches", GATED, ids=of_window)
 @pytest.mark.parametrize("gate", GATES)
-def test_gates_values_and_gradients_equal_the_formulas(gate, window_and_branches, options):
+def test_gates_values_and_gradients_equal_the_formulas(gate, window_and_branches, options, order):
     """Gradients of selector, map and base tile against central differences of the naive loop, in double precision."""
     window, branches = window_and_branches
-    built = sampler(std=0.2, window=window, branches=branches, probability_gate=gate, **options).train()
+    built = sampler(std=0.2, window=window, branches=branches, probability_gate=gate, token_order=order,
+                    **options).train()  # fmt: skip
     map_HWD, base = torch.randn(5, 6, D, requires_grad=True), torch.randn(BASE, D, requires_grad=True)
     newline, linear = torch.randn(D), built.selector.linear
     out = built(map_HWD, base, newline)
@@ -133,7 +148,7 @@ def test_gates_values_and_gradients_equal_the_formulas(gate, window_and_branches
     def emitted() -> list[oracle.Vector]:
         probs = oracle.probabilities(grid, context, window, chooser)
         return oracle.gated_tokens(
-            grid, newline.tolist(), window, branches, chosen, gate=gate, probs=probs, frozen=frozen
+            grid, newline.tolist(), window, branches, chosen, gate=gate, probs=probs, frozen=frozen, order=order
         )
 
     close(out.tokens_ND, emitted())
@@ -238,12 +253,13 @@ def encoder(**options: Any) -> EncoderModel:
     return model
 
 
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("base_tile", ["keep", "sample", "drop"])
 @pytest.mark.parametrize("vision_sampler", [True, False])
 @pytest.mark.parametrize("size", [(10, 10), (7, 9), (3, 11)], ids=str)
-def test_base_tile_newlines_and_order_equal_the_naive_loop(size, vision_sampler, base_tile):
+def test_base_tile_newlines_and_order_equal_the_naive_loop(size, vision_sampler, base_tile, order):
     options = {"selector_input": "region"}
-    model = encoder(base_tile=base_tile, **options)
+    model = encoder(base_tile=base_tile, token_order=order, **options)
     base_PD, map_HWD = torch.randn(SIDE * SIDE, D), torch.randn(*size, D)
     with torch.no_grad():
         encoded = model.tokens(ProjectedFeatureMap(base_PD=base_PD, map_HWD=map_HWD), vision_sampler)
@@ -262,10 +278,11 @@ def test_base_tile_newlines_and_order_equal_the_naive_loop(size, vision_sampler,
         square = [base[row * SIDE : (row + 1) * SIDE] for row in range(SIDE)]
         first = {
             "keep": lambda: base,
-            "sample": lambda: oracle.tokens(square, newline, 4, oracle.PAPER, chosen(square)),
+            "sample": lambda: oracle.tokens(square, newline, 4, oracle.PAPER, chosen(square), order),
             "drop": list,
         }[base_tile]()
-        expected = first + oracle.tokens(grid, newline, 4, oracle.PAPER, chosen(grid))
+        expected = first + oracle.tokens(grid, newline, 4, oracle.PAPER, chosen(grid), order)
+        assert encoded.map_tokens == len(expected) - len(first) - encoded.sampled.newlines
         assert encoded.sampled.branch_ids_M.tolist() == chosen(grid)
         assert len(set(chosen(grid))) > 1
     close(encoded.tokens_ND, expected, rtol=0, atol=0)

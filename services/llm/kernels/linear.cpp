@@ -58,7 +58,7 @@ struct Ahead {
   int64_t bytes;
   void ask(int64_t words) {
     const char* end = from + words * bytes;
-    if (bytes == kWordBytes) for (; from < end; from += 64) __builtin_prefetch(from, 0, 3);
+    if (bytes == kWordBytes) for (; from < end; from += 64) __builtin_prefetch(from, 0, kNear);
     else for (; from < end; from += 64) __builtin_prefetch(from, 0, 2);
   }
 };

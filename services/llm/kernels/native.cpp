@@ -307,7 +307,7 @@ void decode_part(const T* query, const Strided& q_at, const Tensor& keys, const 
   const int64_t share = d * sizeof(T) / repeats;
   const auto ask = [&](const T* next, int64_t number) {
     const auto *from = reinterpret_cast<const char*>(next) + number * share, *end = from + share;
-    for (from += -reinterpret_cast<uintptr_t>(from) % 64; from < end; from += 64) __builtin_prefetch(from);
+    for (from += -reinterpret_cast<uintptr_t>(from) % 64; from < end; from += 64) __builtin_prefetch(from, 0, kNear);
   };
   const auto for_each_page = [&](const T* pool, const auto& f) {
     for (int64_t k = 0, tokens; k < count; k += tokens) {
