@@ -102,7 +102,7 @@ def conduct(study: Study, settings: Sequence[Setting], *, minutes: float) -> lis
                 if run is None or run.weights in busy:
                     continue
                 spent = (time.monotonic() - began) / 60
-                if spent + expected_minutes(results, run) > minutes:
+                if spent + expected_minutes(results, run, study.steps) > minutes:
                     continue
                 print(f"{run}: started after {spent:.0f} min", flush=True)
                 waiting.remove((setting, seed))
@@ -177,7 +177,7 @@ def run_config(study: Study, setting: Setting, seed: int) -> dict[str, Any]:
     """The training's configuration, as `training.config.load` reads it."""
     return {
         "name": f"{setting.name}-seed{seed}",
-        "steps": study.steps * setting.times,
+        "steps": study.steps,
         "samples_per_worker": IMAGES_PER_STEP,
         "init_from": str(study.start),
         "output": str(study.scratch / "weights" / f"{setting.name}-seed{seed}"),
@@ -195,9 +195,9 @@ def run_config(study: Study, setting: Setting, seed: int) -> dict[str, Any]:
     }
 
 
-def expected_minutes(results: Sequence[Result], run: Run) -> float:
-    """The mean of like runs that have finished: those that train as long, or those that do not train."""
-    trains, steps = run.setting.train and not (run.weights / "config.json").exists(), run.config["steps"]
+def expected_minutes(results: Sequence[Result], run: Run, steps: int) -> float:
+    """The mean of like runs that have finished: those that train, or those that do not."""
+    trains = run.setting.train and not (run.weights / "config.json").exists()
     like = {
         (found.setting, found.seed): found.minutes
         for found in results
@@ -205,7 +205,7 @@ def expected_minutes(results: Sequence[Result], run: Run) -> float:
     }
     if like:
         return statistics.fmean(like.values())
-    return FIRST_GUESS_MINUTES * run.setting.times if trains else FIRST_GUESS_MINUTES / 4
+    return FIRST_GUESS_MINUTES if trains else FIRST_GUESS_MINUTES / 4
 
 
 def read_history(log: str) -> list[dict[str, float]]:
@@ -239,7 +239,7 @@ def _execute(study: Study, run: Run, ray: SharedRay) -> None:
     shared = {
         "setting": run.setting.name,
         "seed": run.seed,
-        "steps": run.config["steps"],
+        "steps": study.steps,
         "images": study.images,
         "history": read_history(log.read_text(encoding="utf8", errors="replace")) if own else [],
         "minutes": round(minutes, 2),

@@ -63,8 +63,6 @@ class Setting:
     """Over STAGE, mappings merged field by field; with `weights_of`, over that setting's and when evaluated only."""
     text: tuple[int, float] | None = None
     """Layer and threshold of the text-guided sampler when evaluated; None leaves it off."""
-    times: int = 1
-    """Training steps, as a multiple of the study's."""
     permuted: bool = False
     """Evaluated with the branches that the selector chose dealt to the regions anew, at random, image by image."""
     weights_of: str = ""

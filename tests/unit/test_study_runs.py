@@ -101,11 +101,11 @@ def test_a_learning_rate_that_nothing_has_changes_no_key(study, monkeypatch):
 
 def test_what_a_run_may_take_is_the_mean_of_those_before(study):
     run = planned(study, SETTINGS["off"], 0, [])
-    first = expected_minutes([], run)
+    first = expected_minutes([], run, study.steps)
     store(study, "vision", minutes=3.0)
     store(study, "text", minutes=5.0)
-    assert first > 0 and expected_minutes(load_results(study.folder), run) == pytest.approx(4.0)
-    assert expected_minutes(load_results(study.folder), dataclasses.replace(run, config={**run.config, "steps": study.steps + 1})) == first
+    assert first > 0 and expected_minutes(load_results(study.folder), run, study.steps) == pytest.approx(4.0)
+    assert expected_minutes(load_results(study.folder), run, study.steps + 1) == first
     assert conduct(study, [SETTINGS["off"]], minutes=3.9) == ["off, seed 0"]
 
 
