@@ -134,7 +134,7 @@ def _as_written(weight: float) -> dict[str, Any]:
 
 
 def _map_rival(name: str, budget: float = RIVAL_BUDGET) -> dict[str, Any]:
-    # A newline for each row of regions, as the sampler pays.
+    # One newline for four rows of the map; the sampler's rows cost up to four times as many.
     return {"map_rival": {"name": name, "newline_rows": 4, "budget": budget}}
 
 
