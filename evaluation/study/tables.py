@@ -272,21 +272,22 @@ TABLES: dict[int, Table] = {
             title="The order of sampled tokens",
             compared=(
                 "How the vision-guided sampler's tokens follow each other: region by region, or by the row of the map "
-                "in which they begin, each row closed by a newline as in LLaVA-NeXT. The paper does not say; this "
-                "study's other tables have rows, but for the paper as written. Not in the paper."
+                "in which they begin, each row closed by a newline as in LLaVA-NeXT. The paper does not say. The other "
+                "tables have what was better on the validation split: rows with both samplers, which leave more than "
+                "half of the map, regions where the vision-guided one works alone and leaves a quarter."
             ),
             columns=(),
             rows=(
                 Row(setting="off", label="full resolution"),
                 Row(setting=OURS, label="both samplers, rows"),
                 Row(setting=f"{OURS}_region", label="both samplers, region by region"),
-                Row(setting="vision", label="vision-guided sampler, rows"),
-                Row(setting="vision_region", label="vision-guided sampler, region by region"),
+                Row(setting="vision_row", label="vision-guided sampler, rows"),
+                Row(setting="vision", label="vision-guided sampler, region by region"),
                 *CONTROLS,
             ),
             claims=(
                 Claim(better=OURS, worse=f"{OURS}_region", group="all", source="expected"),
-                Claim(better="vision", worse="vision_region", group="all", source="expected"),
+                Claim(better="vision_row", worse="vision", group="all", source="expected"),
             ),
         ),
     )
