@@ -38,35 +38,20 @@ def floors(results: Sequence[Result]) -> list[Floor]:
     return [check(results) for check in FLOORS]
 
 
-BOTH = (OURS, "both_finer")
-"""Settings of both samplers, of which the best on the validation split is held against the model without."""
-
-
 def _both_near_off(results: Sequence[Result]) -> Floor:
-    best = _best_on_validation(results, BOTH, "all") or OURS
-    both, off = score(results, best, "all"), score(results, "off", "all")
+    both, off = score(results, OURS, "all"), score(results, "off", "all")
     found, met = NOT_RUN, None
     if both and off:
-        converted, difference = mean_of(results, best, "converted_percent"), both.mean - off.mean
+        converted = mean_of(results, OURS, "converted_percent")
         error = difference_error(both, off)
-        found = f"{SETTINGS[best].title}: {difference:+.1f} ± {error:.1f} points at {converted:.1f} % of the tokens"
-        met = difference >= -1 and converted <= 45
+        found = f"{both.mean - off.mean:+.1f} ± {error:.1f} points at {converted:.1f} % of the tokens"
+        met = both.mean >= off.mean - 1 and converted <= 45
     return Floor(
         what="both samplers against the model without samplers, trained alike, all questions",
         floor="within 1 point at no more than 45 % of the tokens (converted)",
         found=found,
         met=met,
     )
-
-
-def _best_on_validation(results: Sequence[Result], names: Sequence[str], group: str) -> str | None:
-    """Of those scored there the one with the most questions right; None where none was."""
-    scored = {
-        name: spread([run.exact[group].percent for run in runs]).mean
-        for name in names
-        if (runs := [run for run in of_setting(results, name, "validation") if group in run.exact])
-    }
-    return max(scored, key=lambda name: scored[name], default=None)
 
 
 LEARNED = tuple(row.setting for row in TABLES[9].rows if row.setting == "vision" or row.setting.startswith("gate_"))
@@ -79,7 +64,12 @@ SAME_TOKENS_POINTS = 1.0
 def best_learned(results: Sequence[Result]) -> str | None:
     """The learned selector with the most fine questions right on the validation split, "vision" where none was scored
     there; None where the one found has no result on the test split."""
-    best = _best_on_validation(results, LEARNED, "fine") or "vision"
+    on_validation = {
+        name: spread([run.exact["fine"].percent for run in runs])
+        for name in LEARNED
+        if (runs := [r for r in of_setting(results, name, "validation") if "fine" in r.exact])
+    }
+    best = max(on_validation, key=lambda name: on_validation[name].mean, default="vision")
     return best if score(results, best, "fine") else None
 
 

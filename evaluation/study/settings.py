@@ -23,8 +23,6 @@ SHARES = (0.17, 0.14, 0.69)
 SHARES_BOTH = (0.5, 0.2, 0.3)
 """The same with both samplers, 57 % of the map: the paper's 49 % of the tokens, of which the text-guided one then takes
 what the question does not need."""
-SHARES_FINER = (0.72, 0.08, 0.2)
-"""And with 75 % of the map, where a question needs what is neither empty nor a glyph: shapes that are counted."""
 RIVAL_BUDGET = 0.25
 """Of the map, for rivals outside the language model: what 2x2 pooling leaves, 35 % of all visual tokens with the base
 tile's; both samplers end at as many, converted."""
@@ -168,8 +166,6 @@ _ALL = (
     Setting(name="text", title="text-guided sampler, layer and threshold drawn in training",
             stage=RANDOM_PRUNE, text=TEXT),
     Setting(name=OURS, title="both samplers", stage=merged(_vision(shares=SHARES_BOTH, order="row"), FIXED_PRUNE), text=TEXT),
-    Setting(name="both_finer", title="both samplers, 75 % of the map before the text-guided one",
-            stage=merged(_vision(shares=SHARES_FINER, order="row"), FIXED_PRUNE), text=TEXT),
     # The order of the tokens: rows where most of the map stays, as measured on the validation split.
     Setting(name="vision_row", title="vision-guided sampler, tokens row by row", stage=_vision(order="row")),
     Setting(name=f"{OURS}_region", title="both samplers, tokens region by region",

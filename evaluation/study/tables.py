@@ -84,7 +84,6 @@ TABLES: dict[int, Table] = {
                     paper=_figures(TEN, 69.4, 77.3, 65.7, 86.9, 40.6, 64.7, 1558, 334, 74.2, 70.1)),
                 Row(setting=OURS, label="FocusLLaVA (Ours)",
                     paper=_figures(TEN, 70.0, 79.0, 66.0, 87.7, 41.3, 65.6, 1600, 328, 74.7, 70.3)),
-                Row(setting="both_finer", label="FocusLLaVA, more of the map"),
                 Row(setting="vision", label="FocusLLaVA, vision-guided sampler alone"),
                 # The paper prints fewer columns in this row than the table has; only these are certain.
                 Row(setting="prumerge_plus", label="LLaVA-PruMerge+",

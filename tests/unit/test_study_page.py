@@ -242,12 +242,6 @@ def test_floors_follow_the_numbers() -> None:
     assert floor_on([*off, *seeds("both", 79.5)], near).met
     assert not floor_on([*off, *seeds("both", 78.5)], near).met
     assert not floor_on([*off, *seeds("both", 85.0, converted_percent=46.0)], near).met
-    # Which of both samplers' settings is held against it, the validation split says.
-    two = [*seeds("both", 78.5), *seeds("both_finer", 79.5)]
-    for better, met in (("both", False), ("both_finer", True)):
-        on_validation = [result(name, 61.0 if name == better else 60.0, split="validation")
-                         for name in ("both", "both_finer")]  # fmt: skip
-        assert floor_on([*off, *two, *on_validation], near).met is met
 
     simple = [run for name in ("random_branches", "uniform_branches", "uniform_mean", "uniform_max")
               for run in seeds(name, 70.0, 71.0, 72.0)]  # fmt: skip
