@@ -86,9 +86,9 @@ def layout(
 ) -> TokenLayout:
     """Where the visual tokens of one encoded image lie.
 
-    order: the vision-guided sampler's. sampled: it was on; without it nothing from window on counts. base_tile: "keep", "sample" or
-    "drop", as the checkpoint's vision sampler has it. base_branch_ids_M: for "sample", the branches that the base
-    tile's own regions chose.
+    order: the vision-guided sampler's. sampled: it was on; without it nothing from window on counts. base_tile: "keep",
+    "sample" or "drop", as the checkpoint's vision sampler has it. base_branch_ids_M: for "sample", the branches that
+    the base tile's own regions chose.
     Raises InvalidInput where tiles and tokens are not of one image.
     """
     corners_HW4 = map_corners(tiles, tile_px=tile_px, patches_per_side=patches_per_side)
@@ -98,9 +98,7 @@ def layout(
         # Rows of single tokens, each closed by a newline.
         window, branches, branch_ids_M = 1, FULL_RESOLUTION, torch.zeros(height * width, dtype=torch.int64)
     # A region's box is its pool by the largest kernel, whatever the branches are.
-    region_boxes_M4 = pooled_boxes(
-        corners_HW4, window, ((window, window),), torch.zeros_like(branch_ids_M), "region"
-    )
+    region_boxes_M4 = pooled_boxes(corners_HW4, window, ((window, window),), torch.zeros_like(branch_ids_M), "region")
     map_boxes_N4 = pooled_boxes(corners_HW4, window, branches, branch_ids_M, order)
     base_N4 = base_corners(tiles.image_size_hw, patches_per_side)
     if sampled and base_tile == "sample":
@@ -173,7 +171,9 @@ def pooled_boxes(
     sign = torch.tensor([-1.0, -1.0, 1.0, 1.0], dtype=corners_HW4.dtype)
     regions, real, grid = split_regions(corners_HW4 * sign, window)
     pooled = [pool(regions, real, kernel) for kernel in branches]
-    boxes_N4, _ = emit(pooled, branches, branch_ids_M, torch.full((4,), torch.nan), grid=grid, window=window, order=order)
+    boxes_N4, _ = emit(
+        pooled, branches, branch_ids_M, torch.full((4,), torch.nan), grid=grid, window=window, order=order
+    )
     return boxes_N4 * sign
 
 

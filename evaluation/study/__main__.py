@@ -47,7 +47,11 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--table", type=int, help=f"{min(TABLES)} to {max(TABLES)}; 9, the gate, and 10, the order of tokens, are the study's own")
+    what.add_argument(
+        "--table",
+        type=int,
+        help=f"{min(TABLES)} to {max(TABLES)}; 9, the gate, and 10, the order of tokens, are the study's own",
+    )
     what.add_argument("--figure", type=int, help=f"{min(FIGURES)} to {max(FIGURES)}")
     what.add_argument("--all", action="store_true", help="the gate first, then the samplers and rivals, then the rest")
     parser.add_argument(

@@ -165,7 +165,8 @@ _ALL = (
             stage=_vision()),
     Setting(name="text", title="text-guided sampler, layer and threshold drawn in training",
             stage=RANDOM_PRUNE, text=TEXT),
-    Setting(name=OURS, title="both samplers", stage=merged(_vision(shares=SHARES_BOTH, order="row"), FIXED_PRUNE), text=TEXT),
+    Setting(name=OURS, title="both samplers",
+            stage=merged(_vision(shares=SHARES_BOTH, order="row"), FIXED_PRUNE), text=TEXT),
     # The order of the tokens: rows where most of the map stays, as measured on the validation split.
     Setting(name="vision_row", title="vision-guided sampler, tokens row by row", stage=_vision(order="row")),
     Setting(name=f"{OURS}_region", title="both samplers, tokens region by region",

@@ -19,9 +19,12 @@ Choice = Callable[[torch.Tensor, tuple[int, int]], torch.Tensor]
 """Branches decided from outside: (p float32 [M, K], rows and columns of regions) -> branch ids int64 [M]."""
 
 TokenOrder = Literal["region", "row"]
-"""How a sampled map's tokens follow each other. region: region by region in raster order, row-major inside a region, one
-newline closing each row of regions. row: by row, then column, of a token's top left corner, one newline closing each row
-of the map in which a token begins; with every region at 1x1 that is LLaVA-NeXT's own sequence."""
+"""How a sampled map's tokens follow each other.
+
+region: region by region in raster order, row-major inside a region, one newline closing each row of regions.
+row: by row, then column, of a token's top left corner, one newline closing each row of the map in which a token begins;
+with every region at 1x1 that is LLaVA-NeXT's own sequence.
+"""
 
 DROP = (0, 0)
 """The kernel of a branch that emits nothing: with a window of 1 a token is kept or dropped (Tab. 4)."""
@@ -101,9 +104,7 @@ def emit(
         newline_M1D = newline_D.to(cells_MCD.dtype).expand(len(cells_MCD), 1, -1)
         emitted_MC = torch.cat((emitted_MC, (region_M1 + 1) % cols == 0), dim=1)
         return torch.cat((cells_MCD, newline_M1D), dim=1)[emitted_MC], rows
-    top_C, left_C = (
-        torch.tensor(corners, device=device) for corners in zip(*_corners(branches, window), strict=True)
-    )
+    top_C, left_C = (torch.tensor(corners, device=device) for corners in zip(*_corners(branches, window), strict=True))
     row_N = (region_M1 // cols * window + top_C)[emitted_MC]
     col_N = (region_M1 % cols * window + left_C)[emitted_MC]
     begins = torch.zeros(rows * window, dtype=torch.bool, device=device)

@@ -124,7 +124,8 @@ def tokens(grid: Grid, newline: Vector, window: int, branches: Sequence[Kernel],
 
 
 def gated_tokens(grid: Grid, newline: Vector, window: int, branches: Sequence[Kernel], chosen: Sequence[int], *,
-                 gate: str, probs: list[Vector], frozen: list[Vector], order: str = "region") -> list[Vector]:  # fmt: skip
+                 gate: str, probs: list[Vector], frozen: list[Vector],
+                 order: str = "region") -> list[Vector]:  # fmt: skip
     """Eq. 2 and its two rivals, by their formulas. `frozen` stands for sg(p): a caller that moves `probs` alone, by a
     little, sees the gradient that training sees. "none" is Eq. 1.
     """
@@ -147,7 +148,9 @@ def gated_tokens(grid: Grid, newline: Vector, window: int, branches: Sequence[Ke
         if corner[1] + window >= len(grid[0]):
             emitted.append(list(newline))
     if order == "row":
-        return [token for _, row in sorted(begins.items()) for token in (*(row[at] for at in sorted(row)), list(newline))]
+        return [
+            token for _, row in sorted(begins.items()) for token in (*(row[at] for at in sorted(row)), list(newline))
+        ]
     return emitted
 
 

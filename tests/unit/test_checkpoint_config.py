@@ -51,7 +51,9 @@ def test_the_choice_of_instruction_tokens_is_kept_and_the_default_is_not_written
 
 
 def test_the_order_of_sampled_tokens_is_kept_and_the_default_is_not_written():
-    assert "token_order" not in config().to_dict()["vision_sampler"], "older checkpoints would change their fingerprints"
+    assert "token_order" not in config().to_dict()["vision_sampler"], (
+        "older checkpoints would change their fingerprints"
+    )
     chosen = config(token_order="row")
     assert FocusLlavaConfig.from_dict(chosen.to_dict()) == chosen
     raw = chosen.to_dict()

@@ -126,8 +126,11 @@ def test_the_two_poolings_and_similarities_do_differ():
 GATED: list[tuple[int, tuple[oracle.Kernel, ...]]] = [w for w in oracle.WINDOWS if w[0] <= 4]
 
 
-@pytest.mark.parametrize(("options", "order"), [*((options, "region") for options in SELECTIONS), (SELECTIONS[0], "row")],
-                         ids=lambda value: value if isinstance(value, str) else named(value))  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "order"),
+    [*((options, "region") for options in SELECTIONS), (SELECTIONS[0], "row")],
+    ids=lambda value: value if isinstance(value, str) else named(value),
+)
 @pytest.mark.parametrize("window_and_branches", GATED, ids=of_window)
 @pytest.mark.parametrize("gate", GATES)
 def test_gates_values_and_gradients_equal_the_formulas(gate, window_and_branches, options, order):
