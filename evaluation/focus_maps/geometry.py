@@ -79,7 +79,7 @@ def layout(
     patches_per_side: int,
     window: int,
     branches: Sequence[tuple[int, int]],
-    order: TokenOrder = "region",
+    order: TokenOrder,
     sampled: bool = True,
     base_tile: str = "keep",
     base_branch_ids_M: torch.Tensor | None = None,

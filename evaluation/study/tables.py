@@ -76,7 +76,8 @@ TABLES: dict[int, Table] = {
             title="Main comparison",
             compared=(
                 "Ways to spend fewer visual tokens. Rivals on the feature map leave a quarter of it, as 2x2 pooling "
-                "does; rivals inside the language model come out with the converted share of both samplers."
+                "does, and a newline for four of its rows, where both samplers have one for each row in which a token "
+                "begins; rivals inside the language model come out with the converted share of both samplers."
             ),
             columns=TEN,
             rows=(
@@ -238,7 +239,8 @@ TABLES: dict[int, Table] = {
             title="The gate",
             compared=(
                 "How the selector learns and what it sees, at about equal tokens, with controls that tell a selector "
-                "that looks from one that is lucky. Not in the paper."
+                "that looks from one that is lucky. Tokens go region by region; selector and controls were not "
+                "compared in rows. Not in the paper."
             ),
             columns=(),
             rows=(
@@ -272,8 +274,9 @@ TABLES: dict[int, Table] = {
             compared=(
                 "How the vision-guided sampler's tokens follow each other: region by region, or by the row of the map "
                 "in which they begin, each row closed by a newline as in LLaVA-NeXT. The paper does not say. The other "
-                "tables have what was better on the validation split: rows with both samplers, which leave more than "
-                "half of the map, regions where the vision-guided one works alone and leaves a quarter."
+                "tables have what was better on the validation split, by less than two standard errors either way: "
+                "rows with both samplers, which leave more than half of the map, regions where the vision-guided one works "
+                "alone and leaves a quarter."
             ),
             columns=(),
             rows=(
