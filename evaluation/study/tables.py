@@ -275,8 +275,8 @@ TABLES: dict[int, Table] = {
                 "How the vision-guided sampler's tokens follow each other: region by region, or by the row of the map "
                 "in which they begin, each row closed by a newline as in LLaVA-NeXT. The paper does not say. The other "
                 "tables have what was better on the validation split, by less than two standard errors either way: "
-                "rows with both samplers, which leave more than half of the map, regions where the vision-guided one works "
-                "alone and leaves a quarter."
+                "rows with both samplers, which leave more than half of the map, regions where the vision-guided one "
+                "works alone and leaves a quarter."
             ),
             columns=(),
             rows=(
