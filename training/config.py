@@ -25,6 +25,8 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     selector_lr_scale: float = 1.0
     """The vision-guided sampler's learning rate over everybody else's."""
+    selector_steps: int = 0
+    """Steps that the vision-guided sampler's selector learns for; after them it and the balance loss rest. 0: all."""
     vision_lr_scale: float = 1.0
     """The vision tower's. Below 1 it keeps what it knew before: LLaVA-NeXT trains its tower at a fifth."""
     frozen: tuple[str, ...] = ()

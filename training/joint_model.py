@@ -60,12 +60,13 @@ class JointModel(nn.Module):
     """forward gives the loss and what to print. `schedule` None turns text-guided pruning off."""
 
     def __init__(self, config: FocusLlavaConfig, *, weights: LossWeights, schedule: PruneSchedule | None,
-                 vision_sampler: bool, pad_id: int, seed: int = 0, map_rival: MapRival | None = None,
-                 layer_rival: LayerRival | None = None, branch_control: BranchControl | None = None):  # fmt: skip
+                 vision_sampler: bool, pad_id: int, seed: int = 0, selector_steps: int = 0,
+                 map_rival: MapRival | None = None, layer_rival: LayerRival | None = None,
+                 branch_control: BranchControl | None = None):  # fmt: skip
         super().__init__()
         self.config, self.weights, self.schedule = config, weights, schedule
         self.map_rival, self.layer_rival, self.branch_control = map_rival, layer_rival, branch_control
-        self.vision_sampler, self.pad_id, self.seed = vision_sampler, pad_id, seed
+        self.vision_sampler, self.pad_id, self.seed, self.selector_steps = vision_sampler, pad_id, seed, selector_steps
         self.encoder = EncoderModel(config)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config, attn_implementation=ATTENTION_NAME)
         # Parameters that no forward pass reaches would make the optimizer wait for their gradients.
@@ -93,7 +94,9 @@ class JointModel(nn.Module):
             probs = torch.cat([e.sampled.probs_MK for e in encoded if e.sampled])
             balance = balance_loss(probs, self.config.vision_sampler.balance_coefficients)
             if self.selects:
-                loss = loss + self.weights.balance_at(step) * balance
+                # A selector at rest could only be pleased by the features: no loss of its own, zero gradients for ZeRO.
+                alpha = 0.0 if 0 < self.selector_steps <= step else self.weights.balance_at(step)
+                loss = loss + alpha * balance
             metrics["balance"] = balance.item()
             ids = torch.cat([e.sampled.branch_ids_M for e in encoded if e.sampled])
             used = torch.bincount(ids, minlength=probs.shape[1]).float() / len(ids)

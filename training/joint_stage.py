@@ -83,6 +83,7 @@ class JointTask:
             vision_sampler=stage.vision_sampler,
             pad_id=self.tokenizer.pad_token_id,
             seed=run.seed,
+            selector_steps=run.optimizer.selector_steps,
             **experiment(stage, self.config),
         )
         if whole and source:

@@ -71,20 +71,22 @@ def deepspeed_config(run: RunConfig) -> dict[str, Any]:
 def parameter_groups(module: nn.Module, run: RunConfig) -> list[dict[str, Any]]:
     """Weights decay, norms and biases do not; the selector and the vision tower have learning rates of their own."""
     scales = {"selector": run.optimizer.selector_lr_scale, "vision_tower": run.optimizer.vision_lr_scale}
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if any(name.startswith(prefix) for prefix in run.optimizer.frozen):
             parameter.requires_grad_(False)
         if parameter.requires_grad:
-            scale = next((scales[part] for part in name.split(".") if part in scales), 1.0)
-            groups.setdefault((scale, parameter.ndim > 1), []).append(parameter)
+            parts = name.split(".")
+            scale = next((scales[part] for part in parts if part in scales), 1.0)
+            groups.setdefault(("selector" in parts, scale, parameter.ndim > 1), []).append(parameter)
     return [
         {
             "params": parameters,
             "lr": run.optimizer.learning_rate * scale,
             "weight_decay": run.optimizer.weight_decay if decays else 0.0,
+            "selector": selector,
         }
-        for (scale, decays), parameters in groups.items()
+        for (selector, scale, decays), parameters in groups.items()
     ]
 
 
@@ -122,6 +124,10 @@ def train_worker(payload: dict[str, Any]) -> None:
     for step in range(start, run.steps):
         loss, metrics = engine(task.batch(step, rank, world_size), step)
         engine.backward(loss)
+        if 0 < run.optimizer.selector_steps <= step:
+            # Momentum alone would carry it on; the scheduler sets the rate anew for the next step.
+            for group in engine.optimizer.param_groups:
+                group["lr"] *= not group["selector"]
         engine.step()
         for name, value in {"loss": float(loss.detach()), **metrics}.items():
             means[name] = value if name not in means else 0.9 * means[name] + 0.1 * value

@@ -137,7 +137,7 @@ def planned(study: Study, setting: Setting, seed: int, results: Sequence[Result]
     made_of = {name: config[name] for name in ("steps", "seed", "samples_per_worker", "optimizer", "stage")}
     if not trained.selects:
         # Nothing has this learning rate.
-        made_of["optimizer"] = {k: v for k, v in OPTIMIZER.items() if k != "selector_lr_scale"}
+        made_of["optimizer"] = {k: v for k, v in config["optimizer"].items() if k != "selector_lr_scale"}
     weights_key = _hash({**made_of, **versions, "trained": setting.weights_of != START})
     config["name"] = f"{trained.name}-seed{seed}-{weights_key}"
     weights = study.scratch / "weights" / config["name"] if setting.weights_of != START else study.start
@@ -177,14 +177,14 @@ def run_config(study: Study, setting: Setting, seed: int) -> dict[str, Any]:
     """The training's configuration, as `training.config.load` reads it."""
     return {
         "name": f"{setting.name}-seed{seed}",
-        "steps": study.steps,
+        "steps": study.steps * setting.times,
         "samples_per_worker": IMAGES_PER_STEP,
         "init_from": str(study.start),
         "output": str(study.scratch / "weights" / f"{setting.name}-seed{seed}"),
         "seed": seed,
         "checkpoint_every": 100,
         "log_every": 10,
-        "optimizer": OPTIMIZER,
+        "optimizer": {**OPTIMIZER, **setting.optimizer},
         "cluster": {
             "workers": 1,
             "threads_per_worker": 1,
@@ -239,7 +239,7 @@ def _execute(study: Study, run: Run, ray: SharedRay) -> None:
     shared = {
         "setting": run.setting.name,
         "seed": run.seed,
-        "steps": study.steps,
+        "steps": run.config["steps"],
         "images": study.images,
         "history": read_history(log.read_text(encoding="utf8", errors="replace")) if own else [],
         "minutes": round(minutes, 2),
