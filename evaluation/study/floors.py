@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from evaluation.study.results import Result, of_setting, spread
-from evaluation.study.settings import OURS, SETTINGS
+from evaluation.study.settings import LONG, OURS, SETTINGS
 from evaluation.study.tables import TABLES
 from evaluation.study.verdicts import (
     ERRORS,
@@ -38,16 +39,18 @@ def floors(results: Sequence[Result]) -> list[Floor]:
     return [check(results) for check in FLOORS]
 
 
-def _both_near_off(results: Sequence[Result]) -> Floor:
-    both, off = score(results, OURS, "all"), score(results, "off", "all")
+def _both_near_off(results: Sequence[Result], length: str = "") -> Floor:
+    ours = f"{OURS}{length}"
+    both, off = score(results, ours, "all"), score(results, f"off{length}", "all")
     found, met = NOT_RUN, None
     if both and off:
-        converted = mean_of(results, OURS, "converted_percent")
+        converted = mean_of(results, ours, "converted_percent")
         error = difference_error(both, off)
         found = f"{both.mean - off.mean:+.1f} ± {error:.1f} points at {converted:.1f} % of the tokens"
         met = both.mean >= off.mean - 1 and converted <= 45
     return Floor(
-        what="both samplers against the model without samplers, trained alike, all questions",
+        what=f"both samplers against the model without samplers, trained alike{', twice as long' * bool(length)}, "
+        "all questions",
         floor="within 1 point at no more than 45 % of the tokens (converted)",
         found=found,
         met=met,
@@ -162,6 +165,7 @@ def _one_table_in_time(results: Sequence[Result]) -> Floor:
 
 FLOORS: tuple[Callable[[Sequence[Result]], Floor], ...] = (
     _both_near_off,
+    functools.partial(_both_near_off, length=LONG),
     _selector_beats_simple,
     _both_beats_rivals,
     _collapse_reproduced,

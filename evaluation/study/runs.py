@@ -102,7 +102,7 @@ def conduct(study: Study, settings: Sequence[Setting], *, minutes: float) -> lis
                 if run is None or run.weights in busy:
                     continue
                 spent = (time.monotonic() - began) / 60
-                if spent + expected_minutes(results, run, study.steps) > minutes:
+                if spent + expected_minutes(results, run) > minutes:
                     continue
                 print(f"{run}: started after {spent:.0f} min", flush=True)
                 waiting.remove((setting, seed))
@@ -195,13 +195,13 @@ def run_config(study: Study, setting: Setting, seed: int) -> dict[str, Any]:
     }
 
 
-def expected_minutes(results: Sequence[Result], run: Run, steps: int) -> float:
-    """The mean of like runs that have finished: those that train, or those that do not."""
+def expected_minutes(results: Sequence[Result], run: Run) -> float:
+    """The mean of like runs that have finished: those that train, in proportion to their steps, or those that do not."""
     trains = run.setting.train and not (run.weights / "config.json").exists()
     like = {
-        (found.setting, found.seed): found.minutes
+        (found.setting, found.seed): found.minutes * (run.config["steps"] / found.steps if trains else 1)
         for found in results
-        if found.setting in SETTINGS and SETTINGS[found.setting].train == trains and found.steps == steps
+        if found.setting in SETTINGS and SETTINGS[found.setting].train == trains
     }
     if like:
         return statistics.fmean(like.values())

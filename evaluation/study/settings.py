@@ -161,6 +161,8 @@ FIXED_PRUNE = _pruned((LAYER, LAYER), (0.97, 1.0))
 """What both samplers are trained with. Counting reads how attention is shared out, which each layer's pruning changes
 in its own way: 200 steps are too few to learn it for all of them."""
 TEXT = (LAYER, THRESHOLD)
+LONG = "_long"
+"""After the name of a setting that is trained twice as long."""
 OURS = "both"
 """Both samplers: what the study is about."""
 BRANCHES_7 = [[1, 1], [2, 1], [1, 2], [2, 2], [4, 2], [2, 4], [4, 4]]
@@ -179,10 +181,12 @@ _ALL = (
     Setting(name=f"{OURS}_region", title="both samplers, tokens region by region",
             stage=merged(_vision(shares=SHARES_BOTH), FIXED_PRUNE), text=TEXT),
     # Twice the steps.
-    Setting(name="off_long", title="no sampler, twice the steps", times=2),
-    Setting(name=f"{OURS}_long", title="both samplers, twice the steps, the selector at rest after 150", times=2,
+    Setting(name=f"off{LONG}", title="no sampler, twice the steps", times=2),
+    Setting(name=f"{OURS}{LONG}", title="both samplers, twice the steps, the selector at rest after 150", times=2,
             optimizer={"selector_steps": SELECTOR_STEPS},
             stage=merged(_vision(shares=SHARES_BOTH, order="row"), FIXED_PRUNE), text=TEXT),
+    Setting(name=f"pyramid_drop{LONG}", title="PyramidDrop, twice the steps", times=2,
+            stage={"layer_rival": {"name": "pyramid_drop"}}, match=f"{OURS}{LONG}"),
     # Rivals at equal tokens.
     Setting(name="random", title="random tokens", stage=_map_rival("random")),
     Setting(name="uniform_mean", title="2x2 average pooling everywhere", stage=_map_rival("uniform_mean")),

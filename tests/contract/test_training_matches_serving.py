@@ -224,6 +224,11 @@ def test_the_balance_loss_is_over_all_regions_of_the_batch(task, monkeypatch, co
     expected = oracle.balance(probs, coefficients)
     assert metrics["balance"] == pytest.approx(expected, rel=1e-4)
     assert loss.item() == pytest.approx(metrics["language"] + 0.1 * expected, rel=1e-4)
+    # A selector that rests from step 1 on has none of it.
+    monkeypatch.setattr(joint, "selector_steps", 1)
+    with torch.no_grad():
+        (learning, _), (resting, rested) = joint((0, samples), 0), joint((0, samples), 1)
+    assert learning.item() == pytest.approx(loss.item()) and resting.item() == pytest.approx(rested["language"])
     chosen = oracle.likeliest(probs)
     assert [metrics[f"branch_{k}"] for k in range(3)] == pytest.approx(
         [chosen.count(k) / len(chosen) for k in range(3)]

@@ -100,12 +100,12 @@ def test_a_learning_rate_that_nothing_has_changes_no_key(study, monkeypatch):
 
 
 def test_what_a_run_may_take_is_the_mean_of_those_before(study):
-    run = planned(study, SETTINGS["off"], 0, [])
-    first = expected_minutes([], run, study.steps)
+    run, longer = (planned(study, SETTINGS[name], 0, []) for name in ("off", "off_long"))
     store(study, "vision", minutes=3.0)
     store(study, "text", minutes=5.0)
-    assert first > 0 and expected_minutes(load_results(study.folder), run, study.steps) == pytest.approx(4.0)
-    assert expected_minutes(load_results(study.folder), run, study.steps + 1) == first
+    results = load_results(study.folder)
+    assert expected_minutes([], run) > 0 and expected_minutes(results, run) == pytest.approx(4.0)
+    assert expected_minutes(results, longer) == pytest.approx(8.0)
     assert conduct(study, [SETTINGS["off"]], minutes=3.9) == ["off, seed 0"]
 
 
