@@ -122,6 +122,12 @@ class PackedStep:
             past = [cache.slots(i, group, 0, length) for i, length in zip(ids, self.key_lens, strict=True)]
             self.key_slots_K = torch.cat(past, dim=1).unbind()
 
+    def pages(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of a step that only decodes: both pools, each token's slot in them, block tables and lengths."""
+        assert self.rows_LnB is not None and self.lengths_n is not None
+        local = layer - self.first_layer
+        return self.cache.key, self.cache.value, self.slots_S[local], self.rows_LnB[local], self.lengths_n
+
     def attend(
         self, layer: int, query_SHd: torch.Tensor, key_SGd: torch.Tensor, value_SGd: torch.Tensor, scaling: float
     ) -> torch.Tensor:

@@ -5,13 +5,14 @@ Legend: S tokens of a packed pass, R of them that go on, D width, H/G query/key 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
 
-from services.llm.attention import AttentionStep
-from services.llm.kernels.panel_linear import add_linear, gated_linear, linears
+from services.llm.attention import AttentionStep, PackedStep
+from services.llm.kernels.cpu import CpuKernels
+from services.llm.kernels.panel_linear import FEW_TOKENS, PanelLinear, add_linear, gated_linear, linears
 
 FAMILIES = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
 """Layers of one shape: norm, attention, norm, gated MLP, each of the two halves added to what came in."""
@@ -53,6 +54,45 @@ def fused_layer(
     hidden_SD = add_linear(hidden_SD, out_SHd.flatten(1), attention.o_proj)
     norm_SD = rms_norm(one.post_attention_layernorm, hidden_SD)
     return add_linear(hidden_SD, gated_linear(norm_SD, mlp.gate_proj, mlp.up_proj), mlp.down_proj)
+
+
+class DecodeLayer:
+    """`fused_layer` for steps that only decode, in one call of compiled code."""
+
+    def __init__(self, layer: nn.Module):
+        """layer: one of `decodes_whole`."""
+        one: Any = layer
+        attention, mlp = one.self_attn, one.mlp
+        linears: list[Any] = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+        linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+        norms = one.input_layernorm, one.post_attention_layernorm
+        self._index, self._scaling = attention.layer_idx, attention.scaling
+        self._weights = [norm.weight for norm in norms], norms[0].eps, [x.weight_PKNp for x in linears]
+        self._biases = [x.bias for x in linears]
+
+    def __call__(self, hidden_nD: torch.Tensor, cos_nd: torch.Tensor, sin_nd: torch.Tensor, step: PackedStep) -> None:
+        """hidden_nD is written to."""
+        torch.ops.focusllava.decode_layer_(
+            hidden_nD, cos_nd, sin_nd, *self._weights, self._biases, *step.pages(self._index), self._scaling
+        )
+
+
+def decodes_whole(layer: nn.Module) -> bool:
+    """Whether `DecodeLayer` computes what `fused_layer` does."""
+    one: Any = layer
+    linears = [module for part in (one.self_attn, one.mlp) for module in part.children() if hasattr(module, "bias")]
+    norms = one.input_layernorm, one.post_attention_layernorm
+    return all(isinstance(module, PanelLinear) for module in linears) and norms[0].eps == norms[1].eps
+
+
+def only_decodes(step: AttentionStep) -> TypeGuard[PackedStep]:
+    """Whether `DecodeLayer` takes the step: no prefill, and no more tokens than the panels' own products are for."""
+    return (
+        isinstance(step, PackedStep)
+        and isinstance(step.kernels, CpuKernels)
+        and not step.query_lens
+        and step.decoding <= FEW_TOKENS
+    )
 
 
 def rms_norm(norm: Any, hidden_SD: torch.Tensor) -> torch.Tensor:

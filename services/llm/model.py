@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.store import check_shapes, load_stage
 from services.common.errors import InvalidInput
+from services.common.kernels import native
 from services.common.linear import Quantize, can_pack, prepare_linears
 from services.llm.attention import ATTENTION_NAME, AttentionStep
-from services.llm.fused_layer import can_fuse, fused_layer, rms_norm
-from services.llm.kernels import native
+from services.llm.fused_layer import DecodeLayer, can_fuse, decodes_whole, fused_layer, only_decodes, rms_norm
 from services.llm.kernels.panel_linear import pack_linear
 from services.sampler.text_guided import apply_rotary, keep_by_share, text_importance
 
@@ -61,6 +61,8 @@ class Decoder:
         self.kv_heads: int = self.config.num_key_value_heads
         self.context: int = self.config.max_position_embeddings
         self.fused = can_pack(self.device, self.dtype) and all(map(can_fuse, self.layers)) and native.load()
+        whole = self.fused and all(map(decodes_whole, self.layers))
+        self.decode_layers = [DecodeLayer(layer) for layer in self.layers] if whole else []
 
     @classmethod
     def from_state(
@@ -140,6 +142,10 @@ class Decoder:
         final_rows = step.final_rows if last == self.num_layers else None
         if self.fused:
             cos_Sd, sin_Sd, hidden_SD = rotary[0][0], rotary[1][0], hidden_SD.clone()  # it is written to
+            if self.decode_layers and only_decodes(step):
+                for decode in self.decode_layers[first:last]:
+                    decode(hidden_SD, cos_Sd, sin_Sd, step)
+                return hidden_SD if final_rows is None else hidden_SD[final_rows]
             for index in range(first, last):
                 rows = final_rows if index == self.num_layers - 1 else None
                 hidden_SD = fused_layer(self.layers[index], hidden_SD, cos_Sd, sin_Sd, step, rows)

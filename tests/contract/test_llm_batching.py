@@ -178,3 +178,31 @@ def test_penalties_and_logprobs_see_the_same_prompt_and_answer_after_a_preemptio
         for mine, theirs in zip(actual[request_id], events, strict=True):
             assert len(mine.logprobs) == 1 and len(mine.logprobs[0].top) == 2
             assert mine.logprobs[0].chosen.logprob == pytest.approx(theirs.logprobs[0].chosen.logprob, abs=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_layer_in_one_call_decodes_what_its_operators_do(family: str, dtype: torch.dtype):
+    folder = tiny_llm.checkpoint(family)
+    whole, parts = (tiny_llm.engine(folder=folder, dtype=dtype) for _ in range(2))
+    if not whole.decoder.decode_layers:
+        pytest.skip("this processor has no panels for this dtype")
+    parts.decoder.decode_layers = []
+    first, second = (
+        {
+            request_id: [event.logprobs for name, event in events if name == request_id and hasattr(event, "logprobs")]
+            for request_id in ("a", "b", "c")
+        }
+        for events in (_events(target) for target in (whole, parts))
+    )
+    assert first == second and all(len(each) > 1 for each in first.values())
+
+
+def _events(target: Engine) -> list[tuple[str, Any]]:
+    for request_id, images in (("a", (40,)), ("b", ()), ("c", (25, 31))):
+        target.submit(tiny_llm.request(target, request_id, images=images, keep_ratio=0.5, logprobs=3, max_tokens=12))
+    events: list[tuple[str, Any]] = []
+    while target.has_work():
+        events += target.step()
+    target.check_integrity()
+    return events

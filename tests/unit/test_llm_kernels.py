@@ -70,6 +70,26 @@ def test_prefill_takes_the_strided_views_of_a_decoder_layer(dtype: torch.dtype) 
         torch.testing.assert_close(out.double(), expected, rtol=0, atol=DTYPES[dtype])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("lens", [[1], [3, 17], [64, 64], [65, 65], [577], [1030, 7]], ids=str)
+def test_without_a_mask_each_query_sees_all_keys_of_its_segment(
+    lens: list[int], heads: str, dtype: torch.dtype
+) -> None:
+    (query_heads, key_heads), width, tokens = HEADS[heads], 16, sum(lens)
+    query, key, value = random_tensors(
+        (tokens, query_heads, width), (tokens, key_heads, width), (tokens, key_heads, width), dtype=dtype
+    )
+    assert CpuKernels()  # loads the operators
+    out = torch.ops.focusllava.packed_attention(query, key, value, lens, lens, 0.3, causal=False)
+    exact = []
+    for q, k, v in zip(*(tensor.double().split(lens) for tensor in (query, key, value)), strict=True):
+        k, v = (t.repeat_interleave(query_heads // key_heads, 1) for t in (k, v))
+        weights = (torch.einsum("qhd,khd->hqk", q, k) * 0.3).softmax(-1)
+        exact.append(torch.einsum("hqk,khd->qhd", weights, v))
+    torch.testing.assert_close(out.double(), torch.cat(exact), rtol=0, atol=DTYPES[dtype])
+
+
 @pytest.mark.parametrize("query_scale, key_offset", [(1, 0), (3, 0), (6, 0), (1, 3)])
 def test_bf16_prefill_is_as_exact_as_sdpa(query_scale: float, key_offset: float) -> None:
     """Large scores too (up to 30), and keys with a common offset such as Qwen2's bias makes."""

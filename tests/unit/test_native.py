@@ -14,9 +14,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from services.checkpoint.config import FocusLlavaConfig
+from services.common.kernels import native
 from services.common.linear import PackedLinear
 from services.llm.fused_layer import can_fuse
-from services.llm.kernels import native
 from services.llm.kernels.panel_linear import PanelLinear, add_linear, gated_linear, linears
 from services.llm.model import Decoder
 from tests.attention_oracle import prefill_oracle
@@ -156,10 +156,10 @@ def test_products_of_what_does_not_fit_are_refused(change: dict[str, torch.Tenso
 @pytest.mark.parametrize(
     "call",
     [
-        lambda x: ops.prefill_attention(x, x, x, [3], [3], 1.0),
-        lambda x: ops.prefill_attention(x, x, x, [5], [4], 1.0),
-        lambda x: ops.prefill_attention(x, x, x[:, :, ::2], [4], [4], 1.0),
-        lambda x: ops.prefill_attention(x.double(), x.double(), x.double(), [4], [4], 1.0),
+        lambda x: ops.packed_attention(x, x, x, [3], [3], 1.0, True),
+        lambda x: ops.packed_attention(x, x, x, [5], [4], 1.0, True),
+        lambda x: ops.packed_attention(x, x, x[:, :, ::2], [4], [4], 1.0, True),
+        lambda x: ops.packed_attention(x.double(), x.double(), x.double(), [4], [4], 1.0, True),
         lambda x: ops.rotate_(x, x[:2], x[:2]),
         lambda x: ops.rms_norm(x, x[0, 0, :4], 1e-5),
         lambda x: ops.silu_mul_(x, x.bfloat16()),
@@ -168,6 +168,19 @@ def test_products_of_what_does_not_fit_are_refused(change: dict[str, torch.Tenso
 def test_what_does_not_fit_is_refused(call) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(RuntimeError):
         call(torch.randn(4, 2, 8))
+
+
+@pytest.mark.parametrize("slot", [-1, 6])
+def test_a_slot_that_the_pools_do_not_have_is_refused(slot: int) -> None:
+    attention, mlp = (PanelLinear(linear(8, 8, False, torch.float32)).weight_PKNp for _ in range(2))
+    hidden, tables = torch.randn(1, 8), torch.ones(1, 8)
+    pools = torch.zeros(3, 2, 1, 8), torch.zeros(3, 2, 1, 8)
+    rows, lengths = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
+    arguments = (hidden, tables, tables, [torch.ones(8)] * 2, 1e-5, [*[attention] * 4, *[mlp] * 3], [None] * 7, *pools)
+    ops.decode_layer_(*arguments, torch.tensor([5]), rows, lengths, 1.0)
+    assert pools[0][2, 1].any() and not pools[0][:2].any()
+    with pytest.raises(RuntimeError, match=f"slot {slot} of 6"):
+        ops.decode_layer_(*arguments, torch.tensor([slot]), rows, lengths, 1.0)
 
 
 class WholePrompt:

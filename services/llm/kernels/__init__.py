@@ -11,8 +11,8 @@ from typing import Protocol
 
 import torch
 
+from services.common.kernels import native
 from services.common.linear import can_pack
-from services.llm.kernels import native
 from services.llm.kernels.cpu import CpuKernels
 from services.llm.kernels.cuda import cuda_kernels
 from services.llm.kernels.reference import ReferenceKernels

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from services.llm.kernels import native
+from services.common.kernels import native
 
 
 class CpuKernels:
@@ -24,7 +24,9 @@ class CpuKernels:
         key_lens: Sequence[int],
         scaling: float,
     ) -> torch.Tensor:
-        return torch.ops.focusllava.prefill_attention(query_SHd, key_KGd, value_KGd, query_lens, key_lens, scaling)
+        return torch.ops.focusllava.packed_attention(
+            query_SHd, key_KGd, value_KGd, query_lens, key_lens, scaling, causal=True
+        )
 
     def decode(
         self,

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
+from services.common.kernels import native
 from services.common.linear import PackedLinear
-from services.llm.kernels import native
 
 PANEL = 32
 """Outputs side by side, as in linear.cpp and in what oneDNN makes of a bf16 weight for AMX."""

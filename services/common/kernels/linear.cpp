@@ -313,6 +313,10 @@ Tensor like(const Tensor& x, int64_t outputs) {
   return at::empty(sizes, x.options());
 }
 
+}  // namespace
+
+namespace focusllava {
+
 // x [..., K] times each weight.
 std::vector<Tensor> linear(const Tensor& x, at::TensorList weights, const c10::List<std::optional<Tensor>>& biases,
                            at::IntArrayRef outputs) {
@@ -344,7 +348,7 @@ Tensor linear_gated(const Tensor& x, const Tensor& gate, const std::optional<Ten
   return out;
 }
 
-}  // namespace
+}  // namespace focusllava
 
 TORCH_LIBRARY_FRAGMENT(focusllava, m) {
   m.def("linear(Tensor x, Tensor[] weights, Tensor?[] biases, int[] outputs) -> Tensor[]", linear);

@@ -1,6 +1,6 @@
-"""Builds native.cpp and linear.cpp with the machine's own compiler, once, and loads them: `torch.ops.focusllava.*`.
+"""Builds this folder's C++ with the machine's own compiler, once, and loads them: `torch.ops.focusllava.*`.
 
-python -m services.llm.kernels.native      builds now what the first use would build, and says where it lies
+python -m services.common.kernels.native      builds now what the first use would build, and says where it lies
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch.utils.cpp_extension import include_paths
 
 FOLDER = pathlib.Path(__file__).parent
-SOURCES = (FOLDER / "native.cpp", FOLDER / "linear.cpp")
+SOURCES = tuple(FOLDER / name for name in ("native.cpp", "linear.cpp", "decode_layer.cpp"))
 HEADERS = (FOLDER / "native.h",)
 # Without errno and traps the compiler may vectorise; nothing here changes what a float operation gives.
 FLAGS: tuple[str, ...] = (

@@ -1,5 +1,5 @@
-// The LLM stage's hot loops on a CPU, in bf16 and fp32: flash attention over packed prompts and over the pages of the KV
-// cache, and what lies between a decoder layer's matrix products, each in one pass over memory.
+// The stages' hot loops on a CPU, in bf16 and fp32: flash attention over packed prompts or tiles and over the pages of the
+// KV cache, and what lies between a decoder layer's matrix products, each in one pass over memory.
 //
 // Matrix products are oneDNN's small kernels (brgemm), which take the processor's matrix units where it has them; loops
 // are plain C++ that the compiler vectorises for the processor at hand. Sums and softmax are fp32. Every query, token
@@ -126,17 +126,23 @@ inline float exponentials(const float* score, int64_t count, float scaling, floa
 #endif
 
 template <typename T>
-void prefill(const Tensor& query, const Tensor& key, const Tensor& value, at::IntArrayRef query_lens,
-             at::IntArrayRef key_lens, float scaling, Tensor& out) {
+void packed(const Tensor& query, const Tensor& key, const Tensor& value, at::IntArrayRef query_lens,
+            at::IntArrayRef key_lens, float scaling, bool causal, Tensor& out) {
   constexpr bool pairs = std::is_same_v<T, BFloat16>;
   const int64_t heads = query.size(1), groups = key.size(1), d = query.size(2), repeats = heads / groups;
   const Strided q_at(query), k_at(key), v_at(value), o_at(out);
   const T *q_all = query.const_data_ptr<T>(), *k_all = key.const_data_ptr<T>(), *v_all = value.const_data_ptr<T>();
   T* o_all = out.data_ptr<T>();
-  const int64_t positions = std::max<int64_t>(1, kRows / repeats);
+  const int64_t segments = query_lens.size();
+  int64_t positions = std::max<int64_t>(1, kRows / repeats);
+  if (!causal && segments > 0) {
+    // Segments are tiles of one length: nine rows of 64 and one of a single token would cost as much as ten of 64.
+    const int64_t longest = std::max<int64_t>(1, *std::max_element(query_lens.begin(), query_lens.end()));
+    const int64_t pieces = (longest + positions - 1) / positions;
+    positions = (longest + pieces - 1) / pieces;
+  }
 
   // Where each segment begins among queries, keys and packed keys.
-  const int64_t segments = query_lens.size();
   std::vector<int64_t> q_start(segments + 1, 0), k_start(segments + 1, 0), packed_start(segments + 1, 0);
   std::vector<Tile> tiles;
   std::vector<std::array<int64_t, 3>> packs;  // segment, group, first key
@@ -151,7 +157,9 @@ void prefill(const Tensor& query, const Tensor& key, const Tensor& value, at::In
     }
   }
   // Long tiles first, so that the threads end together.
-  const auto seen = [&](const Tile& t) { return key_lens[t.segment] - query_lens[t.segment] + t.last; };
+  const auto seen = [&](const Tile& t) {
+    return causal ? key_lens[t.segment] - query_lens[t.segment] + t.last : key_lens[t.segment];
+  };
   std::stable_sort(tiles.begin(), tiles.end(), [&](const Tile& a, const Tile& b) { return seen(a) > seen(b); });
 
   const int64_t packed_keys = packed_start[segments];
@@ -185,13 +193,13 @@ void prefill(const Tensor& query, const Tensor& key, const Tensor& value, at::In
         std::copy(from, from + d, queries.data() + (r * positions + p) * d);
       }
     const int64_t before = key_lens[s] - query_lens[s] + tile.first;  // keys before the tile's first position
-    for (int64_t first = 0; first < before + count; first += kKeys) {
+    for (int64_t first = 0, end = seen(tile); first < end; first += kKeys) {
       const int64_t stored = std::min(kKeys, key_lens[s] - first), wide = key_pad(stored);
-      const int64_t keys = std::min(wide, key_pad(before + count - first));
+      const int64_t keys = std::min(wide, key_pad(end - first));
       const int64_t at = (g * packed_keys + packed_start[s] + first) * d;
       blas::brgemm(rows, keys, d, d, wide, kKeys, false, queries.data(), packed_key + at, scores.data(), pairs);
       for (int64_t row = 0; row < rows; ++row) {
-        const int64_t own = before + std::min(row % positions, count - 1) + 1 - first;
+        const int64_t own = (causal ? before + std::min(row % positions, count - 1) + 1 : end) - first;
         const int64_t visible = std::clamp<int64_t>(own, 0, keys);
         const float* score = scores.data() + row * kKeys;
         T* prob = probs.data() + row * kKeys;
@@ -430,36 +438,6 @@ void decode(const Tensor& query, const Tensor& keys, const Tensor& values, const
     }
 }
 
-int64_t sum_of(at::IntArrayRef lens) { return std::accumulate(lens.begin(), lens.end(), int64_t{0}); }
-
-Tensor prefill_attention(const Tensor& query, const Tensor& key, const Tensor& value, at::IntArrayRef query_lens,
-                         at::IntArrayRef key_lens, double scaling) {
-  const int64_t d = query.size(2);
-  for (const Tensor& t : {query, key, value})
-    TORCH_CHECK(t.dim() == 3 && t.stride(2) == 1 && t.size(2) == d && t.scalar_type() == query.scalar_type());
-  TORCH_CHECK(d % 2 == 0 && query.size(1) % key.size(1) == 0 && key.sizes() == value.sizes());
-  TORCH_CHECK(query_lens.size() == key_lens.size() && sum_of(query_lens) == query.size(0) &&
-              sum_of(key_lens) == key.size(0));
-  for (size_t i = 0; i < query_lens.size(); ++i) TORCH_CHECK(0 <= query_lens[i] && query_lens[i] <= key_lens[i]);
-  Tensor out = at::empty(query.sizes(), query.options());
-  FOR_DTYPE(query, prefill, query, key, value, query_lens, key_lens, static_cast<float>(scaling), out);
-  return out;
-}
-
-Tensor decode_attention(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& table,
-                        const Tensor& lengths, double scaling) {
-  TORCH_CHECK(keys.is_contiguous() && values.is_contiguous() && keys.sizes() == values.sizes() && keys.dim() == 4);
-  TORCH_CHECK(query.dim() == 3 && query.stride(2) == 1 && query.size(2) == keys.size(3) &&
-              query.size(1) % keys.size(2) == 0);
-  TORCH_CHECK(query.scalar_type() == keys.scalar_type() && query.scalar_type() == values.scalar_type());
-  TORCH_CHECK(table.scalar_type() == at::kLong && lengths.scalar_type() == at::kLong && lengths.is_contiguous());
-  TORCH_CHECK(table.dim() == 2 && table.stride(1) == 1 && table.size(0) == query.size(0) &&
-              lengths.size(0) == query.size(0));
-  Tensor out = at::empty(query.sizes(), query.options());
-  FOR_DTYPE(query, decode, query, keys, values, table, lengths, static_cast<float>(scaling), out);
-  return out;
-}
-
 constexpr int64_t kGrain = 1 << 14;  // elements that are worth a thread
 
 template <typename T>
@@ -479,15 +457,6 @@ void norm(const Tensor& hidden, const Tensor& weight, float eps, Tensor& out) {
       for (int64_t j = 0; j < width; ++j) to[j] = from_float<T>(to_float(row[j]) * factor * to_float(scale[j]));
     }
   });
-}
-
-// RMS norm of hidden [S, D], times weight [D].
-Tensor rms_norm(const Tensor& hidden, const Tensor& weight, double eps) {
-  TORCH_CHECK(hidden.is_contiguous() && weight.is_contiguous() && weight.numel() == hidden.size(-1) &&
-              weight.scalar_type() == hidden.scalar_type());
-  Tensor out = at::empty_like(hidden);
-  FOR_DTYPE(hidden, norm, hidden, weight, static_cast<float>(eps), out);
-  return out;
 }
 
 template <typename T>
@@ -512,15 +481,6 @@ void rotate(Tensor& x, const Tensor& cos, const Tensor& sin) {
   });
 }
 
-// Rotary embedding in place, the halves of a head as pairs. x [S, H, d]; cos and sin [S, d].
-void rotate_(Tensor x, const Tensor& cos, const Tensor& sin) {
-  TORCH_CHECK(x.dim() == 3 && x.stride(2) == 1 && x.size(2) % 2 == 0);
-  for (const Tensor& t : {cos, sin})
-    TORCH_CHECK(t.is_contiguous() && t.dim() == 2 && t.size(0) == x.size(0) && t.size(1) == x.size(2) &&
-                t.scalar_type() == x.scalar_type());
-  FOR_DTYPE(x, rotate, x, cos, sin);
-}
-
 // On bits: the compiler does not vectorise this loop over a struct that it reads and writes.
 template <typename T>
 void gate_part(Bits<T>* __restrict gate, const Bits<T>* __restrict up, int64_t count) {
@@ -536,19 +496,73 @@ void gate(Tensor& gate, const Tensor& up) {
                    [&](int64_t first, int64_t last) { gate_part<T>(to + first, with + first, last - first); });
 }
 
+}  // namespace
+
+namespace focusllava {
+
+static int64_t sum_of(at::IntArrayRef lens) { return std::accumulate(lens.begin(), lens.end(), int64_t{0}); }
+
+// Segments end to end: segment i's queries are the last query_lens[i] of its key_lens[i] tokens. Each sees the keys of its
+// segment: all of them, or where causal those up to its own position.
+Tensor packed_attention(const Tensor& query, const Tensor& key, const Tensor& value, at::IntArrayRef query_lens,
+                        at::IntArrayRef key_lens, double scaling, bool causal) {
+  const int64_t d = query.size(2);
+  for (const Tensor& t : {query, key, value})
+    TORCH_CHECK(t.dim() == 3 && t.stride(2) == 1 && t.size(2) == d && t.scalar_type() == query.scalar_type());
+  TORCH_CHECK(d % 2 == 0 && query.size(1) % key.size(1) == 0 && key.sizes() == value.sizes());
+  TORCH_CHECK(query_lens.size() == key_lens.size() && sum_of(query_lens) == query.size(0) &&
+              sum_of(key_lens) == key.size(0));
+  for (size_t i = 0; i < query_lens.size(); ++i) TORCH_CHECK(0 <= query_lens[i] && query_lens[i] <= key_lens[i]);
+  Tensor out = at::empty(query.sizes(), query.options());
+  FOR_DTYPE(query, packed, query, key, value, query_lens, key_lens, static_cast<float>(scaling), causal, out);
+  return out;
+}
+
+Tensor decode_attention(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& table,
+                        const Tensor& lengths, double scaling) {
+  TORCH_CHECK(keys.is_contiguous() && values.is_contiguous() && keys.sizes() == values.sizes() && keys.dim() == 4);
+  TORCH_CHECK(query.dim() == 3 && query.stride(2) == 1 && query.size(2) == keys.size(3) &&
+              query.size(1) % keys.size(2) == 0);
+  TORCH_CHECK(query.scalar_type() == keys.scalar_type() && query.scalar_type() == values.scalar_type());
+  TORCH_CHECK(table.scalar_type() == at::kLong && lengths.scalar_type() == at::kLong && lengths.is_contiguous());
+  TORCH_CHECK(table.dim() == 2 && table.stride(1) == 1 && table.size(0) == query.size(0) &&
+              lengths.size(0) == query.size(0));
+  Tensor out = at::empty(query.sizes(), query.options());
+  FOR_DTYPE(query, decode, query, keys, values, table, lengths, static_cast<float>(scaling), out);
+  return out;
+}
+
+// RMS norm of hidden [S, D], times weight [D].
+Tensor rms_norm(const Tensor& hidden, const Tensor& weight, double eps) {
+  TORCH_CHECK(hidden.is_contiguous() && weight.is_contiguous() && weight.numel() == hidden.size(-1) &&
+              weight.scalar_type() == hidden.scalar_type());
+  Tensor out = at::empty_like(hidden);
+  FOR_DTYPE(hidden, norm, hidden, weight, static_cast<float>(eps), out);
+  return out;
+}
+
+// Rotary embedding in place, the halves of a head as pairs. x [S, H, d]; cos and sin [S, d].
+void rotate_(Tensor x, const Tensor& cos, const Tensor& sin) {
+  TORCH_CHECK(x.dim() == 3 && x.stride(2) == 1 && x.size(2) % 2 == 0);
+  for (const Tensor& t : {cos, sin})
+    TORCH_CHECK(t.is_contiguous() && t.dim() == 2 && t.size(0) == x.size(0) && t.size(1) == x.size(2) &&
+                t.scalar_type() == x.scalar_type());
+  FOR_DTYPE(x, rotate, x, cos, sin);
+}
+
 // gate = silu(gate) * up, in place.
 void silu_mul_(Tensor x, const Tensor& up) {
   TORCH_CHECK(x.is_contiguous() && up.is_contiguous() && x.sizes() == up.sizes() && x.scalar_type() == up.scalar_type());
   FOR_DTYPE(x, gate, x, up);
 }
 
-}  // namespace
+}  // namespace focusllava
 
 TORCH_LIBRARY(focusllava, m) {
   m.def(
-      "prefill_attention(Tensor query, Tensor key, Tensor value, int[] query_lens, int[] key_lens, float scaling) -> "
-      "Tensor",
-      prefill_attention);
+      "packed_attention(Tensor query, Tensor key, Tensor value, int[] query_lens, int[] key_lens, float scaling, "
+      "bool causal) -> Tensor",
+      packed_attention);
   m.def(
       "decode_attention(Tensor query, Tensor keys, Tensor values, Tensor table, Tensor lengths, float scaling) -> Tensor",
       decode_attention);

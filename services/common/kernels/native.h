@@ -1,6 +1,7 @@
 // What the native operators share: bf16 as bits, exp, tasks shared out among threads, a choice of dtype.
 #pragma once
 #include <ATen/Parallel.h>
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
@@ -73,6 +74,17 @@ void for_each_task(int64_t count, const F& task) {
     for (int64_t i = next++; i < count; i = next++) task(i);
   });
 }
+
+// Operators that decode_layer.cpp calls as well; described where they are defined.
+Tensor rms_norm(const Tensor& hidden, const Tensor& weight, double eps);
+void rotate_(Tensor x, const Tensor& cos, const Tensor& sin);
+Tensor decode_attention(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& table,
+                        const Tensor& lengths, double scaling);
+std::vector<Tensor> linear(const Tensor& x, at::TensorList weights, const c10::List<std::optional<Tensor>>& biases,
+                           at::IntArrayRef outputs);
+void linear_add_(Tensor hidden, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias);
+Tensor linear_gated(const Tensor& x, const Tensor& gate, const std::optional<Tensor>& gate_bias, const Tensor& up,
+                    const std::optional<Tensor>& up_bias, int64_t outputs);
 
 }  // namespace focusllava
 
