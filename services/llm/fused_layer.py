@@ -62,13 +62,10 @@ class DecodeLayer:
     def __init__(self, layer: nn.Module):
         """layer: one of `decodes_whole`."""
         one: Any = layer
-        attention, mlp = one.self_attn, one.mlp
-        linears: list[Any] = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-        linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-        norms = one.input_layernorm, one.post_attention_layernorm
-        self._index, self._scaling = attention.layer_idx, attention.scaling
-        self._weights = [norm.weight for norm in norms], norms[0].eps, [x.weight_PKNp for x in linears]
-        self._biases = [x.bias for x in linears]
+        linears, norms = _linears(one), (one.input_layernorm, one.post_attention_layernorm)
+        self._index, self._scaling = one.self_attn.layer_idx, one.self_attn.scaling
+        self._weights = [norm.weight for norm in norms], norms[0].eps, [linear.weight_PKNp for linear in linears]
+        self._biases = [linear.bias for linear in linears]
 
     def __call__(self, hidden_nD: torch.Tensor, cos_nd: torch.Tensor, sin_nd: torch.Tensor, step: PackedStep) -> None:
         """hidden_nD is written to."""
@@ -80,9 +77,15 @@ class DecodeLayer:
 def decodes_whole(layer: nn.Module) -> bool:
     """Whether `DecodeLayer` computes what `fused_layer` does."""
     one: Any = layer
-    linears = [module for part in (one.self_attn, one.mlp) for module in part.children() if hasattr(module, "bias")]
-    norms = one.input_layernorm, one.post_attention_layernorm
-    return all(isinstance(module, PanelLinear) for module in linears) and norms[0].eps == norms[1].eps
+    same_eps = one.input_layernorm.eps == one.post_attention_layernorm.eps
+    return same_eps and all(isinstance(linear, PanelLinear) for linear in _linears(one))
+
+
+def _linears(layer: Any) -> list[Any]:
+    """In the order of decode_layer.cpp."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
+            mlp.gate_proj, mlp.up_proj, mlp.down_proj]  # fmt: skip
 
 
 def only_decodes(step: AttentionStep) -> TypeGuard[PackedStep]:
