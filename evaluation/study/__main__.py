@@ -50,7 +50,8 @@ def _arguments() -> argparse.Namespace:
     what.add_argument(
         "--table",
         type=int,
-        help=f"{min(TABLES)} to {max(TABLES)}; 9, the gate, 10, the order of tokens, and 11, longer training, are the study's own",
+        help=f"{min(TABLES)} to {max(TABLES)}; the study's own are 9, the gate, 10, the order of tokens, "
+        "and 11, longer training",
     )
     what.add_argument("--figure", type=int, help=f"{min(FIGURES)} to {max(FIGURES)}")
     what.add_argument("--all", action="store_true", help="the gate first, then the samplers and rivals, then the rest")

@@ -196,7 +196,7 @@ def run_config(study: Study, setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def expected_minutes(results: Sequence[Result], run: Run) -> float:
-    """The mean of like runs that have finished: those that train, in proportion to their steps, or those that do not."""
+    """The mean of like runs that have finished: those that train, by their steps, or those that do not."""
     trains = run.setting.train and not (run.weights / "config.json").exists()
     like = {
         (found.setting, found.seed): found.minutes * (run.config["steps"] / found.steps if trains else 1)
