@@ -267,21 +267,101 @@ inline std::array<float, 4> sums_of(const Vector (&v)[4]) {
 #endif
 }
 
-// The products of R queries [R, D] with four keys, of which `count` are kept: score[r][0..count-1].
-template <typename T, int64_t D, int R>
-inline void dots(const float* query, const T* const (&key)[4], float* const (&score)[R], int64_t count) {
-  Vector sums[R][4] = {};
-#pragma GCC unroll 8
-  for (int64_t j = 0; j < D; j += 16)
+// Whether the processor multiplies pairs of bf16 at once (AVX-512 BF16) and heads are wide enough for it.
+#ifdef __AVX512BF16__
+template <typename T, int64_t D>
+constexpr bool kPairs = std::is_same_v<T, BFloat16> && D > 0 && D % 32 == 0;
+
+inline __m512bh load_pairs(const BFloat16* x) { return std::bit_cast<__m512bh>(_mm512_loadu_si512(x)); }
+#else
+template <typename T, int64_t D>
+constexpr bool kPairs = false;
+#endif
+
+// The products of a token's keys, which lie side by side, with four query heads [.., D] from head h on: a head that is not
+// there is the last one once more. Each R heads share a key, each `repeats`.
+template <typename T, int64_t D, int R, typename Q>
+inline std::array<float, 4> dots(const Q* query, const T* keys, int64_t h, int64_t heads, int64_t repeats) {
+  Vector sums[4] = {};
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const Vector k = load(key[i] + j);
+  for (int i = 0; i < 4; i += R) {
+    const int64_t head = std::min(h + i, heads - R);
+    const Q* q = query + head * D;
+    const T* key = keys + head / repeats * D;
+#ifdef __AVX512BF16__
+    if constexpr (kPairs<T, D>) {
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < D; j += 32) {
+        const __m512bh k = load_pairs(key + j);
 #pragma GCC unroll 2
-      for (int r = 0; r < R; ++r) sums[r][i] += load(query + r * D + j) * k;
+        for (int r = 0; r < R; ++r)
+          sums[i + r] = std::bit_cast<Vector>(
+              _mm512_dpbf16_ps(std::bit_cast<__m512>(sums[i + r]), load_pairs(q + r * D + j), k));
+      }
+    } else
+#endif
+#pragma GCC unroll 8
+      for (int64_t j = 0; j < D; j += 16) {
+        const Vector k = load(key + j);
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) sums[i + r] += load(q + r * D + j) * k;
+      }
+  }
+  return sums_of(sums);
+}
+
+// Adds the weighted values of a page's tokens, whose rows lie `stride` apart, to the sums [R, D] of R heads; the weights
+// of head r begin at weight + r * count. Where bf16 goes in pairs, so do tokens, and the sums' columns are to be `sorted`.
+template <typename T, int64_t D, int R>
+inline void add_values(const T* value, int64_t stride, int64_t tokens, const T* weight, int64_t count, float* sum) {
+  Vector part[R][D / 16];
+  std::memcpy(part, sum, sizeof part);
+#ifdef __AVX512BF16__
+  if constexpr (kPairs<T, D>) {
+    for (int64_t t = 0; t < tokens; t += 2) {
+      const bool two = t + 1 < tokens;
+      const T *first = value + t * stride, *second = two ? first + stride : first;
+      __m512bh weights[R];
+      for (int r = 0; r < R; ++r) {
+        const T* own = weight + r * count + t;
+        weights[r] = std::bit_cast<__m512bh>(_mm512_set1_epi32(own[0].x | (two ? own[1].x : 0) << 16));
+      }
+#pragma GCC unroll 4
+      for (int j = 0; j < D / 32; ++j) {
+        const auto a = std::bit_cast<__m512i>(load_pairs(first + j * 32));
+        const auto b = std::bit_cast<__m512i>(load_pairs(second + j * 32));
+        const __m512i pairs[] = {_mm512_unpacklo_epi16(a, b), _mm512_unpackhi_epi16(a, b)};
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half)
+#pragma GCC unroll 2
+          for (int r = 0; r < R; ++r) {
+            Vector& to = part[r][2 * j + half];
+            to = std::bit_cast<Vector>(_mm512_dpbf16_ps(std::bit_cast<__m512>(to), weights[r],
+                                                        std::bit_cast<__m512bh>(pairs[half])));
+          }
+      }
     }
-  for (int r = 0; r < R; ++r) {
-    const auto four = sums_of(sums[r]);
-    std::copy(four.begin(), four.begin() + count, score[r]);
+  } else
+#endif
+    for (int64_t t = 0; t < tokens; ++t) {
+#pragma GCC unroll 8
+      for (int j = 0; j < D / 16; ++j) {
+        const Vector one = load(value + t * stride + j * 16);
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) part[r][j] += to_float(weight[r * count + t]) * one;
+      }
+    }
+  std::memcpy(sum, part, sizeof part);
+}
+
+// Of 32 columns unpacklo puts 0-3, 8-11, 16-19 and 24-27 first: brings `count` of them in order.
+inline void sorted(float* columns, int64_t count) {
+  for (float* end = columns + count; columns < end; columns += 32) {
+    float mixed[32];
+    std::copy(columns, columns + 32, mixed);
+    for (int lane = 0; lane < 4; ++lane)
+      for (int half = 0; half < 2; ++half)
+        std::copy_n(mixed + half * 16 + lane * 4, 4, columns + lane * 8 + half * 4);
   }
 }
 
@@ -324,78 +404,55 @@ void decode_part(const T* query, const Strided& q_at, const Tensor& keys, const 
       f(k, tokens, pool + rows[(first + k) / b] * page + (first + k) % b * token, next);
     }
   };
-  thread_local std::vector<float> scores_memory, query_memory;
+  using Q = std::conditional_t<kPairs<T, D>, T, float>;
+  thread_local std::vector<float> scores_memory;
+  thread_local std::vector<T> weights_memory;
+  thread_local std::vector<Q> query_memory;
   scores_memory.resize(heads * count);
+  weights_memory.resize(heads * count);
   query_memory.resize(heads * d);
-  float *scores = scores_memory.data(), *q = query_memory.data();  // [H, count], [H, d]
+  float* scores = scores_memory.data();  // [H, count], as are the weights
+  T* weights = weights_memory.data();
+  Q* q = query_memory.data();  // [H, d]
   for (int64_t h = 0; h < heads; ++h)
-    for (int64_t j = 0; j < d; ++j) q[h * d + j] = to_float(query[h * q_at.head + j]) * scaling;
+    for (int64_t j = 0; j < d; ++j) q[h * d + j] = query[h * q_at.head + j];
   for_each_page(key_pool, [&](int64_t k, int64_t tokens, const T* at, const T* next) {
-    for (int64_t h = 0; h < heads; h += R) {
-      const T* own = at + h / repeats * d;
-      const float* one = q + h * d;
-      if constexpr (D > 0) {
-        for (int64_t t = 0; t < tokens; t += 4) {
-          for (int64_t i = 0; i < 4 * R; ++i) ask(next, h * tokens + t * R + i);
-          const auto at_most = [&](int64_t i) { return own + std::min(t + i, tokens - 1) * token; };
-          float* to[R];
-          for (int r = 0; r < R; ++r) to[r] = scores + (h + r) * count + k + t;
-          dots<T, D, R>(one, {at_most(0), at_most(1), at_most(2), at_most(3)}, to, std::min<int64_t>(4, tokens - t));
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t h = 0; h < heads; h += D ? 4 : 1) {
+        const T* row = at + t * token;
+        float* score = scores + h * count + k + t;
+        if constexpr (D > 0) {
+          const auto four = dots<T, D, R>(q, row, h, heads, repeats);
+          for (int64_t i = 0; i < std::min<int64_t>(4, heads - h); ++i) {
+            ask(next, t * heads + h + i);
+            score[i * count] = four[i];
+          }
+        } else {
+          ask(next, t * heads + h);
+          *score = dot(q + h * d, row + h / repeats * d, d);
         }
-        continue;
       }
-      for (int64_t t = 0; t < tokens; ++t) {
-        ask(next, h * tokens + t);
-        scores[h * count + k + t] = dot(one, own + t * token, d);
-      }
-    }
   });
   float *total = out + heads * d, *top = total + heads;
   for (int64_t h = 0; h < heads; ++h) {
-    float* score = scores + h * count;
-    float high = kNone, sum = 0;
-#pragma omp simd reduction(max : high)
-    for (int64_t k = 0; k < count; ++k) high = score[k] > high ? score[k] : high;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t k = 0; k < count; ++k) sum += score[k] = exp_clamped(score[k] - high);
-    total[h] = sum;
-    top[h] = high;
+    top[h] = highest(scores + h * count, count) * scaling;
+    total[h] = exponentials(scores + h * count, count, scaling, top[h], weights + h * count);
   }
   std::fill(out, out + heads * d, 0.0f);
   for_each_page(value_pool, [&](int64_t k, int64_t tokens, const T* at, const T* next) {
     for (int64_t h = 0; h < heads; h += R) {
-      const T* own = at + h / repeats * d;
-      const float* weight = scores + h * count + k;
-      float* sum = out + h * d;
-      if constexpr (D > 0) {
-        Vector part[R][D / 16];
-        for (int r = 0; r < R; ++r)
-          for (int j = 0; j < D / 16; ++j) part[r][j] = load(sum + r * D + j * 16);
+      const T *value = at + h / repeats * d, *weight = weights + h * count + k;
+      for (int64_t i = 0; i < tokens * R; ++i) ask(next, h * tokens + i);
+      if constexpr (D > 0) add_values<T, D, R>(value, token, tokens, weight, count, out + h * d);
+      else
         for (int64_t t = 0; t < tokens; ++t) {
-          for (int r = 0; r < R; ++r) ask(next, h * tokens + t * R + r);
-#pragma GCC unroll 8
-          for (int j = 0; j < D / 16; ++j) {
-            const Vector value = load(own + t * token + j * 16);
-#pragma GCC unroll 2
-            for (int r = 0; r < R; ++r) part[r][j] += weight[r * count + t] * value;
-          }
-        }
-        std::memcpy(sum, part, sizeof part);
-        continue;
-      }
-      constexpr int64_t kColumns = 16;  // so many sums stay in registers
-      for (int64_t j0 = 0; j0 < d; j0 += kColumns) {
-        const int64_t columns = std::min(kColumns, d - j0);
-        float part[kColumns] = {};
-        for (int64_t t = 0; t < tokens; ++t) {
-          if (j0 == 0) ask(next, h * tokens + t);
+          const float one = to_float(weight[t]);
 #pragma omp simd
-          for (int64_t j = 0; j < columns; ++j) part[j] += weight[t] * to_float(own[t * token + j0 + j]);
+          for (int64_t j = 0; j < d; ++j) out[h * d + j] += one * to_float(value[t * token + j]);
         }
-        for (int64_t j = 0; j < columns; ++j) sum[j0 + j] += part[j];
-      }
     }
   });
+  if constexpr (kPairs<T, D>) sorted(out, heads * d);
 }
 
 template <typename T>
