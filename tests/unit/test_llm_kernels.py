@@ -31,7 +31,7 @@ SEGMENTS = {
     "some segments without a query": ([0, 1, 0, 3], [17, 40, 3, 3]),
     "a chunk over several blocks": ([300], [411]),
 }
-HEADS = {"grouped": (6, 2), "one key head": (4, 1), "ungrouped": (2, 2)}
+HEADS = {"grouped": (6, 2), "in pairs": (6, 3), "one key head": (4, 1), "ungrouped": (2, 2)}
 
 
 def random_tensors(*shapes: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
