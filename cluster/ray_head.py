@@ -84,6 +84,7 @@ def start_head(state: ClusterState, extra_env: Mapping[str, str]) -> subprocess.
         "RAY_AUTH_MODE": "disabled",  # so that `serve status` needs no token
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # a killed proxy is back in 4 s, not 31
         "RAY_metrics_report_interval_ms": "2000",
+        "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",  # fresh from the disk on a busy machine Ray's 60 are too few
         "RAY_worker_niceness": "0",  # Ray's 15 starves the replicas whenever anything else runs
         **extra_env,
     }
