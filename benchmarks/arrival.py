@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from benchmarks.measure import (
+    add_machine_options,
     machine,
     median,
     median_of,
-    parse_cores,
     percentile,
     pin,
     print_table,
@@ -34,6 +34,7 @@ from benchmarks.stages import FULL_TOKENS, SETTINGS, question, random_visual_tok
 from benchmarks.workload import QUESTION
 from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.store import fingerprint
+from services.common.dtypes import choose_dtype, dtype_name
 from services.common.types import ChatTurn, GenerateRequest, SamplingParams, TextPart, TokenEvent
 from services.llm.engine import Engine
 from services.llm.model import Decoder
@@ -47,9 +48,9 @@ BEFORE = 16
 class Arrival:
     """One engine a budget, all on the same weights."""
 
-    def __init__(self, checkpoint: pathlib.Path, budgets: list[int], running: int, device: str):
+    def __init__(self, checkpoint: pathlib.Path, budgets: list[int], running: int, dtype: torch.dtype, device: str):
         config = FocusLlavaConfig.load(checkpoint)
-        decoder = Decoder.from_checkpoint(checkpoint, dtype=torch.bfloat16, device=device)
+        decoder = Decoder.from_checkpoint(checkpoint, dtype=dtype, device=device)
         renderer = PromptRenderer.from_checkpoint(
             checkpoint, image_token_id=config.image_token_id, context=decoder.context
         )
@@ -113,14 +114,13 @@ def main() -> None:
     parser.add_argument("--running", type=int, default=4, help="answers that decode when the prompt arrives")
     parser.add_argument("--setting", choices=("off", "text"), default="off", help="of the arriving prompt")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--cores", type=parse_cores, default=tuple(range(2)), help='such as "0-1"')
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=pathlib.Path)
+    add_machine_options(parser)
     options = parser.parse_args()
+    dtype = choose_dtype(options.dtype, options.device)
     pin(options.cores)
     torch.set_num_threads(len(options.cores))
     budgets = [*options.budgets, NO_BUDGET]
-    bench = Arrival(options.folder / "focusllava", budgets, options.running, options.device)
+    bench = Arrival(options.folder / "focusllava", budgets, options.running, dtype, options.device)
     names = {str(b) if b < NO_BUDGET else "none": functools.partial(bench.turn, b, options.setting) for b in budgets}
     results = take_turns(names, options.rounds)
     medians = {name: median_of(turns) for name, turns in results.items()}
@@ -132,6 +132,7 @@ def main() -> None:
         "machine": machine(options.cores),
         "checkpoint": options.folder.name,
         "device": options.device,
+        "dtype": dtype_name(dtype),
         "running": options.running,
         "setting": options.setting,
         "budgets": medians,

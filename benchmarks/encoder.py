@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 from benchmarks.measure import (
+    add_machine_options,
     machine,
     median,
     median_of,
-    parse_cores,
     percentile,
     pin,
     print_table,
@@ -32,6 +32,7 @@ from benchmarks.measure import (
     write_results,
 )
 from benchmarks.workload import jpeg
+from services.common.dtypes import choose_dtype, dtype_name
 from services.common.malloc import keep_freed_memory
 from services.encoder.batcher import TileBatcher
 from services.encoder.pipeline import EncoderPipeline
@@ -108,22 +109,19 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--images", type=int, default=32, help="a turn")
     parser.add_argument("--max-tiles", type=int, default=20)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--cores", type=parse_cores, default=tuple(range(2)), help='such as "0-1"')
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=pathlib.Path)
+    add_machine_options(parser)
     options = parser.parse_args()
+    dtype = choose_dtype(options.dtype, options.device)
     pin(options.cores)
     keep_freed_memory()  # as a replica does
     torch.set_num_threads(len(options.cores))
-    dtype = getattr(torch, options.dtype)
     bench = EncoderBench(options.folder / "focusllava", options.device, dtype, options.max_tiles)
     content: dict[str, Any] = {
         "machine": machine(options.cores, ("torch", "transformers", "pillow")),
         "checkpoint": options.folder.name,
         "device": options.device,
-        "dtype": options.dtype,
+        "dtype": dtype_name(dtype),
         "max_tiles": options.max_tiles,
         "concurrency": {},
     }

@@ -23,9 +23,9 @@ import torch
 
 from benchmarks.measure import (
     RESULTS,
+    add_machine_options,
     machine,
     median_of,
-    parse_cores,
     pin,
     print_table,
     ratio_of,
@@ -36,16 +36,16 @@ from benchmarks.measure import (
 from benchmarks.rivals import Rival
 from benchmarks.stages import SETTINGS, Stages, mean_usage
 from services.checkpoint.config import FocusLlavaConfig
+from services.common.dtypes import choose_dtype, dtype_name
 
 FIGURES = ("requests_per_s", "output_tokens_per_s", "ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms", "tpot_p99_ms")
-BF16_BYTES = 2
 
 
-def kv_bytes_per_token(config: FocusLlavaConfig) -> int:
-    """Bytes of K and V that one token holds in all layers, in bf16."""
+def kv_bytes_per_token(config: FocusLlavaConfig, dtype: torch.dtype) -> int:
+    """Bytes of K and V that one token holds in all layers."""
     text = config.text_config
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_key_value_heads * head_dim * text.num_hidden_layers * BF16_BYTES
+    return 2 * text.num_key_value_heads * head_dim * text.num_hidden_layers * dtype.itemsize
 
 
 class Bench:
@@ -122,20 +122,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warm-up", type=int, default=1, help="rounds before those that count")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--cores", type=parse_cores, default=tuple(range(2)), help='such as "0-1"')
-    parser.add_argument("--device", default="cpu", help='"cuda" for a GPU')
     parser.add_argument("--no-hf", action="store_true", help="leave Hugging Face out")
     parser.add_argument("--vllm-env", type=pathlib.Path, help="virtual environment, or its python, that has vLLM")
     parser.add_argument("--vllm-eager", action="store_true", help="vLLM without compilation")
-    parser.add_argument("--out", type=pathlib.Path)
+    add_machine_options(parser)
     options = parser.parse_args()
+    dtype = choose_dtype(options.dtype, options.device)
     pin(options.cores)
     torch.set_num_threads(len(options.cores))
 
     config = FocusLlavaConfig.load(options.folder / "focusllava")
-    token_bytes = kv_bytes_per_token(config)
+    token_bytes = kv_bytes_per_token(config, dtype)
     # A pool in which all fit side by side, the hidden states of their prefill too: nobody is measured running out.
-    hidden_bytes = BF16_BYTES * config.text_config.hidden_size
+    hidden_bytes = dtype.itemsize * config.text_config.hidden_size
     pool = int(1.2 * max(options.concurrency) * (token_bytes + hidden_bytes) * 3200)
     with contextlib.ExitStack() as stack:
         rivals = []
@@ -143,7 +142,8 @@ def main() -> None:
             if (kind == "hf" and options.no_hf) or (kind == "vllm" and not options.vllm_env):
                 continue
             print(f"bench: starting {kind}", flush=True)
-            extra: dict[str, Any] = {"options": ["--eager"] if kind == "vllm" and options.vllm_eager else []}
+            eager = ["--eager"] if kind == "vllm" and options.vllm_eager else []
+            extra: dict[str, Any] = {"options": [f"--dtype={dtype_name(dtype)}", *eager]}
             if kind == "vllm":
                 path = options.vllm_env
                 extra["python"] = str(path / "bin" / "python" if path.is_dir() else path)
@@ -151,7 +151,7 @@ def main() -> None:
             rival = Rival(kind, options.folder / "hub", cores=options.cores, log=log, **extra)
             rivals.append(stack.enter_context(rival))
         print(f"bench: loading {options.folder}", flush=True)
-        stages = Stages(options.folder / "focusllava", kv_cache_bytes=pool, device=options.device)
+        stages = Stages(options.folder / "focusllava", dtype=dtype, kv_cache_bytes=pool, device=options.device)
         stack.callback(stages.close)
         bench = Bench(stages, rivals, token_bytes, options.new_tokens)
         content: dict[str, Any] = {
@@ -160,6 +160,7 @@ def main() -> None:
             "text": {k: config.text[k] for k in ("hidden_size", "num_hidden_layers", "intermediate_size")},
             "prune_layer": config.text_sampler.layer,
             "device": options.device,
+            "dtype": dtype_name(dtype),
             "new_tokens": options.new_tokens,
             "rivals": {rival.kind: rival.versions for rival in rivals},
             "concurrency": {},

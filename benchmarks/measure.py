@@ -5,6 +5,7 @@ Standard library only: it also runs in the rivals' environments.
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import math
@@ -84,6 +85,15 @@ def closed_loop(peer: Peer, requests: Sequence[int], concurrency: int) -> tuple[
                 times = tuple(tokens[progress.request])
                 finished.append(Timeline(request=progress.request, added=added[progress.request], token_times=times))
     return time.perf_counter() - began, finished
+
+
+def add_machine_options(parser: argparse.ArgumentParser) -> None:
+    """Where a benchmark runs, in which dtype, and the file that it writes."""
+    parser.add_argument("--cores", type=parse_cores, default=tuple(range(2)), help='such as "0-1"')
+    parser.add_argument("--device", default="cpu", help='"cuda" for a GPU')
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+                        help="of all peers; what the device multiplies fastest in when left out")  # fmt: skip
+    parser.add_argument("--out", type=pathlib.Path)
 
 
 def percentile(values: Iterable[float], share: float) -> float:

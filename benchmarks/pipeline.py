@@ -18,6 +18,7 @@ from functools import partial
 import torch
 
 from benchmarks.measure import RESULTS, ROOT, machine, median, print_table, take_turns, write_results
+from services.common.dtypes import dtype_name
 from services.common.malloc import keep_freed_memory
 from services.common.types import (
     ChatTurn,
@@ -138,7 +139,7 @@ def main() -> None:
     cores = sorted(os.sched_getaffinity(0))
     content = {
         "machine": {**machine(cores), "threads": options.threads},
-        "dtype": encoder.config.dtype,
+        "dtype": dtype_name(engine.decoder.dtype),
         "model_fingerprint": encoder.fingerprint,
         "tokens": options.tokens,
         "runs": [asdict(run) for mine in runs.values() for run in mine],

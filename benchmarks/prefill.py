@@ -21,8 +21,18 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import machine, median, parse_cores, pin, print_table, ratio_of, take_turns, write_results
+from benchmarks.measure import (
+    add_machine_options,
+    machine,
+    median,
+    pin,
+    print_table,
+    ratio_of,
+    take_turns,
+    write_results,
+)
 from benchmarks.stages import FULL_TOKENS, PAPER_VISION_KEEP, SETTINGS, question, random_visual_tokens
+from services.common.dtypes import choose_dtype, dtype_name
 from services.common.malloc import keep_freed_memory
 from services.common.types import FinishedEvent, Usage
 from services.llm.engine import Engine
@@ -55,9 +65,9 @@ def prefill_work(tokens_of_layers: Iterable[int], weights: int, attention_width:
 class Prefill:
     """One engine, and turns that time a prompt's prefill or one of the two rates."""
 
-    def __init__(self, checkpoint: pathlib.Path, device: str):
+    def __init__(self, checkpoint: pathlib.Path, dtype: torch.dtype, device: str):
         self.engine = Engine.from_checkpoint(
-            checkpoint, dtype=torch.bfloat16, device=device, kv_cache_bytes=2**30, prefix_reuse=False
+            checkpoint, dtype=dtype, device=device, kv_cache_bytes=2**30, prefix_reuse=False
         )
         self.decoder = self.engine.decoder
         self.linears = [m for m in self.decoder.layers[0].modules() if hasattr(m, "out_features")]
@@ -129,14 +139,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=pathlib.Path, help="holds `focusllava`")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--cores", type=parse_cores, default=tuple(range(2)), help='such as "0-1"')
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=pathlib.Path)
+    add_machine_options(parser)
     options = parser.parse_args()
+    dtype = choose_dtype(options.dtype, options.device)
     pin(options.cores)
     keep_freed_memory()  # as a replica does
     torch.set_num_threads(len(options.cores))
-    bench = Prefill(options.folder / "focusllava", options.device)
+    bench = Prefill(options.folder / "focusllava", dtype, options.device)
     turns: dict[str, Any] = {name: functools.partial(bench.prompt, name) for name in SETTINGS}
     turns["linear"] = functools.partial(bench.linear_rate, FULL_TOKENS)
     turns["attention"] = functools.partial(bench.attention_rate, FULL_TOKENS)
@@ -178,6 +187,7 @@ def main() -> None:
         "machine": machine(options.cores),
         "checkpoint": options.folder.name,
         "device": options.device,
+        "dtype": dtype_name(dtype),
         "linear_flops_per_s": linear,
         "attention_flops_per_s": attention,
         "settings": settings,

@@ -36,7 +36,7 @@ def caption(result: dict[str, Any]) -> str:
     load = f"{machine['load_average_1min']:.1f} to {result['load_average_1min_at_end']:.1f}"
     return (
         f"{result['checkpoint']}: {machine['processor']}, {len(machine['cores_used'])} core(s){device}, "
-        f"torch {machine['torch']}, load average {load}\n\n"
+        f"{result.get('dtype', 'bfloat16')}, torch {machine['torch']}, load average {load}\n\n"
     )
 
 

@@ -4,7 +4,7 @@
 
 `Rival` starts such a process with any Python that has the rival's packages; of this repository it needs `measure.py`
 and `workload.py` only. A rival gets the same JPEG files, the same question and the same cores as our own engine, keeps
-its weights in bf16, and answers exactly `new_tokens` tokens.
+its weights in the same dtype, and answers exactly `new_tokens` tokens.
 """
 
 from __future__ import annotations
@@ -101,14 +101,14 @@ class HuggingFace:
 
     packages = ("torch", "transformers")
 
-    def __init__(self, checkpoint: str, _: argparse.Namespace):
+    def __init__(self, checkpoint: str, options: argparse.Namespace):
         import torch
         from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-        self.torch = torch
+        self.torch, self.dtype = torch, getattr(torch, options.dtype)
         self.model = LlavaNextForConditionalGeneration.from_pretrained(
-            checkpoint, dtype=torch.bfloat16, attn_implementation="sdpa"
+            checkpoint, dtype=self.dtype, attn_implementation="sdpa"
         ).eval()
         if torch.cuda.is_available():
             self.model.cuda()
@@ -124,7 +124,7 @@ class HuggingFace:
     def _batch(self, requests: Sequence[int], new_tokens: int) -> list[Timeline]:
         torch, added, stamps = self.torch, time.perf_counter(), _Stamps()
         inputs = self.processor(text=[PROMPT] * len(requests), images=list(map(picture, requests)), return_tensors="pt")
-        inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
+        inputs["pixel_values"] = inputs["pixel_values"].to(self.dtype)
         with torch.inference_mode():
             self.model.generate(
                 **inputs.to(self.model.device),
@@ -161,7 +161,7 @@ class Vllm:
 
         self.engine = LLM(
             model=checkpoint,
-            dtype="bfloat16",
+            dtype=options.dtype,
             max_model_len=4096,
             max_num_seqs=16,
             limit_mm_per_prompt={"image": 1},
@@ -195,6 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=("hf", "vllm"))
     parser.add_argument("checkpoint", help="in the hub's format")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--eager", action="store_true", help="vllm: no compilation, which is slower and starts sooner")
     options = parser.parse_args()
     peer: HuggingFace | Vllm = (HuggingFace if options.kind == "hf" else Vllm)(options.checkpoint, options)

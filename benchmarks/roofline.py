@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import machine, median, parse_cores, pin, print_table, take_turns, write_results
+from benchmarks.measure import add_machine_options, machine, median, pin, print_table, take_turns, write_results
 from benchmarks.prefill import Prefill
 from benchmarks.stages import FULL_TOKENS, SETTINGS, question, random_visual_tokens
+from services.common.dtypes import choose_dtype, dtype_name
 from services.common.malloc import keep_freed_memory
 from services.llm.engine import Engine
 
@@ -89,14 +90,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 4, 16], help="running together")
     parser.add_argument("--steps", type=int, default=100, help="decode steps that are timed")
-    parser.add_argument("--cores", type=parse_cores, default=tuple(range(2)), help='such as "0-1"')
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=pathlib.Path)
+    add_machine_options(parser)
     options = parser.parse_args()
+    dtype = choose_dtype(options.dtype, options.device)
     pin(options.cores)
     keep_freed_memory()  # as a replica does
     torch.set_num_threads(len(options.cores))
-    bench = Prefill(options.folder / "focusllava", options.device)
+    bench = Prefill(options.folder / "focusllava", dtype, options.device)
     device = Machine(bench.decoder.device, bench.decoder.dtype)
 
     turns: dict[str, Callable[[], Any]] = {"matmul": device.matmul_rate, "read": device.read_rate}
@@ -157,7 +157,7 @@ def main() -> None:
         "machine": machine(options.cores),
         "checkpoint": options.folder.name,
         "device": options.device,
-        "dtype": str(bench.decoder.dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "peak_flops_per_s": peak,
         "read_bytes_per_s": read,
         "prefill": prefill,

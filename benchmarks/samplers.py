@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import machine, median, parse_cores, pin, print_table, take_turns, write_results
+from benchmarks.measure import add_machine_options, machine, median, pin, print_table, take_turns, write_results
 from benchmarks.prefill import Prefill
 from benchmarks.workload import jpeg
+from services.common.dtypes import choose_dtype, dtype_name
 from services.common.malloc import keep_freed_memory
 from services.encoder.pipeline import EncoderPipeline
 
@@ -55,8 +56,8 @@ class Selection:
 class Layout:
     """The encoder's last part: the feature map of an image to its visual tokens."""
 
-    def __init__(self, checkpoint: pathlib.Path, device: str):
-        self.encoder = EncoderPipeline.from_checkpoint(checkpoint, dtype=torch.bfloat16, device=device)
+    def __init__(self, checkpoint: pathlib.Path, dtype: torch.dtype, device: str):
+        self.encoder = EncoderPipeline.from_checkpoint(checkpoint, dtype=dtype, device=device)
         self._pictures = itertools.count(2000)
 
     @torch.inference_mode()
@@ -85,17 +86,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=pathlib.Path, help="holds `focusllava`")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--cores", type=parse_cores, default=tuple(range(2)), help='such as "0-1"')
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=pathlib.Path)
+    add_machine_options(parser)
     options = parser.parse_args()
+    dtype = choose_dtype(options.dtype, options.device)
     pin(options.cores)
     keep_freed_memory()  # as a replica does
     torch.set_num_threads(len(options.cores))
-    layout = Layout(options.folder / "focusllava", options.device)
+    layout = Layout(options.folder / "focusllava", dtype, options.device)
     if not layout.encoder.config.vision_sampler.enabled:
         parser.error(f"the vision-guided sampler of {options.folder} is off; see benchmarks/random_checkpoint.py")
-    bench = Prefill(options.folder / "focusllava", options.device)
+    bench = Prefill(options.folder / "focusllava", dtype, options.device)
     selection = Selection(bench)
     turns: dict[str, Callable[[], Any]] = {
         "off": functools.partial(bench.prompt, "off"),
@@ -129,6 +129,7 @@ def main() -> None:
         "machine": machine(options.cores),
         "checkpoint": options.folder.name,
         "device": options.device,
+        "dtype": dtype_name(dtype),
         "prefill_off_seconds": off,
         "samplers": costs,
         "turns": results,

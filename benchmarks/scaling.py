@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from benchmarks.measure import (
+    add_machine_options,
     machine,
     median_of,
-    parse_cores,
     pin,
     print_table,
     ratio_of,
@@ -29,6 +29,7 @@ from benchmarks.measure import (
     write_results,
 )
 from benchmarks.stages import SETTINGS, Stages, mean_usage
+from services.common.dtypes import choose_dtype, dtype_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,15 +77,14 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=1)
     parser.add_argument("--max-new-tokens", type=int, help="leave out points of longer answers")
     parser.add_argument("--max-concurrency", type=int, help="leave out points of more requests in flight")
-    parser.add_argument("--cores", type=parse_cores, default=tuple(range(2)), help='such as "0-1"')
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--kv-cache-mib", type=int, default=2048)
-    parser.add_argument("--out", type=pathlib.Path)
+    add_machine_options(parser)
     options = parser.parse_args()
+    dtype = choose_dtype(options.dtype, options.device)
     pin(options.cores)
     torch.set_num_threads(len(options.cores))
     checkpoint, pool = options.folder / "focusllava", options.kv_cache_mib * 2**20
-    bench = Scaling(Stages(checkpoint, kv_cache_bytes=pool, device=options.device))
+    bench = Scaling(Stages(checkpoint, dtype=dtype, kv_cache_bytes=pool, device=options.device))
     points = [
         p
         for p in POINTS
@@ -97,6 +97,7 @@ def main() -> None:
         "machine": machine(options.cores),
         "checkpoint": options.folder.name,
         "device": options.device,
+        "dtype": dtype_name(dtype),
         "points": [],
     }
     for point in points:

@@ -95,7 +95,7 @@ class Stages:
     encoded.
     """
 
-    def __init__(self, checkpoint: pathlib.Path, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu",
+    def __init__(self, checkpoint: pathlib.Path, *, dtype: torch.dtype, device: str = "cpu",
                  kv_cache_bytes: int, max_tiles: int = 20, size_hw: tuple[int, int] = (672, 672)):  # fmt: skip
         if device == "cpu":
             keep_freed_memory()  # as a replica does

@@ -12,11 +12,10 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from evaluation.baselines import Baselines
 from evaluation.scenes.scoring import Tally, exact_match
 from evaluation.score import SETTINGS, HeldOut, Setting, answer, table
+from services.common.dtypes import choose_dtype
 from services.common.errors import InvalidInput
 from services.common.types import Usage
 from services.encoder.pipeline import EncoderPipeline
@@ -72,7 +71,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=IMAGES["test"], help="the split's first ones; all when left out")
     parser.add_argument("--settings", default=",".join(s.name for s in SETTINGS), help="comma-separated")
     parser.add_argument("--threshold", type=float, default=None, help="gamma of Eq. 9; the checkpoint's when left out")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
     parser.add_argument("--json", type=pathlib.Path, help="also write the results here")
     arguments = parser.parse_args()
     wanted = arguments.settings.split(",")
@@ -84,7 +83,7 @@ def main() -> None:
         data, training = easy_vqa("test")[: arguments.images], easy_vqa("train")
     except InvalidInput as error:
         parser.error(str(error))
-    dtype = getattr(torch, arguments.dtype)
+    dtype = choose_dtype(arguments.dtype, "cpu")
     pipeline = EncoderPipeline.from_checkpoint(arguments.checkpoint, dtype=dtype)
     engine = Engine.from_checkpoint(arguments.checkpoint, dtype=dtype, kv_cache_bytes=1 << 28)
     results: dict[str, dict[str, Any]] = {}

@@ -25,6 +25,7 @@ from evaluation.scenes import (
     exact_match,
     training_questions,
 )
+from services.common.dtypes import choose_dtype
 from services.common.types import (
     ChatTurn,
     CompressedVisualTokens,
@@ -154,10 +155,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, help="the split's own when left out")
     parser.add_argument("--settings", default="off,vision,text,both", help="comma-separated")
     parser.add_argument("--threshold", type=float, default=None, help="gamma of Eq. 9; the checkpoint's when left out")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
     parser.add_argument("--json", type=pathlib.Path, help="also write the results here")
     arguments = parser.parse_args()
-    dtype = getattr(torch, arguments.dtype)
+    dtype = choose_dtype(arguments.dtype, "cpu")
     pipeline = EncoderPipeline.from_checkpoint(arguments.checkpoint, dtype=dtype)
     engine = Engine.from_checkpoint(arguments.checkpoint, dtype=dtype, kv_cache_bytes=1 << 29)
     data = list(benchmark_images(arguments.split, arguments.images, arguments.seed))

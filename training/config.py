@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -27,6 +27,9 @@ class OptimizerConfig:
     """The vision-guided sampler's learning rate over everybody else's."""
     selector_steps: int = 0
     """Steps that the vision-guided sampler's selector learns for; after them it and the balance loss rest. 0: all."""
+    encoder_steps: int = 0
+    """Steps that the whole encoder stage learns for, the selector with it: the features that it chooses by then stay as
+    they are, and so does what it chooses. 0: all."""
     vision_lr_scale: float = 1.0
     """The vision tower's. Below 1 it keeps what it knew before: LLaVA-NeXT trains its tower at a fifth."""
     frozen: tuple[str, ...] = ()
@@ -44,7 +47,9 @@ class ClusterConfig:
     max_failures: int = 2
     storage_path: str = "~/focusllava/runs"
     """Folder (or fsspec URI that all nodes reach) of checkpoints."""
-    bf16: bool = True
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Of weights and activations; the optimizer keeps float32. "auto": bfloat16 on GPUs and where every worker's CPU
+    multiplies in it, else float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,5 +114,7 @@ def build(cls: type, raw: dict[str, Any], prefix: str = "") -> Any:
                 raise ConfigError(f"{prefix}{name}: {value!r} is not a number") from None
         if hint in (int, str, bool) and type(value) is not hint:
             raise ConfigError(f"{prefix}{name}: {value!r} is not of type {hint.__name__}")
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise ConfigError(f"{prefix}{name}: {value!r} is not one of {', '.join(map(str, get_args(hint)))}")
         values[name] = value
     return cls(**values)

@@ -61,12 +61,13 @@ class JointModel(nn.Module):
 
     def __init__(self, config: FocusLlavaConfig, *, weights: LossWeights, schedule: PruneSchedule | None,
                  vision_sampler: bool, pad_id: int, seed: int = 0, selector_steps: int = 0,
-                 map_rival: MapRival | None = None, layer_rival: LayerRival | None = None,
+                 encoder_steps: int = 0, map_rival: MapRival | None = None, layer_rival: LayerRival | None = None,
                  branch_control: BranchControl | None = None):  # fmt: skip
         super().__init__()
         self.config, self.weights, self.schedule = config, weights, schedule
         self.map_rival, self.layer_rival, self.branch_control = map_rival, layer_rival, branch_control
-        self.vision_sampler, self.pad_id, self.seed, self.selector_steps = vision_sampler, pad_id, seed, selector_steps
+        self.vision_sampler, self.pad_id, self.seed = vision_sampler, pad_id, seed
+        self.selector_steps, self.encoder_steps = selector_steps, encoder_steps
         self.encoder = EncoderModel(config)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config, attn_implementation=ATTENTION_NAME)
         # Parameters that no forward pass reaches would make the optimizer wait for their gradients.
@@ -79,7 +80,9 @@ class JointModel(nn.Module):
         """batch: the worker's rank and samples. What is drawn depends on seed, step and rank alone."""
         rank, samples = batch
         rng = random.Random(f"{self.seed}/{step}/{rank}")
-        encoded = self.encode(samples, random.Random(f"{self.seed}/{step}/{rank}/branches"))
+        encoder_rests = 0 < self.encoder_steps <= step
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not encoder_rests):
+            encoded = self.encode(samples, random.Random(f"{self.seed}/{step}/{rank}/branches"))
         text = pack_text(samples, self.pad_id)
         # Only the unsampled map has its tokens where evidence can be looked up.
         grounding = (
@@ -95,12 +98,16 @@ class JointModel(nn.Module):
             balance = balance_loss(probs, self.config.vision_sampler.balance_coefficients)
             if self.selects:
                 # A selector at rest could only be pleased by the features: no loss of its own, zero gradients for ZeRO.
-                alpha = 0.0 if 0 < self.selector_steps <= step else self.weights.balance_at(step)
+                selector_rests = encoder_rests or 0 < self.selector_steps <= step
+                alpha = 0.0 if selector_rests else self.weights.balance_at(step)
                 loss = loss + alpha * balance
             metrics["balance"] = balance.item()
             ids = torch.cat([e.sampled.branch_ids_M for e in encoded if e.sampled])
             used = torch.bincount(ids, minlength=probs.shape[1]).float() / len(ids)
             metrics |= {f"branch_{k}": float(share) for k, share in enumerate(used)}
+        if encoder_rests:
+            # ZeRO waits for every parameter's gradient.
+            loss = loss + 0.0 * sum(p.sum() for p in self.encoder.parameters() if p.requires_grad)
         full = sum(e.uncompressed_tokens for e in encoded)
         metrics["sampled_share"] = sum(len(e.tokens_ND) for e in encoded) / full
         if "kept_share" in extra:

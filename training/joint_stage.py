@@ -84,6 +84,7 @@ class JointTask:
             pad_id=self.tokenizer.pad_token_id,
             seed=run.seed,
             selector_steps=run.optimizer.selector_steps,
+            encoder_steps=run.optimizer.encoder_steps,
             **experiment(stage, self.config),
         )
         if whole and source:

@@ -20,8 +20,9 @@ import torch
 from ray.train.torch import TorchTrainer
 from torch import nn
 
+from services.common.dtypes import choose_dtype, cpu_has_bfloat16, dtype_name
 from services.common.malloc import keep_freed_memory
-from training.config import ConfigError, RunConfig, load
+from training.config import ClusterConfig, ConfigError, RunConfig, load
 
 
 class Task(Protocol):
@@ -37,13 +38,22 @@ class Task(Protocol):
         """Writes the trained weights."""
 
 
-def deepspeed_config(run: RunConfig) -> dict[str, Any]:
+def agreed_dtype(cluster: ClusterConfig) -> torch.dtype:
+    """`cluster.dtype`, where "auto" is what every worker's processor is made for. Called by all workers at once."""
+    if cluster.dtype != "auto" or cluster.use_gpu:
+        return choose_dtype(cluster.dtype, "cuda")
+    everywhere = torch.tensor(int(cpu_has_bfloat16()))
+    torch.distributed.all_reduce(everywhere, torch.distributed.ReduceOp.MIN)
+    return torch.bfloat16 if everywhere else torch.float32
+
+
+def deepspeed_config(run: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
     optimizer = run.optimizer
     return {
         "train_micro_batch_size_per_gpu": run.samples_per_worker,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": optimizer.clip_norm,
-        "bf16": {"enabled": run.cluster.bf16},
+        "bf16": {"enabled": dtype == torch.bfloat16},
         "zero_optimization": {"stage": 2, "overlap_comm": run.cluster.use_gpu},
         "optimizer": {
             "type": "AdamW",
@@ -69,24 +79,29 @@ def deepspeed_config(run: RunConfig) -> dict[str, Any]:
 
 
 def parameter_groups(module: nn.Module, run: RunConfig) -> list[dict[str, Any]]:
-    """Weights decay, norms and biases do not; the selector and the vision tower have learning rates of their own."""
+    """Weights decay, norms and biases do not; the selector and the vision tower have learning rates of their own.
+
+    A group's `learns_for` is the steps after which it rests, 0 for never.
+    """
     scales = {"selector": run.optimizer.selector_lr_scale, "vision_tower": run.optimizer.vision_lr_scale}
-    groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
+    rests = {"selector": run.optimizer.selector_steps, "encoder": run.optimizer.encoder_steps}
+    groups: dict[tuple[int, float, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if any(name.startswith(prefix) for prefix in run.optimizer.frozen):
             parameter.requires_grad_(False)
         if parameter.requires_grad:
             parts = name.split(".")
             scale = next((scales[part] for part in parts if part in scales), 1.0)
-            groups.setdefault(("selector" in parts, scale, parameter.ndim > 1), []).append(parameter)
+            learns_for = min((rests[part] for part in parts if rests.get(part)), default=0)
+            groups.setdefault((learns_for, scale, parameter.ndim > 1), []).append(parameter)
     return [
         {
             "params": parameters,
             "lr": run.optimizer.learning_rate * scale,
             "weight_decay": run.optimizer.weight_decay if decays else 0.0,
-            "selector": selector,
+            "learns_for": learns_for,
         }
-        for (selector, scale, decays), parameters in groups.items()
+        for (learns_for, scale, decays), parameters in groups.items()
     ]
 
 
@@ -103,15 +118,18 @@ def train_worker(payload: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     module_name, class_name = payload["task"]
+    dtype = agreed_dtype(run.cluster)
     task: Task = getattr(importlib.import_module(module_name), class_name)(run)
     buffers = {name: buffer.clone() for name, buffer in task.module.named_buffers()}
     engine, _, _, _ = deepspeed.initialize(
-        model=task.module, model_parameters=parameter_groups(task.module, run), config=deepspeed_config(run)
+        model=task.module, model_parameters=parameter_groups(task.module, run), config=deepspeed_config(run, dtype)
     )
     for name, buffer in buffers.items():
         # DeepSpeed casts buffers too: rotary frequencies in bf16 would turn far tokens by radians.
         owner, _, leaf = name.rpartition(".")
         setattr(task.module.get_submodule(owner), leaf, buffer.to(engine.device))
+    if rank == 0:
+        print(f"{run.name}: {world_size} worker(s), {dtype_name(dtype)}", flush=True)
     start = 0
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
@@ -124,10 +142,10 @@ def train_worker(payload: dict[str, Any]) -> None:
     for step in range(start, run.steps):
         loss, metrics = engine(task.batch(step, rank, world_size), step)
         engine.backward(loss)
-        if 0 < run.optimizer.selector_steps <= step:
-            # Momentum alone would carry it on; the scheduler sets the rate anew for the next step.
-            for group in engine.optimizer.param_groups:
-                group["lr"] *= not group["selector"]
+        for group in engine.optimizer.param_groups:
+            if 0 < group["learns_for"] <= step:
+                # Momentum alone would carry it on; the scheduler sets the rate anew for the next step.
+                group["lr"] = 0.0
         engine.step()
         for name, value in {"loss": float(loss.detach()), **metrics}.items():
             means[name] = value if name not in means else 0.9 * means[name] + 0.1 * value

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
-import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts  # type: ignore[import-not-found]
 from lmms_eval.api.model import lmms  # type: ignore[import-not-found]
 from lmms_eval.models.model_utils.gen_metrics import log_metrics  # type: ignore[import-not-found]
@@ -16,13 +15,12 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from evaluation.lmms_eval_plugin.answering import LOCAL_LIMITS, Answering, InProcess, Reply, Samplers, Served
 from evaluation.lmms_eval_plugin.questions import Question, RequestFailed, sampling_settings, turns
+from services.common.dtypes import Dtype, choose_dtype
 from services.common.errors import InvalidInput
 from services.common.ranges import check_prune
 from services.common.types import PruneParams
 from services.encoder.pipeline import EncoderPipeline
 from services.llm.engine import Engine
-
-DTYPES = ("bfloat16", "float16", "float32")
 
 
 class FocusLlava(lmms):
@@ -50,7 +48,8 @@ class FocusLlava(lmms):
         checkpoint, or address (host:port) of a gateway, whose bearer token is FOCUSLLAVA_TOKEN in the environment.
         threshold or keep_ratio: of the text-guided sampler; the checkpoint's threshold when both are left out.
         batch_size: questions at a time. max_batch_size is lmms-eval's, for batch_size "auto", and is refused.
-        device, dtype, kv_cache_mib (MiB of KV cache, 1024 when left out): in process only. timeout_s: served only.
+        device, dtype ("auto" when left out), kv_cache_mib (MiB of KV cache, 1024 when left out): in process only.
+        timeout_s: served only.
 
         Raises InvalidInput naming the setting and its value.
         """
@@ -126,9 +125,9 @@ class FocusLlava(lmms):
 
 
 def _in_process(checkpoint: str, samplers: Samplers, device: str, dtype: str | None, kv_cache_mib: int) -> InProcess:
-    if dtype is not None and dtype not in DTYPES:
-        raise InvalidInput(f"is {dtype!r}, expected one of {', '.join(DTYPES)}", field="model_args.dtype")
-    wanted = None if dtype is None else getattr(torch, dtype)
+    if dtype is not None and dtype not in get_args(Dtype):
+        raise InvalidInput(f"is {dtype!r}, expected one of {', '.join(get_args(Dtype))}", field="model_args.dtype")
+    wanted = choose_dtype(dtype or "auto", device)
     pipeline = EncoderPipeline.from_checkpoint(checkpoint, dtype=wanted, device=device, limits=LOCAL_LIMITS)
     engine = Engine.from_checkpoint(checkpoint, dtype=wanted, device=device, kv_cache_bytes=kv_cache_mib * 2**20)
     return InProcess(pipeline, engine, samplers)

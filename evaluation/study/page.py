@@ -124,10 +124,13 @@ def _what_was_run(results: Sequence[Result]) -> str:
         run = result.setting, result.seed
         # One training may be scored on two splits.
         runs[run] = max(runs.get(run, 0.0), result.minutes)
-    facts = {name: _distinct(results, name) for name in ("commit", "hardware", "data", "start", "steps", "images")}
+    facts = {
+        name: _distinct(results, name) for name in ("commit", "hardware", "dtype", "data", "start", "steps", "images")
+    }
     told = (
         f"{_count(len(runs), 'run')} of {_count(len({setting for setting, _ in runs}), 'setting')}, "
-        f"seeds {_distinct(results, 'seed')}; {facts['steps']} training steps, {facts['images']} images scored; "
+        f"seeds {_distinct(results, 'seed')}; {facts['steps']} training steps in {facts['dtype']}, "
+        f"{facts['images']} images scored; "
         f"{sum(runs.values()):.0f} minutes, summed over the runs; commit {facts['commit']}; {facts['hardware']}; "
         f"data version {facts['data']}; start {facts['start']}."
     )

@@ -58,6 +58,8 @@ class Result:
     commit: str
     """Of the program, with "+" when the working tree differed."""
     hardware: str
+    dtype: str = "bfloat16"
+    """That the weights were trained in; scores are float32's."""
     data: str
     """`evaluation.scenes.benchmark_version()`."""
     start: str

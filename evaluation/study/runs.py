@@ -31,6 +31,7 @@ from evaluation.study.results import Result, load_results, save_result
 from evaluation.study.scoring import Job
 from evaluation.study.settings import IMAGES_PER_STEP, OPTIMIZER, SETTINGS, STAGE, START, Setting, merged, resolved
 from services.checkpoint.store import fingerprint
+from services.common.dtypes import choose_dtype, dtype_name
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SPLITS: tuple[PosterSplit, ...] = ("validation", "test")
@@ -189,6 +190,7 @@ def run_config(study: Study, setting: Setting, seed: int) -> dict[str, Any]:
             "workers": 1,
             "threads_per_worker": 1,
             "cpus_per_worker": 1,
+            "dtype": dtype_name(choose_dtype("auto", "cpu")),
             "storage_path": str(study.scratch / "checkpoints"),
         },
         "stage": merged(STAGE, setting.stage),
@@ -245,6 +247,7 @@ def _execute(study: Study, run: Run, ray: SharedRay) -> None:
         "minutes": round(minutes, 2),
         "commit": commit(),
         "hardware": hardware(),
+        "dtype": run.config["cluster"]["dtype"],
         **study.versions,
     }
     for split in SPLITS:

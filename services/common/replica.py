@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
+from services.common.dtypes import Dtype, choose_dtype
 from services.common.malloc import keep_freed_memory
 from services.common.settings import require
 
@@ -22,7 +22,7 @@ class ModelSettings:
     checkpoint: str
     device: str = "auto"
     """"auto" takes a GPU when there is one."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     """"auto": bfloat16 on a GPU and on a CPU that multiplies in it, float32 on any other CPU."""
     torch_threads: int | None = None
     """Unset: torch's own choice, one a core."""
@@ -39,14 +39,7 @@ class ModelSettings:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cpu":
             keep_freed_memory()
-        if self.dtype != "auto":
-            return device, getattr(torch, self.dtype)
-        return device, torch.bfloat16 if device != "cpu" or cpu_has_bfloat16() else torch.float32
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether this CPU has instructions that multiply in bfloat16; elsewhere oneDNN widens to float32 and is slower."""
-    return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
+        return device, choose_dtype(self.dtype, device)
 
 
 class Reporter:

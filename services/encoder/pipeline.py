@@ -11,6 +11,7 @@ import torch
 
 from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.store import fingerprint, load_stage
+from services.common.dtypes import dtype_of_stored
 from services.common.linear import can_pack
 from services.common.media import MediaLimits, content_hash, open_image
 from services.common.types import CompressedVisualTokens, ImageTiles
@@ -43,9 +44,9 @@ class EncoderPipeline:
     @classmethod
     def from_checkpoint(cls, folder: str | pathlib.Path, *, dtype: torch.dtype | None = None, device: str = "cpu",
                         limits: MediaLimits | None = None, reduced_jpeg: bool = True) -> EncoderPipeline:  # fmt: skip
-        """Loads the encoder's shards only. dtype None keeps the checkpoint's."""
+        """Loads the encoder's shards only. dtype None keeps the checkpoint's where `device` is made for it."""
         config = FocusLlavaConfig.load(folder)
-        dtype = dtype or getattr(torch, config.dtype)
+        dtype = dtype or dtype_of_stored(config.dtype, device)
         with torch.device("meta"):
             model = EncoderModel(config)
         expected = {name: tensor.shape for name, tensor in model.state_dict().items()}

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.store import check_shapes, load_stage
+from services.common.dtypes import dtype_of_stored
 from services.common.errors import InvalidInput
 from services.common.kernels import native
 from services.common.linear import Quantize, can_pack, prepare_linears
@@ -109,11 +110,12 @@ class Decoder:
         device: torch.device | str = "cpu",
         quantize: Quantize | None = None,
     ) -> Decoder:
-        """Reads the LLM's shards only. dtype None keeps the checkpoint's; quantize: see `prepare_linears`."""
+        """Reads the LLM's shards only. dtype None keeps the checkpoint's where `device` is made for it;
+        quantize: see `prepare_linears`."""
         config = FocusLlavaConfig.load(folder)
         prefix = "language_model."
         state = {name.removeprefix(prefix): tensor for name, tensor in dict(load_stage(folder, "llm")).items()}
-        dtype = dtype or getattr(torch, config.dtype)
+        dtype = dtype or dtype_of_stored(config.dtype, device)
         return cls.from_state(config.text_config, state, dtype=dtype, device=device, quantize=quantize)
 
     @property

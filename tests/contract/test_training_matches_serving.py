@@ -132,6 +132,25 @@ def test_gradients_reach_every_trained_part(task):
     assert 0 < metrics["kept_share"] < 1 and metrics["sampled_share"] < 1
 
 
+def test_an_encoder_at_rest_gives_the_same_loss_and_zero_gradients(task, monkeypatch):
+    joint, batch = task.module, task.batch(0, 0, 1)
+    monkeypatch.setattr(joint, "schedule", None)
+    monkeypatch.setattr(joint, "encoder_steps", 3)
+    joint.train()
+    _, learning = joint(batch, 2)
+    loss, resting = joint(batch, 3)
+    loss.backward()
+    gradients = {name: p.grad for name, p in joint.named_parameters() if p.requires_grad}
+    joint.zero_grad()
+    joint.eval()
+    assert resting["language"] == pytest.approx(learning["language"], rel=1e-5)
+    assert resting["sampled_share"] == learning["sampled_share"] < 1
+    # ZeRO waits for every one of them.
+    assert all(gradient is not None for gradient in gradients.values())
+    moved = {name.split(".")[0] for name, gradient in gradients.items() if gradient.any()}
+    assert moved == {"language_model"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class NotedSchedule(PruneSchedule):
     """Draws as its parent does, and notes what."""
@@ -225,10 +244,11 @@ def test_the_balance_loss_is_over_all_regions_of_the_batch(task, monkeypatch, co
     assert metrics["balance"] == pytest.approx(expected, rel=1e-4)
     assert loss.item() == pytest.approx(metrics["language"] + 0.1 * expected, rel=1e-4)
     # A selector that rests from step 1 on has none of it.
-    monkeypatch.setattr(joint, "selector_steps", 1)
-    with torch.no_grad():
-        (learning, _), (resting, rested) = joint((0, samples), 0), joint((0, samples), 1)
-    assert learning.item() == pytest.approx(loss.item()) and resting.item() == pytest.approx(rested["language"])
+    for rests in ("selector_steps", "encoder_steps"):
+        with monkeypatch.context() as patch, torch.no_grad():
+            patch.setattr(joint, rests, 1)
+            (learning, _), (resting, rested) = joint((0, samples), 0), joint((0, samples), 1)
+        assert learning.item() == pytest.approx(loss.item()) and resting.item() == pytest.approx(rested["language"])
     chosen = oracle.likeliest(probs)
     assert [metrics[f"branch_{k}"] for k in range(3)] == pytest.approx(
         [chosen.count(k) / len(chosen) for k in range(3)]

@@ -19,7 +19,7 @@ from tests.tiny_training import MODEL
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 120
-SELECTOR_STEPS = 90
+SELECTOR_STEPS, ENCODER_STEPS = 50, 90
 
 
 def configuration(folder: pathlib.Path) -> pathlib.Path:
@@ -31,7 +31,12 @@ def configuration(folder: pathlib.Path) -> pathlib.Path:
         "output": str(folder / "export"),
         "checkpoint_every": 20,
         "log_every": 1,
-        "optimizer": {"learning_rate": 4e-3, "warmup_steps": 4, "selector_steps": SELECTOR_STEPS},
+        "optimizer": {
+            "learning_rate": 4e-3,
+            "warmup_steps": 4,
+            "selector_steps": SELECTOR_STEPS,
+            "encoder_steps": ENCODER_STEPS,
+        },
         "cluster": {"storage_path": str(folder / "runs"), "cpus_per_worker": 0.5},
         "stage": {"model": MODEL, "prune": {"layers": [1, 3], "thresholds": [0.7, 1.0]}, "questions_per_image": 4},
     }
@@ -50,15 +55,15 @@ def wait_for(log: pathlib.Path, pattern: str, process: subprocess.Popen, seconds
     raise AssertionError(f"no {pattern!r} within {seconds} s:\n{text[-3000:]}")
 
 
-def check_selector_rested(folder: pathlib.Path) -> None:
-    """In the last two checkpoints, both after SELECTOR_STEPS, it is the same, and not what it started as."""
+def check_encoder_rested(folder: pathlib.Path) -> None:
+    """In the last two checkpoints, both after ENCODER_STEPS, it is the same, its selector not what it started as."""
     files = sorted(folder.glob("runs/killed/checkpoint_*/state/mp_rank_00_model_states.pt"))
     states = [torch.load(file, weights_only=False) for file in files[-2:]]
     assert [state["step"] for state in states] == [STEPS - 20, STEPS]
     before, after = (state["module"] for state in states)
-    selector = [name for name in after if ".selector." in name]
-    assert selector and all(torch.equal(before[name], after[name]) for name in selector)
-    assert any(after[name].any() for name in selector if name.endswith("weight"))  # starts at zero
+    encoder = [name for name in after if name.startswith("encoder.")]
+    assert encoder and all(torch.equal(before[name], after[name]) for name in encoder)
+    assert any(after[name].any() for name in encoder if name.endswith("selector.linear.weight"))  # starts at zero
     assert not any(torch.equal(before[name], after[name]) for name in after if name.endswith("q_proj.weight"))
 
 
@@ -91,7 +96,7 @@ def test_a_killed_worker_resumes_and_the_export_answers(tmp_path):
     losses = {int(step): float(loss) for step, loss in re.findall(rf"killed (\d+)/{STEPS}  loss ([\d.]+)", text)}
     assert losses[STEPS] < 0.85 * losses[1]
     assert "balance" in text and "kept_share" in text
-    check_selector_rested(tmp_path)
+    check_encoder_rested(tmp_path)
 
     pipeline = EncoderPipeline.from_checkpoint(tmp_path / "export", dtype=torch.float32)
     engine = Engine.from_checkpoint(tmp_path / "export", dtype=torch.float32, kv_cache_bytes=1 << 24)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from services.common import replica
+from services.common import dtypes
 from services.common.errors import InvalidInput
 from services.common.replica import ModelSettings
 from services.common.settings import build_settings
@@ -22,7 +22,7 @@ def test_a_dtype_that_is_named_is_taken(dtype):
 
 @pytest.mark.parametrize("native", [False, True])
 def test_auto_is_bfloat16_where_the_processor_multiplies_in_it(native, monkeypatch):
-    monkeypatch.setattr(replica, "cpu_has_bfloat16", lambda: native)
+    monkeypatch.setattr(dtypes, "cpu_has_bfloat16", lambda: native)
     assert settings().place() == ("cpu", torch.bfloat16 if native else torch.float32)
     assert settings(device="cuda").place() == ("cuda", torch.bfloat16)
     assert settings(device="cuda", dtype="float32").place() == ("cuda", torch.float32)
@@ -30,7 +30,7 @@ def test_auto_is_bfloat16_where_the_processor_multiplies_in_it(native, monkeypat
 
 def test_the_processor_is_asked():
     flags = open("/proc/cpuinfo").read() if torch.backends.mkldnn.is_available() else ""
-    assert replica.cpu_has_bfloat16() == ("avx512_bf16" in flags)
+    assert dtypes.cpu_has_bfloat16() == ("avx512_bf16" in flags)
 
 
 def test_a_strange_dtype_is_refused_by_name():

@@ -67,6 +67,22 @@ def test_scaling_features_scales_them_exactly():
     torch.testing.assert_close(model(batch, 0)[0], before, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("selector_steps", "encoder_steps", "expected"),
+    [(0, 0, (0, 0, 0)), (5, 0, (0, 5, 0)), (0, 7, (7, 7, 0)), (5, 7, (7, 5, 0)), (9, 7, (7, 7, 0))],
+)
+def test_selector_and_encoder_rest_after_steps_of_their_own(selector_steps, encoder_steps, expected):
+    encoder = {name: torch.nn.Linear(2, 2, bias=False) for name in ("vision_tower", "selector")}
+    module = torch.nn.ModuleDict(
+        {"encoder": torch.nn.ModuleDict(encoder), "language_model": torch.nn.Linear(2, 2, bias=False)}
+    )
+    optimizer = {"selector_steps": selector_steps, "encoder_steps": encoder_steps}
+    run = {"name": "n", "steps": 1, "samples_per_worker": 1, "output": "o", "optimizer": optimizer}
+    groups = parameter_groups(module, build(RunConfig, run))
+    learns_for = {id(parameter): group["learns_for"] for group in groups for parameter in group["params"]}
+    assert tuple(learns_for[id(parameter)] for parameter in module.parameters()) == expected
+
+
 def test_selector_and_vision_tower_have_learning_rates_of_their_own():
     module = torch.nn.ModuleDict(
         {name: torch.nn.Linear(2, 2) for name in ("vision_tower", "selector", "language_model", "projector")}

@@ -1,0 +1,34 @@
+"""The dtype that a model runs in: the one that is named, or the one that its device multiplies fastest in."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def choose_dtype(name: str, device: str | torch.device) -> torch.dtype:
+    """name: of `Dtype`. "auto": bfloat16 on a GPU and on a CPU that multiplies in it, float32 on any other CPU."""
+    if name != "auto":
+        return getattr(torch, name)
+    on_cpu = torch.device(device).type == "cpu"
+    return torch.bfloat16 if not on_cpu or cpu_has_bfloat16() else torch.float32
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As configuration has it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_of_stored(name: str, device: str | torch.device) -> torch.dtype:
+    """The dtype that weights are stored in; float32 instead on a CPU that does not multiply in it."""
+    stored = getattr(torch, name)
+    return stored if stored == choose_dtype("auto", device) or torch.device(device).type != "cpu" else torch.float32
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU has instructions that multiply in bfloat16; elsewhere a product in it takes up to 50 times as
+    long as in float32."""
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
