@@ -9,47 +9,26 @@
 #include <ATen/cpu/Utils.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
-#if defined(__AVX512BF16__) || defined(__AMX_BF16__)
-#include <immintrin.h>
-#endif
 
 #include <array>
 #include <utility>
 
 #include "native.h"
+#include "rows.h"
 
 namespace {
 
 using namespace focusllava;
 
-constexpr int64_t kPanel = 32;         // outputs of a panel: two vectors of fp32
-constexpr int64_t kVector = 16;        // floats of a vector; rows of a matrix tile, and the words in each
-constexpr int64_t kRegisterRows = 12;  // tokens of a pass: their sums stay in registers, 24 of AVX-512's 32
-constexpr int64_t kTileRows = 32;      // the same on matrix units: with two vectors of outputs four tiles of sums
-constexpr int64_t kRows = 96;          // tokens of a task
-constexpr int64_t kWordBytes = 128;    // of a panel for one word of the inputs
-constexpr int64_t kWords = 2048;       // words of a panel, 256 KiB, that all passes of a task take from the L2 cache
+constexpr int64_t kPanel = 32;            // outputs of a panel
+constexpr int64_t kRegisterRows = kSums / 2;  // tokens of a pass: with two vectors of outputs each
+constexpr int64_t kTileRows = 32;         // the same on matrix units: with two vectors of outputs four tiles of sums
+constexpr int64_t kRows = 96;             // tokens of a task
+constexpr int64_t kWordBytes = 128;       // of a panel for one word of the inputs
+// Words of a panel that all passes of a task take from a cache: 256 KiB from L2, or without AVX-512, whose registers
+// hold twice as many tokens to use a load for, 16 KiB from L1.
+constexpr int64_t kWords = kVector == 16 ? 2048 : 128;
 constexpr int64_t kAhead = 32;         // words, 4 KiB, that a task of a single pass asks for ahead, its next panel's at last
-
-typedef float Vector __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-
-template <typename T>
-constexpr int64_t kPair = 4 / sizeof(T);  // inputs of a 32-bit word
-
-// sum += x * w for 16 outputs: one input in fp32, two in bf16, side by side in a word.
-template <typename T>
-inline Vector multiply_add(Vector sum, uint32_t x, const T* weight) {
-  Words w;
-  std::memcpy(&w, weight, sizeof w);
-  if constexpr (std::is_same_v<T, float>) return sum + std::bit_cast<float>(x) * std::bit_cast<Vector>(w);
-#ifdef __AVX512BF16__
-  return _mm512_dpbf16_ps(sum, std::bit_cast<__m512bh>(Words{} + x), std::bit_cast<__m512bh>(w));
-#else
-  sum += std::bit_cast<float>(x << 16) * std::bit_cast<Vector>(w << 16);
-  return sum + std::bit_cast<float>(x & 0xffff0000u) * std::bit_cast<Vector>(w & 0xffff0000u);
-#endif
-}
 
 // Weights to ask for meanwhile: so many bytes with each word. All 128 of a word are read soon, from the L1 cache; half of
 // them belong to the next panel, which would drive the own one out of it.
@@ -65,33 +44,21 @@ struct Ahead {
 
 // Adds to sums [R, 32] of R tokens the words first..last-1 of their inputs x [R, K].
 template <typename T, int R>
-void multiply_rows(const T* x, int64_t width, const T* panel, int64_t first, int64_t last, Ahead ahead, float* sums) {
-  constexpr int kColumns = kPanel / kVector;
-  Vector sum[R][kColumns];
-#pragma GCC unroll 12
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-    for (int c = 0; c < kColumns; ++c) std::memcpy(&sum[r][c], sums + r * kPanel + c * kVector, sizeof(Vector));
-  for (int64_t k = first; k < last; ++k) {
-    const T* weight = panel + k * kPanel * kPair<T>;
-    ahead.ask(1);
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-      uint32_t word;
-      std::memcpy(&word, x + r * width + k * kPair<T>, sizeof word);
-#pragma GCC unroll 2
-      for (int c = 0; c < kColumns; ++c)
-        sum[r][c] = multiply_add<T>(sum[r][c], word, weight + c * kVector * kPair<T>);
-    }
+void multiply_panel(const T* x, int64_t width, const T* panel, int64_t first, int64_t last, Ahead ahead, float* sums) {
+  constexpr int kWhole = kPanel / kVector, kColumns = R * kWhole <= kSums ? kWhole : 2;
+  // Where registers take a part of the panel at a time, the others find their words in the L1 cache.
+  const int64_t piece = kColumns < kWhole ? kWords : last - first;
+  for (int64_t begin = first; begin < last; begin += piece) {
+    const int64_t end = std::min(begin + piece, last);
+    multiply_rows<T, R, kColumns>(x, width, panel, kPanel, begin, end, sums, kPanel, [&] { ahead.ask(1); });
+    for (int c = kColumns; c < kWhole; c += kColumns)
+      multiply_rows<T, R, kColumns>(x, width, panel + c * kVector * kPair<T>, kPanel, begin, end, sums + c * kVector,
+                                    kPanel, [] {});
   }
-#pragma GCC unroll 12
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-    for (int c = 0; c < kColumns; ++c) std::memcpy(sums + r * kPanel + c * kVector, &sum[r][c], sizeof(Vector));
 }
 
 template <typename T, size_t... i>
-constexpr auto row_kernels(std::index_sequence<i...>) { return std::array{multiply_rows<T, i + 1>...}; }
+constexpr auto row_kernels(std::index_sequence<i...>) { return std::array{multiply_panel<T, i + 1>...}; }
 
 #ifdef __AMX_BF16__
 // Rows and bytes a row of the matrix tiles for some tokens, as ldtilecfg takes them: tiles 0 and 1 sums of the first 16
@@ -130,7 +97,7 @@ class Tiles {
   static inline thread_local int64_t tokens = 0;
 };
 
-// multiply_rows of up to 32 tokens.
+// multiply_panel of up to 32 tokens.
 void multiply_tiles(const BFloat16* x, int64_t rows, int64_t width, const BFloat16* panel, int64_t first, int64_t last,
                     Ahead ahead, float* sums) {
   constexpr int64_t kStride = kPanel * sizeof(float);

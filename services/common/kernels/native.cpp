@@ -1,36 +1,35 @@
 // The stages' hot loops on a CPU, in bf16 and fp32: flash attention over packed prompts or tiles and over the pages of the
 // KV cache, and what lies between a decoder layer's matrix products, each in one pass over memory.
 //
-// Matrix products are oneDNN's small kernels (brgemm), which take the processor's matrix units where it has them; loops
-// are plain C++ that the compiler vectorises for the processor at hand. Sums and softmax are fp32. Every query, token
+// Matrix products are oneDNN's small kernels (brgemm), which take the processor's matrix units where it has them, or
+// without AVX-512, where it has none that are as fast, those of rows.h; loops are plain C++ that the compiler vectorises for the processor at hand. Sums and softmax are fp32. Every query, token
 // and sequence is computed alone: what else is in the batch changes no result.
 //
 // Legend: S queries, K keys, H query heads, G key heads, R = H / G query heads a key head, d head width, D hidden width,
 // F MLP width, n sequences, b tokens of a page.
-#include <ATen/native/CPUBlas.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
 
 #include <array>
 #include <numeric>
 
 #include "native.h"
+#include "products.h"
+#include "rows.h"
 
 namespace {
 
 using namespace focusllava;
-namespace blas = at::native::cpublas;
 
 // A tile's query rows (heads that share keys, times positions) and keys: its scores and probabilities stay in the L2
 // cache. Matrix units want more rows for the keys that they load.
 #ifdef __AMX_TILE__
 constexpr int64_t kRows = 256, kKeys = 256;
-#else
+#elif defined(__AVX512F__)
 constexpr int64_t kRows = 64, kKeys = 512;
+#else
+constexpr int64_t kRows = 96, kKeys = 256;
 #endif
 constexpr int64_t kKeyStep = 32;      // keys of a tile are rounded up to it, so that few kernels are generated
 constexpr int64_t kDecodeKeys = 256;  // keys of one decode task; a longer sequence is shared out among threads
@@ -42,40 +41,6 @@ struct Strided {  // a [tokens, heads, d] view, d contiguous
 };
 
 inline int64_t key_pad(int64_t keys) { return (keys + kKeyStep - 1) / kKeyStep * kKeyStep; }
-
-// Operand layouts of brgemm: bf16 takes pairs of the inner dimension side by side, fp32 takes rows.
-// K^T of `tile` keys, columns beyond `count` zero: bf16 [d/2][tile][2], fp32 [d][tile].
-void pack_key(const BFloat16* in, int64_t stride, int64_t count, int64_t tile, int64_t d, BFloat16* out) {
-  uint32_t* pairs = reinterpret_cast<uint32_t*>(out);
-  for (int64_t k = 0; k < count; ++k) {
-    const BFloat16* row = in + k * stride;
-    for (int64_t j = 0; j < d / 2; ++j) std::memcpy(pairs + j * tile + k, row + 2 * j, 4);
-  }
-  for (int64_t j = 0; j < d / 2; ++j) std::fill(pairs + j * tile + count, pairs + (j + 1) * tile, 0u);
-}
-void pack_key(const float* in, int64_t stride, int64_t count, int64_t tile, int64_t d, float* out) {
-  for (int64_t k = 0; k < count; ++k)
-    for (int64_t j = 0; j < d; ++j) out[j * tile + k] = in[k * stride + j];
-  for (int64_t j = 0; j < d; ++j) std::fill(out + j * tile + count, out + (j + 1) * tile, 0.0f);
-}
-// V of `tile` keys: bf16 [tile/2][d][2], fp32 [tile][d].
-void pack_value(const BFloat16* in, int64_t stride, int64_t count, int64_t tile, int64_t d, BFloat16* out) {
-  const BFloat16 zero(0.0f);
-  for (int64_t k = 0; k < tile; k += 2) {
-    const BFloat16 *first = in + k * stride, *second = first + stride;
-    BFloat16* pair = out + k * d;
-    if (k + 1 < count) {
-      uint32_t* both = reinterpret_cast<uint32_t*>(pair);
-      for (int64_t j = 0; j < d; ++j) both[j] = first[j].x | static_cast<uint32_t>(second[j].x) << 16;
-    } else {
-      for (int64_t j = 0; j < d; ++j) { pair[2 * j] = k < count ? first[j] : zero; pair[2 * j + 1] = zero; }
-    }
-  }
-}
-void pack_value(const float* in, int64_t stride, int64_t count, int64_t tile, int64_t d, float* out) {
-  for (int64_t k = 0; k < count; ++k) std::copy(in + k * stride, in + k * stride + d, out + k * d);
-  std::fill(out + count * d, out + tile * d, 0.0f);
-}
 
 struct Tile {
   int64_t segment, group, first, last;  // positions first..last-1 of the segment's queries
@@ -128,7 +93,6 @@ inline float exponentials(const float* score, int64_t count, float scaling, floa
 template <typename T>
 void packed(const Tensor& query, const Tensor& key, const Tensor& value, at::IntArrayRef query_lens,
             at::IntArrayRef key_lens, float scaling, bool causal, Tensor& out) {
-  constexpr bool pairs = std::is_same_v<T, BFloat16>;
   const int64_t heads = query.size(1), groups = key.size(1), d = query.size(2), repeats = heads / groups;
   const Strided q_at(query), k_at(key), v_at(value), o_at(out);
   const T *q_all = query.const_data_ptr<T>(), *k_all = key.const_data_ptr<T>(), *v_all = value.const_data_ptr<T>();
@@ -162,15 +126,15 @@ void packed(const Tensor& query, const Tensor& key, const Tensor& value, at::Int
   };
   std::stable_sort(tiles.begin(), tiles.end(), [&](const Tile& a, const Tile& b) { return seen(a) > seen(b); });
 
-  const int64_t packed_keys = packed_start[segments];
-  Tensor packed = at::empty({2, groups, packed_keys, d}, query.options());
+  const int64_t packed_keys = packed_start[segments], wide = value_width(d);
+  Tensor packed = at::empty({groups * packed_keys, d + wide}, query.options());
   T *packed_key = packed.data_ptr<T>(), *packed_value = packed_key + groups * packed_keys * d;
   for_each_task(packs.size(), [&](int64_t i) {
     const auto [s, g, first] = packs[i];
     const int64_t count = std::min(kKeys, key_lens[s] - first), tile = key_pad(count);
-    const int64_t at = (g * packed_keys + packed_start[s] + first) * d;
-    pack_key(k_all + (k_start[s] + first) * k_at.token + g * k_at.head, k_at.token, count, tile, d, packed_key + at);
-    pack_value(v_all + (k_start[s] + first) * v_at.token + g * v_at.head, v_at.token, count, tile, d, packed_value + at);
+    const int64_t at = g * packed_keys + packed_start[s] + first, from = k_start[s] + first;
+    pack_key(k_all + from * k_at.token + g * k_at.head, k_at.token, count, tile, d, packed_key + at * d);
+    pack_value(v_all + from * v_at.token + g * v_at.head, v_at.token, count, tile, d, packed_value + at * wide);
   });
 
   const int64_t rows = positions * repeats;
@@ -182,7 +146,7 @@ void packed(const Tensor& query, const Tensor& key, const Tensor& value, at::Int
     scores.resize(rows * kKeys);
     probs.resize(rows * kKeys);
     queries.resize(rows * d);
-    sums.assign(rows * d, 0.0f);
+    sums.assign(rows * wide, 0.0f);
     total.assign(rows, 0.0f);
     top.assign(rows, kNone);
     // Row r * positions + p is head r of position p; rows of a short last tile repeat its last position.
@@ -194,10 +158,9 @@ void packed(const Tensor& query, const Tensor& key, const Tensor& value, at::Int
       }
     const int64_t before = key_lens[s] - query_lens[s] + tile.first;  // keys before the tile's first position
     for (int64_t first = 0, end = seen(tile); first < end; first += kKeys) {
-      const int64_t stored = std::min(kKeys, key_lens[s] - first), wide = key_pad(stored);
-      const int64_t keys = std::min(wide, key_pad(end - first));
-      const int64_t at = (g * packed_keys + packed_start[s] + first) * d;
-      blas::brgemm(rows, keys, d, d, wide, kKeys, false, queries.data(), packed_key + at, scores.data(), pairs);
+      const int64_t stored = key_pad(std::min(kKeys, key_lens[s] - first)), keys = std::min(stored, key_pad(end - first));
+      const int64_t at = g * packed_keys + packed_start[s] + first;
+      multiply(rows, keys, d, queries.data(), d, Packed<T>{packed_key + at * d, d, stored}, scores.data(), kKeys, false);
       for (int64_t row = 0; row < rows; ++row) {
         const int64_t own = (causal ? before + std::min(row % positions, count - 1) + 1 : end) - first;
         const int64_t visible = std::clamp<int64_t>(own, 0, keys);
@@ -209,26 +172,25 @@ void packed(const Tensor& query, const Tensor& key, const Tensor& value, at::Int
         if (high > top[row]) {
           const float shrink = exp_clamped(top[row] - high);
           total[row] *= shrink;
-          float* held = sums.data() + row * d;
+          float* held = sums.data() + row * wide;
           for (int64_t j = 0; j < d; ++j) held[j] *= shrink;
           top[row] = high;
         }
         total[row] += sum;
       }
-      blas::brgemm(rows, d, keys, kKeys, d, d, true, probs.data(), packed_value + at, sums.data(), pairs);
+      multiply(rows, wide, keys, probs.data(), kKeys, Packed<T>{packed_value + at * wide, stored, wide}, sums.data(), wide,
+               true);
     }
     for (int64_t r = 0; r < repeats; ++r)
       for (int64_t p = 0; p < count; ++p) {
         const int64_t row = r * positions + p;
         T* to = o_all + (q_start[s] + tile.first + p) * o_at.token + (g * repeats + r) * o_at.head;
         const float scale = 1.0f / total[row];
-        for (int64_t j = 0; j < d; ++j) to[j] = from_float<T>(sums[row * d + j] * scale);
+        for (int64_t j = 0; j < d; ++j) to[j] = from_float<T>(sums[row * wide + j] * scale);
       }
-    blas::brgemm_release(pairs);
+    multiplied<T>();
   });
 }
-
-typedef float Vector __attribute__((vector_size(64)));
 
 inline Vector load(const float* x) {
   Vector v;
@@ -236,14 +198,13 @@ inline Vector load(const float* x) {
   return v;
 }
 inline Vector load(const BFloat16* x) {
-  typedef uint16_t Halves __attribute__((vector_size(32)));
-  typedef uint32_t Words __attribute__((vector_size(64)));
+  typedef uint16_t Halves __attribute__((vector_size(kVector * sizeof(uint16_t))));
   Halves v;
   std::memcpy(&v, x, sizeof v);
   return std::bit_cast<Vector>(__builtin_convertvector(v, Words) << 16);
 }
 
-// The sixteen of each of four added up.
+// The floats of each of four vectors added up.
 inline std::array<float, 4> sums_of(const Vector (&v)[4]) {
 #ifdef __AVX512F__
   const auto a = std::bit_cast<__m512>(v[0]), b = std::bit_cast<__m512>(v[1]);
@@ -255,11 +216,16 @@ inline std::array<float, 4> sums_of(const Vector (&v)[4]) {
   const __m256 twos = _mm256_add_ps(_mm512_castps512_ps256(fours),
                                     _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(fours), 1)));
   return std::bit_cast<std::array<float, 4>>(_mm_add_ps(_mm256_castps256_ps128(twos), _mm256_extractf128_ps(twos, 1)));
+#elif defined(__AVX__)
+  const auto a = std::bit_cast<__m256>(v[0]), b = std::bit_cast<__m256>(v[1]);
+  const auto c = std::bit_cast<__m256>(v[2]), d = std::bit_cast<__m256>(v[3]);
+  const __m256 twos = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+  return std::bit_cast<std::array<float, 4>>(_mm_add_ps(_mm256_castps256_ps128(twos), _mm256_extractf128_ps(twos, 1)));
 #else
   std::array<float, 4> sums;
   for (int i = 0; i < 4; ++i) {
     Vector one = v[i];
-    for (int half = 8; half > 0; half /= 2)
+    for (int half = kVector / 2; half > 0; half /= 2)
       for (int j = 0; j < half; ++j) one[j] += one[j + half];
     sums[i] = one[0];
   }
@@ -279,15 +245,15 @@ constexpr bool kPairs = false;
 #endif
 
 // The products of a token's keys, which lie side by side, with four query heads [.., D] from head h on: a head that is not
-// there is the last one once more. Each R heads share a key, each `repeats`.
+// there is the last one once more. R heads share a key; that of each begins at `own`.
 template <typename T, int64_t D, int R, typename Q>
-inline std::array<float, 4> dots(const Q* query, const T* keys, int64_t h, int64_t heads, int64_t repeats) {
+inline std::array<float, 4> dots(const Q* query, const T* keys, int64_t h, int64_t heads, const int64_t* own) {
   Vector sums[4] = {};
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i += R) {
     const int64_t head = std::min(h + i, heads - R);
     const Q* q = query + head * D;
-    const T* key = keys + head / repeats * D;
+    const T* key = keys + own[head];
 #ifdef __AVX512BF16__
     if constexpr (kPairs<T, D>) {
 #pragma GCC unroll 4
@@ -300,8 +266,8 @@ inline std::array<float, 4> dots(const Q* query, const T* keys, int64_t h, int64
       }
     } else
 #endif
-#pragma GCC unroll 8
-      for (int64_t j = 0; j < D; j += 16) {
+#pragma GCC unroll 16
+      for (int64_t j = 0; j < D; j += kVector) {
         const Vector k = load(key + j);
 #pragma GCC unroll 2
         for (int r = 0; r < R; ++r) sums[i + r] += load(q + r * D + j) * k;
@@ -314,10 +280,10 @@ inline std::array<float, 4> dots(const Q* query, const T* keys, int64_t h, int64
 // of head r begin at weight + r * count. Where bf16 goes in pairs, so do tokens, and the sums' columns are to be `sorted`.
 template <typename T, int64_t D, int R>
 inline void add_values(const T* value, int64_t stride, int64_t tokens, const T* weight, int64_t count, float* sum) {
-  Vector part[R][D / 16];
-  std::memcpy(part, sum, sizeof part);
 #ifdef __AVX512BF16__
   if constexpr (kPairs<T, D>) {
+    Vector part[R][D / 16];
+    std::memcpy(part, sum, sizeof part);
     for (int64_t t = 0; t < tokens; t += 2) {
       const bool two = t + 1 < tokens;
       const T *first = value + t * stride, *second = two ? first + stride : first;
@@ -341,17 +307,26 @@ inline void add_values(const T* value, int64_t stride, int64_t tokens, const T* 
           }
       }
     }
-  } else
+    std::memcpy(sum, part, sizeof part);
+    return;
+  }
 #endif
+  // As many columns at a time as registers hold sums of, a power of two as D is.
+  constexpr int kWhole = D / kVector, kColumns = std::min<int>(kWhole, std::bit_floor<uint64_t>(kSums / R));
+  static_assert(kWhole % kColumns == 0);
+  for (int first = 0; first < kWhole; first += kColumns) {
+    Vector part[R][kColumns];
+    for (int r = 0; r < R; ++r) std::memcpy(part[r], sum + r * D + first * kVector, sizeof part[r]);
     for (int64_t t = 0; t < tokens; ++t) {
 #pragma GCC unroll 8
-      for (int j = 0; j < D / 16; ++j) {
-        const Vector one = load(value + t * stride + j * 16);
+      for (int j = 0; j < kColumns; ++j) {
+        const Vector one = load(value + t * stride + (first + j) * kVector);
 #pragma GCC unroll 2
         for (int r = 0; r < R; ++r) part[r][j] += to_float(weight[r * count + t]) * one;
       }
     }
-  std::memcpy(sum, part, sizeof part);
+    for (int r = 0; r < R; ++r) std::memcpy(sum + r * D + first * kVector, part[r], sizeof part[r]);
+  }
 }
 
 // Of 32 columns unpacklo puts 0-3, 8-11, 16-19 and 24-27 first: brings `count` of them in order.
@@ -408,12 +383,16 @@ void decode_part(const T* query, const Strided& q_at, const Tensor& keys, const 
   thread_local std::vector<float> scores_memory;
   thread_local std::vector<T> weights_memory;
   thread_local std::vector<Q> query_memory;
+  thread_local std::vector<int64_t> own_memory;
   scores_memory.resize(heads * count);
   weights_memory.resize(heads * count);
   query_memory.resize(heads * d);
+  own_memory.resize(heads);
   float* scores = scores_memory.data();  // [H, count], as are the weights
   T* weights = weights_memory.data();
-  Q* q = query_memory.data();  // [H, d]
+  Q* q = query_memory.data();            // [H, d]
+  int64_t* own = own_memory.data();      // where in a token each head's key or value begins: divisions are slow
+  for (int64_t h = 0; h < heads; ++h) own[h] = h / repeats * d;
   for (int64_t h = 0; h < heads; ++h)
     for (int64_t j = 0; j < d; ++j) q[h * d + j] = query[h * q_at.head + j];
   for_each_page(key_pool, [&](int64_t k, int64_t tokens, const T* at, const T* next) {
@@ -422,14 +401,14 @@ void decode_part(const T* query, const Strided& q_at, const Tensor& keys, const 
         const T* row = at + t * token;
         float* score = scores + h * count + k + t;
         if constexpr (D > 0) {
-          const auto four = dots<T, D, R>(q, row, h, heads, repeats);
+          const auto four = dots<T, D, R>(q, row, h, heads, own);
           for (int64_t i = 0; i < std::min<int64_t>(4, heads - h); ++i) {
             ask(next, t * heads + h + i);
             score[i * count] = four[i];
           }
         } else {
           ask(next, t * heads + h);
-          *score = dot(q + h * d, row + h / repeats * d, d);
+          *score = dot(q + h * d, row + own[h], d);
         }
       }
   });
@@ -441,7 +420,7 @@ void decode_part(const T* query, const Strided& q_at, const Tensor& keys, const 
   std::fill(out, out + heads * d, 0.0f);
   for_each_page(value_pool, [&](int64_t k, int64_t tokens, const T* at, const T* next) {
     for (int64_t h = 0; h < heads; h += R) {
-      const T *value = at + h / repeats * d, *weight = weights + h * count + k;
+      const T *value = at + own[h], *weight = weights + h * count + k;
       for (int64_t i = 0; i < tokens * R; ++i) ask(next, h * tokens + i);
       if constexpr (D > 0) add_values<T, D, R>(value, token, tokens, weight, count, out + h * d);
       else

@@ -20,7 +20,7 @@ from torch.utils.cpp_extension import include_paths
 
 FOLDER = pathlib.Path(__file__).parent
 SOURCES = tuple(FOLDER / name for name in ("native.cpp", "linear.cpp", "decode_layer.cpp"))
-HEADERS = (FOLDER / "native.h",)
+HEADERS = tuple(FOLDER / name for name in ("native.h", "rows.h", "products.h"))
 # Without errno and traps the compiler may vectorise; nothing here changes what a float operation gives.
 FLAGS: tuple[str, ...] = (
     "-O3",

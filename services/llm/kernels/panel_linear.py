@@ -60,10 +60,10 @@ def lies_in_panels(packed: PackedLinear, linear: nn.Linear) -> bool:
 def pack_linear(linear: nn.Linear) -> nn.Module:
     """The layer in the fastest form that this CPU has for it.
 
-    Panels need AVX-512, with its bf16 products for bf16. With matrix units (AMX) oneDNN has its part in them, or all.
+    Panels need AVX2, in bf16 the products of AVX-512. With matrix units (AMX) oneDNN has its part in them, or all.
     """
     bf16 = linear.weight.dtype == torch.bfloat16
-    fast = torch.cpu._is_avx512_bf16_supported() if bf16 else torch.cpu._is_avx512_supported()
+    fast = torch.cpu._is_avx512_bf16_supported() if bf16 else torch.cpu._is_avx2_supported()
     if not fast or linear.in_features % 2 or not native.load():
         return PackedLinear(linear)
     if not torch.cpu._is_amx_tile_supported():
