@@ -32,6 +32,8 @@ def set_vision_keep_ratio(folder: str | pathlib.Path, ratio: float) -> float:
     encoder = EncoderPipeline.from_checkpoint(folder)
     model, branches = encoder.model, encoder.config.vision_sampler.branches
     linear = model.vision_guided_sampler.selector.linear
+    stored = load_stage(folder, "encoder")
+    dtype = stored[f"{SELECTOR}.weight"].dtype
     with torch.inference_mode():
         maps = model.project([encoder.prepare(jpeg(seed)).tiles for seed in range(PICTURES)])
         generator = torch.Generator().manual_seed(0)
@@ -39,23 +41,23 @@ def set_vision_keep_ratio(folder: str | pathlib.Path, ratio: float) -> float:
         linear.bias.zero_()
         # Large enough that regions differ clearly, small enough that the softmax is not all ones and zeros.
         spread = torch.cat([_log_odds(model, m) for m in maps]).std(0).mean()
-        linear.weight.copy_(linear.weight.float() * (2 / spread))
+        linear.weight.copy_((linear.weight.float() * (2 / spread)).to(dtype))
         coarseness_K = torch.tensor([float(height * width) for height, width in branches]).log2()
         centre_K = torch.cat([_log_odds(model, m) for m in maps]).mean(0)
         low, high, kept = -20.0, 20.0, 0.0
         for _ in range(STEPS):
             preference = (low + high) / 2
-            linear.bias.copy_(preference * (coarseness_K - coarseness_K.mean()) - centre_K)
+            linear.bias.copy_((preference * (coarseness_K - coarseness_K.mean()) - centre_K).to(dtype))
             kept = kept_share(model, maps)
             low, high = (preference, high) if kept > ratio else (low, preference)
     if abs(kept - ratio) > 0.02:
         raise ValueError(f"the nearest share that this sampler can keep is {kept:.3f}, not {ratio}")
     # Only the selector changed, and a served encoder's packed weights are in no state dict.
-    selector = {f"{SELECTOR}.weight": linear.weight, f"{SELECTOR}.bias": linear.bias}
+    stored |= {f"{SELECTOR}.weight": linear.weight.to(dtype), f"{SELECTOR}.bias": linear.bias.to(dtype)}
     save_checkpoint(
         folder,
         FocusLlavaConfig.load(folder),
-        {name: tensor.clone() for name, tensor in (load_stage(folder, "encoder") | selector).items()},
+        {name: tensor.clone() for name, tensor in stored.items()},
         {name: tensor.clone() for name, tensor in load_stage(folder, "llm").items()},
         folder,
     )

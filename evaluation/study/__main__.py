@@ -31,10 +31,10 @@ def main() -> None:
         settings = settings_of(arguments.table, arguments.figure)
         left = conduct(study, settings, minutes=arguments.budget_minutes)
         results = load_results(study.folder)
-        # Focus maps are drawn from a model with both samplers: the study's own, once there is one.
-        checkpoint = weights_of(study, SETTINGS[OURS], 0, results) or study.start
+        # Focus maps are drawn from a model with both samplers, the study's own; without its weights the old ones stay.
+        checkpoint = weights_of(study, SETTINGS[OURS], 0, results)
         if arguments.figure is not None and not left:
-            print(f"drawn: {draw_figure(arguments.figure, results, study.folder, checkpoint)}")
+            print(f"drawn: {draw_figure(arguments.figure, results, study.folder, checkpoint or study.start)}")
         write_page(results, study.folder, checkpoint)
     except (InvalidInput, RuntimeError) as error:
         sys.exit(str(error))

@@ -33,6 +33,23 @@ def test_the_processor_is_asked():
     assert dtypes.cpu_has_bfloat16() == ("avx512_bf16" in flags)
 
 
+@pytest.mark.parametrize(
+    ("stored", "device", "native", "expected"),
+    [
+        ("bfloat16", "cpu", True, torch.bfloat16),
+        ("bfloat16", "cpu", False, torch.float32),
+        ("float16", "cpu", True, torch.float32),
+        ("float32", "cpu", True, torch.float32),
+        ("float16", "cuda", False, torch.float16),
+        ("bfloat16", "cuda:1", False, torch.bfloat16),
+    ],
+)
+def test_stored_weights_keep_their_dtype_where_the_device_is_made_for_it(stored, device, native, expected, monkeypatch):
+    monkeypatch.setattr(dtypes, "cpu_has_bfloat16", lambda: native)
+    assert dtypes.dtype_of_stored(stored, device) == expected
+    assert getattr(torch, dtypes.dtype_name(expected)) == expected
+
+
 def test_a_strange_dtype_is_refused_by_name():
     with pytest.raises(InvalidInput, match="dtype.*'int8'"):
         settings(dtype="int8")

@@ -5,7 +5,9 @@ import pathlib
 import pytest
 import torch
 
-from training.config import ConfigError, RunConfig, build, load
+from services.common.dtypes import dtype_name
+from training import trainer
+from training.config import ClusterConfig, ConfigError, RunConfig, build, load
 from training.dense_labels import DenseModel, labelled_batch, scale_features
 from training.joint_stage import prune_schedule
 from training.trainer import parameter_groups
@@ -103,3 +105,32 @@ def test_selector_and_vision_tower_have_learning_rates_of_their_own():
         "projector.weight": None,
         "projector.bias": None,
     }
+
+
+def test_a_dtype_that_training_has_not_is_refused_by_name():
+    run = {"name": "n", "steps": 1, "samples_per_worker": 1, "output": "o"}
+    with pytest.raises(ConfigError, match="cluster.dtype: 'float16' is not one of auto, bfloat16, float32"):
+        build(RunConfig, {**run, "cluster": {"dtype": "float16"}})
+    assert build(RunConfig, {**run, "cluster": {"dtype": "float32"}}).cluster.dtype == "float32"
+
+
+def _agree(rank: int, processors: tuple[bool, ...], store: str, found: str) -> None:
+    """One worker of a run whose processors have bf16 or have not."""
+    trainer.cpu_has_bfloat16 = lambda: processors[rank]
+    torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=len(processors))
+    pathlib.Path(f"{found}{rank}").write_text(dtype_name(trainer.agreed_dtype(ClusterConfig())), encoding="utf8")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("processors", "expected"), [((True, True), "bfloat16"), ((True, False), "float32"), ((False, True), "float32")]
+)
+def test_all_workers_train_in_one_dtype(processors, expected, tmp_path):
+    torch.multiprocessing.spawn(_agree, (processors, str(tmp_path / "store"), str(tmp_path / "rank")), len(processors))
+    assert [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)] == [expected] * 2
+
+
+def test_a_dtype_that_is_named_is_trained_in():
+    assert trainer.agreed_dtype(ClusterConfig(dtype="bfloat16")) == torch.bfloat16
+    assert trainer.agreed_dtype(ClusterConfig(dtype="float32", use_gpu=True)) == torch.float32
+    assert trainer.agreed_dtype(ClusterConfig(use_gpu=True)) == torch.bfloat16
