@@ -14,6 +14,7 @@ from services.common.types import ImageTiles
 from services.encoder.model import EncoderModel
 from services.encoder.packed import PackedLayer, pack_encoder, quick_gelu_
 from services.encoder.pipeline import EncoderPipeline
+from tests.processor import PACKED_DTYPES, needs_bf16
 from tests.tiny_checkpoints import make_random_checkpoint
 
 TILE_PX = 28
@@ -59,6 +60,7 @@ def test_packed_computes_what_the_plain_modules_do(folder, activation, stem):
     assert set(model.state_dict()) < names and not any(p.requires_grad for p in model.parameters())
 
 
+@needs_bf16
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 def test_in_bf16_packed_is_no_farther_from_exact_than_plain(folder, activation):
     model = model_of(folder, torch.bfloat16, activation)
@@ -75,7 +77,7 @@ def test_in_bf16_packed_is_no_farther_from_exact_than_plain(folder, activation):
     assert 1e-4 < error(plain) < 0.05 and error(packed) < 1.1 * error(plain)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", PACKED_DTYPES, ids=str)
 def test_a_tile_does_not_depend_on_its_batch(folder, dtype):
     model = model_of(folder, dtype)
     pack_encoder(model)
@@ -86,7 +88,7 @@ def test_a_tile_does_not_depend_on_its_batch(folder, dtype):
 
 
 def test_serving_packs_and_the_sampler_keeps_its_selector(folder):
-    pipeline = EncoderPipeline.from_checkpoint(folder, dtype=torch.bfloat16)
+    pipeline = EncoderPipeline.from_checkpoint(folder, dtype=PACKED_DTYPES[-1])
     linears = [name for name, module in pipeline.model.named_modules() if type(module) is nn.Linear]
     assert linears == ["vision_guided_sampler.selector.linear"]
     # A dtype that oneDNN does not multiply in is served by the plain modules.

@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from services.common.errors import InvalidInput
-from services.common.linear import Int8Linear, PackedLinear, can_pack, prepare_linears
+from services.common.linear import Int8Linear, PackedLinear, prepare_linears
 from services.llm.kernels.panel_linear import FEW_TOKENS, PanelLinear, lies_in_panels, pack_linear
 from services.llm.kernels.reference import ReferenceKernels
 from services.llm.model import Decoder
 from tests import tiny_llm
+from tests.processor import PACKED_DTYPES, needs_bf16, needs_vnni
 
 CPU = torch.device("cpu")
 
@@ -23,11 +24,10 @@ def linear(inputs: int, outputs: int, bias: bool, dtype: torch.dtype, seed: int 
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", PACKED_DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("inputs, outputs", [(64, 128), (100, 33), (512, 96)])
 def test_packed_linear_is_linear(inputs: int, outputs: int, bias: bool, dtype: torch.dtype) -> None:
-    assert can_pack(CPU, dtype)
     plain = linear(inputs, outputs, bias, dtype)
     packed = PackedLinear(plain)
     assert not list(packed.parameters()) and not packed.state_dict()
@@ -41,7 +41,7 @@ def test_packed_linear_is_linear(inputs: int, outputs: int, bias: bool, dtype: t
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", PACKED_DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 def test_several_linears_of_one_input_are_one(bias: bool, dtype: torch.dtype) -> None:
     parts = [linear(100, outputs, bias, dtype, seed=outputs) for outputs in (48, 16, 33)]
@@ -54,7 +54,7 @@ def test_several_linears_of_one_input_are_one(bias: bool, dtype: torch.dtype) ->
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", PACKED_DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("inputs, outputs", [(64, 128), (100, 33), (512, 96)])
 def test_the_fastest_form_is_linear(inputs: int, outputs: int, bias: bool, dtype: torch.dtype) -> None:
@@ -67,6 +67,7 @@ def test_the_fastest_form_is_linear(inputs: int, outputs: int, bias: bool, dtype
         torch.testing.assert_close(layer(x).double(), exact, rtol=rounding, atol=rounding)
 
 
+@needs_bf16
 @pytest.mark.parametrize("inputs, outputs", [(64, 128), (512, 96), (64, 100)])
 def test_what_two_kernels_multiply_from_is_in_memory_once(inputs: int, outputs: int) -> None:
     plain = linear(inputs, outputs, True, torch.bfloat16)
@@ -81,6 +82,7 @@ def test_what_two_kernels_multiply_from_is_in_memory_once(inputs: int, outputs: 
     assert not lies_in_panels(packed, plain), "one weight elsewhere is another layout"
 
 
+@needs_vnni
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bias", [False, True])
@@ -124,12 +126,17 @@ def test_every_linear_of_a_loaded_decoder_is_packed() -> None:
     decoder = Decoder.from_checkpoint(tiny_llm.checkpoint(), dtype=torch.float32)
     kinds = {type(module) for module in decoder.lm.modules()}
     assert kinds & {PackedLinear, PanelLinear} and nn.Linear not in kinds and nn.RMSNorm in kinds
+
+
+@needs_vnni
+def test_every_linear_of_a_quantised_layer_is_int8() -> None:
     quantised = Decoder.from_checkpoint(tiny_llm.checkpoint(), dtype=torch.float32, quantize="int8")
     assert isinstance(quantised.lm.lm_head, PackedLinear | PanelLinear), "the head keeps its precision"
     kinds = {type(module) for module in quantised.layers.modules()}
     assert Int8Linear in kinds and not kinds & {PackedLinear, PanelLinear}
 
 
+@needs_vnni
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_an_engine_on_int8_answers_nearly_alike(family: str) -> None:
     plain = tiny_llm.engine(family, dtype=torch.float32)
@@ -156,10 +163,13 @@ def test_an_engine_on_int8_answers_nearly_alike(family: str) -> None:
     assert len(answers["r"][0]) == 8
 
 
-def test_int8_is_refused_where_it_cannot_run() -> None:
+def test_int8_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InvalidInput, match="quantize.*'int4'"):
         prepare_linears(nn.Module(), CPU, torch.float32, "int4")  # type: ignore[arg-type]
     with pytest.raises(InvalidInput, match="quantize.*float64"):
         prepare_linears(nn.Module(), CPU, torch.float64, "int8")
     with pytest.raises(InvalidInput, match="quantize.*cuda"):
         prepare_linears(nn.Module(), torch.device("cuda"), torch.bfloat16, "int8")
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    with pytest.raises(InvalidInput, match="quantize.*'int8'.*AVX-512 VNNI"):
+        prepare_linears(nn.Module(), CPU, torch.float32, "int8")
