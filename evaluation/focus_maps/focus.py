@@ -106,8 +106,8 @@ class FocusModel:
         device: str = "cpu",
         kv_cache_bytes: int | None = None,
     ) -> FocusModel:
-        """dtype None keeps the checkpoint's. kv_cache_bytes bounds the longest prompt (TooLarge says what it needs);
-        None has room for one that fills the context, up to MOST_KV_CACHE_BYTES."""
+        """dtype None keeps the checkpoint's where `device` is made for it. kv_cache_bytes bounds the longest prompt
+        (TooLarge says what it needs); None has room for one that fills the context, up to MOST_KV_CACHE_BYTES."""
         text = FocusLlavaConfig.load(folder).text_config
         context = text.max_position_embeddings
         if kv_cache_bytes is None:

@@ -24,8 +24,9 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def dtype_of_stored(name: str, device: str | torch.device) -> torch.dtype:
     """The dtype that weights are stored in; float32 instead on a CPU that does not multiply in it."""
-    stored = getattr(torch, name)
-    return stored if stored == choose_dtype("auto", device) or torch.device(device).type != "cpu" else torch.float32
+    stored: torch.dtype = getattr(torch, name)
+    on_cpu = torch.device(device).type == "cpu"
+    return torch.float32 if on_cpu and stored != choose_dtype("auto", device) else stored
 
 
 def cpu_has_bfloat16() -> bool:

@@ -117,8 +117,8 @@ class Engine:
         prefix_reuse: bool = True,
         quantize: Quantize | None = None,
     ) -> Engine:
-        """Loads the LLM's shards and the tokenizer; no encoder weight is read. dtype None keeps the checkpoint's;
-        quantize: see `services.common.linear.prepare_linears`."""
+        """Loads the LLM's shards and the tokenizer; no encoder weight is read. dtype None keeps the checkpoint's where
+        `device` is made for it; quantize: see `services.common.linear.prepare_linears`."""
         config = FocusLlavaConfig.load(folder)
         decoder = Decoder.from_checkpoint(folder, dtype=dtype, device=device, quantize=quantize)
         renderer = PromptRenderer.from_checkpoint(

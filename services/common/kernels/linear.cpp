@@ -20,15 +20,15 @@ namespace {
 
 using namespace focusllava;
 
-constexpr int64_t kPanel = 32;            // outputs of a panel
-constexpr int64_t kRegisterRows = kSums / 2;  // tokens of a pass: with two vectors of outputs each
-constexpr int64_t kTileRows = 32;         // the same on matrix units: with two vectors of outputs four tiles of sums
-constexpr int64_t kRows = 96;             // tokens of a task
-constexpr int64_t kWordBytes = 128;       // of a panel for one word of the inputs
-// Words of a panel that all passes of a task take from a cache: 256 KiB from L2, or without AVX-512, whose registers
-// hold twice as many tokens to use a load for, 16 KiB from L1.
+constexpr int64_t kPanel = 32;                // outputs of a panel
+constexpr int64_t kRegisterRows = kSums / 2;  // tokens of a pass: their sums, two vectors each, stay in registers
+constexpr int64_t kTileRows = 32;             // the same on matrix units: with two vectors of outputs four tiles of sums
+constexpr int64_t kRows = 96;                 // tokens of a task
+constexpr int64_t kWordBytes = 128;           // of a panel for one word of the inputs
+constexpr int64_t kAhead = 32;  // words, 4 KiB, that a task of a single pass asks for ahead, its next panel's at last
+// Words of a panel that all passes of a task take from a cache: 256 KiB from L2, or 16 KiB from L1 without AVX-512, whose
+// passes of half as many tokens load weights twice as often.
 constexpr int64_t kWords = kVector == 16 ? 2048 : 128;
-constexpr int64_t kAhead = 32;         // words, 4 KiB, that a task of a single pass asks for ahead, its next panel's at last
 
 // Weights to ask for meanwhile: so many bytes with each word. All 128 of a word are read soon, from the L1 cache; half of
 // them belong to the next panel, which would drive the own one out of it.

@@ -2,8 +2,8 @@
 // KV cache, and what lies between a decoder layer's matrix products, each in one pass over memory.
 //
 // Matrix products are oneDNN's small kernels (brgemm), which take the processor's matrix units where it has them, or
-// without AVX-512, where it has none that are as fast, those of rows.h; loops are plain C++ that the compiler vectorises for the processor at hand. Sums and softmax are fp32. Every query, token
-// and sequence is computed alone: what else is in the batch changes no result.
+// without AVX-512 our own (products.h); loops are plain C++ that the compiler vectorises for the processor at hand. Sums
+// and softmax are fp32. Every query, token and sequence is computed alone: what else is in the batch changes no result.
 //
 // Legend: S queries, K keys, H query heads, G key heads, R = H / G query heads a key head, d head width, D hidden width,
 // F MLP width, n sequences, b tokens of a page.
@@ -188,7 +188,7 @@ void packed(const Tensor& query, const Tensor& key, const Tensor& value, at::Int
         const float scale = 1.0f / total[row];
         for (int64_t j = 0; j < d; ++j) to[j] = from_float<T>(sums[row * wide + j] * scale);
       }
-    multiplied<T>();
+    release_products<T>();
   });
 }
 
@@ -390,8 +390,8 @@ void decode_part(const T* query, const Strided& q_at, const Tensor& keys, const 
   own_memory.resize(heads);
   float* scores = scores_memory.data();  // [H, count], as are the weights
   T* weights = weights_memory.data();
-  Q* q = query_memory.data();            // [H, d]
-  int64_t* own = own_memory.data();      // where in a token each head's key or value begins: divisions are slow
+  Q* q = query_memory.data();        // [H, d]
+  int64_t* own = own_memory.data();  // where in a token each head's key or value begins: divisions are slow
   for (int64_t h = 0; h < heads; ++h) own[h] = h / repeats * d;
   for (int64_t h = 0; h < heads; ++h)
     for (int64_t j = 0; j < d; ++j) q[h * d + j] = query[h * q_at.head + j];

@@ -3,9 +3,6 @@
 #pragma once
 #include <ATen/native/CPUBlas.h>
 
-#include <array>
-#include <utility>
-
 #include "rows.h"
 
 namespace focusllava {
@@ -53,7 +50,6 @@ inline void pack_value(const float* in, int64_t stride, int64_t count, int64_t t
   std::fill(out + count * d, out + tile * d, 0.0f);
 }
 
-
 // c [rows, columns] = (with `add` +=) a [rows, inner] times as many rows and columns of b.
 template <typename T>
 void multiply(int64_t rows, int64_t columns, int64_t inner, const T* a, int64_t a_stride, Packed<T> b, float* c,
@@ -64,14 +60,14 @@ void multiply(int64_t rows, int64_t columns, int64_t inner, const T* a, int64_t 
 
 // After a thread's last product.
 template <typename T>
-void multiplied() { at::native::cpublas::brgemm_release(std::is_same_v<T, BFloat16>); }
+void release_products() { at::native::cpublas::brgemm_release(std::is_same_v<T, BFloat16>); }
 
 #else
 constexpr int64_t kPanelColumns = 2 * kVector, kPassRows = kSums / 2;
 
 inline int64_t value_width(int64_t d) { return (d + kPanelColumns - 1) / kPanelColumns * kPanelColumns; }
 
-// K^T of `tile` keys in panels of some columns, [tile / columns][d / pair][columns][pair], zero beyond `count`.
+// K^T of `tile` keys in panels of kPanelColumns, [tile / columns][d / pair][columns][pair], zero beyond `count`.
 template <typename T>
 void pack_key(const T* in, int64_t stride, int64_t count, int64_t tile, int64_t d, T* out) {
   const int64_t words = d / kPair<T>;
@@ -106,6 +102,7 @@ void pass(int64_t rows, const T* a, int64_t a_stride, const T* panel, int64_t wo
   multiply_rows<T, R, 2>(a, a_stride, panel, kPanelColumns, 0, words, c, c_stride, [] {});
 }
 
+// As with AVX-512.
 template <typename T>
 void multiply(int64_t rows, int64_t columns, int64_t inner, const T* a, int64_t a_stride, Packed<T> b, float* c,
               int64_t c_stride, bool add) {
@@ -119,7 +116,7 @@ void multiply(int64_t rows, int64_t columns, int64_t inner, const T* a, int64_t 
 }
 
 template <typename T>
-void multiplied() {}
+void release_products() {}
 #endif
 
 }  // namespace focusllava
