@@ -3,6 +3,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TRITON := triton==3.7.1
 CHECKPOINT ?= checkpoints/focusllava-tiny
 PORT ?= 9000
 export PYTHONUNBUFFERED := 1
@@ -28,8 +29,14 @@ serve: $(STAMP) ## Start everything and leave it running on port 9000 (PORT=n fo
 stop: $(STAMP) ## Stop what `make serve` left running
 	@$(BIN)/python -m cluster.local down --grpc-port $(PORT)
 
-test: $(STAMP) ## Every test
+test: $(STAMP) $(VENV)/.triton ## Every test
 	@$(BIN)/python -m pytest
+
+# Comes with PyTorch's CUDA builds. Beside a CPU build only the tests of the GPU's kernels want it: they interpret them.
+$(VENV)/.triton: $(STAMP)
+	@$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install -q --progress-bar off $(TRITON) || \
+		echo "test: $(TRITON) cannot be installed, tests of the GPU's decode kernels will be skipped"
+	@touch $@
 
 lint: $(STAMP) ## ruff, mypy, import lines, generated code
 	@echo "lint: ruff" && $(BIN)/ruff check . && $(BIN)/ruff format --check .

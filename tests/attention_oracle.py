@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -58,35 +57,18 @@ def varlen_oracle(
     key: torch.Tensor,
     value: torch.Tensor,
     cu_seq_q: torch.Tensor,
-    cu_seq_k: torch.Tensor | None,
+    cu_seq_k: torch.Tensor,
     max_q: int,
     max_k: int,
     *,
     scale: float,
     window_size: tuple[int, int],
     enable_gqa: bool,
-    seqused_k: torch.Tensor | None = None,
-    block_table: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The documented meaning of `torch.nn.attention.varlen.varlen_attn`, its checks included."""
-    assert enable_gqa or query.shape[1] == key.shape[-2]
-    assert cu_seq_q.dtype == torch.int32 and int(cu_seq_q[-1]) == len(query)
-    assert window_size in ((-1, 0), (-1, -1))
-    out: list[Any] = []
-    for segment in range(len(cu_seq_q) - 1):
-        first, last = cu_seq_q[segment : segment + 2].tolist()
-        if block_table is not None:
-            assert block_table.dtype == torch.int32 and seqused_k is not None
-            keys, values = (pool[block_table[segment].long()].flatten(0, 1) for pool in (key, value))
-        else:
-            assert cu_seq_k is not None and cu_seq_k.dtype == torch.int32
-            begin, end = cu_seq_k[segment : segment + 2].tolist()
-            keys, values = key[begin:end], value[begin:end]
-        if seqused_k is not None:
-            assert seqused_k.dtype == torch.int32
-            keys, values = keys[: int(seqused_k[segment])], values[: int(seqused_k[segment])]
-        assert last - first <= max_q and len(keys) <= max_k
-        for index in range(first, last):
-            seen = len(keys) - (last - 1 - index) if window_size == (-1, 0) else len(keys)
-            out.append(attend_one(query[index], keys[:seen], values[:seen], scale))
-    return torch.stack(out).to(query.dtype)
+    """The documented meaning of `torch.nn.attention.varlen.varlen_attn` when causal, its checks included."""
+    assert enable_gqa or query.shape[1] == key.shape[1]
+    assert window_size == (-1, 0)
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and cu_seq_q[0] == cu_seq_k[0] == 0
+    query_lens, key_lens = (starts.diff().tolist() for starts in (cu_seq_q, cu_seq_k))
+    assert max(query_lens) <= max_q and max(key_lens) <= max_k
+    return prefill_oracle(query, key, value, query_lens, key_lens, scale).to(query.dtype)

@@ -14,7 +14,7 @@ import torch
 from services.common.types import PruneDecision
 from services.llm.attention import DecodeBatch, PackedStep
 from services.llm.kernels import choose_kernels
-from services.llm.kernels.decode_graphs import Capture, DecodeGraphs, DecodePass, capture_cuda
+from services.llm.kernels.decode_graphs import Capture, DecodeGraphs, DecodePass, cuda_capture
 from services.llm.kv_cache import LOWER, UPPER, KVCache
 from services.llm.model import Decoder, Rotary
 from services.llm.scheduler import Chunk, Step
@@ -43,7 +43,7 @@ class ModelRunner:
         self._decode_lower: DecodePass = functools.partial(self._decode, LOWER)
         self._decode_upper: DecodePass = functools.partial(self._decode, UPPER)
         if decoder.device.type == "cuda":  # GPU only
-            self.use_graphs(capture_cuda)
+            self.use_graphs(cuda_capture())
 
     def use_graphs(self, capture: Capture) -> None:
         """From now on, half steps that only decode are recorded once a shape, then replayed."""

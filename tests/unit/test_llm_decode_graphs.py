@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
 from services.llm.kernels.decode_graphs import DecodeGraphs, round_up
 from tests import tiny_llm
+from tests.graph_recorder import Recorder
 
 NULL_ROW = 99
-
-
-class Recorder:
-    """Does what a CUDA graph does: repeats the call on the same memory, and its result lies in the same place."""
-
-    def __init__(self) -> None:
-        self.recorded = self.replayed = 0
-
-    def __call__(self, run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-        self.recorded += 1
-        out = run()
-
-        def replay() -> None:
-            self.replayed += 1
-            out.copy_(run())
-
-        return replay, out
 
 
 def test_round_up() -> None:

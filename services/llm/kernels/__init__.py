@@ -14,7 +14,6 @@ import torch
 from services.common.kernels import native
 from services.common.linear import can_pack
 from services.llm.kernels.cpu import CpuKernels
-from services.llm.kernels.cuda import cuda_kernels
 from services.llm.kernels.reference import ReferenceKernels
 
 
@@ -60,5 +59,7 @@ def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     if can_pack(device, dtype) and native.load():
         return CpuKernels()
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        from services.llm.kernels.cuda import cuda_kernels  # Triton comes with torch's CUDA builds only
+
         return cuda_kernels(device)
     return ReferenceKernels()

@@ -1,9 +1,4 @@
-"""Attention on a GPU by torch's variable-length flash attention.
-
-Prefill hands the packed segments over as they are. Decode reads the pages in place where flash attention 3 is
-installed (Hopper; the flash attention 2 that torch brings has no block tables); elsewhere it copies the pages of each
-sequence side by side first. Its shapes depend on the batch and the width of the block tables alone, so a CUDA graph
-can hold it.
+"""Attention on a GPU: torch's variable-length flash attention for prefill, paged_decode.py for decode.
 
 Legend: see services/llm/kernels/__init__.py.
 """
@@ -17,16 +12,18 @@ from typing import Any
 
 import torch
 
-CAUSAL, ALL = (-1, 0), (-1, -1)
-"""Window sizes (left, right) of `varlen_attn`; causal is aligned to the last query and key of each segment."""
+from services.llm.kernels.paged_decode import paged_decode
+
+CAUSAL = (-1, 0)
+"""Window (left, right) of `varlen_attn`: aligned to the last query and the last key of each segment."""
 
 
 class CudaKernels:
-    """bf16 and fp16. Everything below the constructor also runs on a CPU, with another `attend`."""
+    """bf16 and fp16. With another `attend` it runs on a CPU too, where Triton interprets (TRITON_INTERPRET=1)."""
 
-    def __init__(self, attend: Callable[..., Any], *, reads_pages: bool):
-        """attend: `torch.nn.attention.varlen.varlen_attn`; reads_pages: whether it takes a block table."""
-        self._attend, self._reads_pages = attend, reads_pages
+    def __init__(self, attend: Callable[..., Any]):
+        """attend: `torch.nn.attention.varlen.varlen_attn`, or what has its meaning."""
+        self._attend = attend
 
     def prefill(
         self,
@@ -60,28 +57,7 @@ class CudaKernels:
         lengths_n: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
-        (sequences, blocks), size, device = rows_nB.shape, key_pool.shape[1], query_nHd.device
-        query_starts = torch.arange(sequences + 1, dtype=torch.int32, device=device)
-        key_starts, block_table = None, None
-        if self._reads_pages:
-            key, value, block_table = key_pool, value_pool, rows_nB.to(torch.int32)
-        else:
-            key, value = (pool.index_select(0, rows_nB.flatten()).flatten(0, 1) for pool in (key_pool, value_pool))
-            key_starts = query_starts * (blocks * size)
-        return self._attend(
-            query_nHd,
-            key,
-            value,
-            query_starts,
-            key_starts,
-            1,
-            blocks * size,
-            scale=scaling,
-            window_size=ALL,
-            enable_gqa=query_nHd.shape[1] != key_pool.shape[2],
-            seqused_k=lengths_n.to(torch.int32),
-            block_table=block_table,
-        )
+        return paged_decode(query_nHd, key_pool, value_pool, rows_nB, lengths_n, scaling)
 
 
 @functools.lru_cache(maxsize=16)
@@ -94,12 +70,10 @@ def segment_starts(lengths: tuple[int, ...], device: torch.device) -> torch.Tens
 
 
 def cuda_kernels(device: torch.device) -> CudaKernels:  # GPU only
-    """Kernels on torch's flash attention 2, or 3 where the package flash_attn_interface and a Hopper GPU are there."""
+    """On torch's flash attention 2, or 3 where the package flash_attn_interface and a Hopper GPU are there."""
     from torch.nn.attention import activate_flash_attention_impl
     from torch.nn.attention.varlen import varlen_attn
 
-    reads_pages = False
     if torch.cuda.get_device_capability(device)[0] == 9 and importlib.util.find_spec("flash_attn_interface"):
         activate_flash_attention_impl("FA3")
-        reads_pages = True
-    return CudaKernels(varlen_attn, reads_pages=reads_pages)
+    return CudaKernels(varlen_attn)

@@ -75,14 +75,20 @@ def round_up(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-def capture_cuda(run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:  # GPU only
-    """A CUDA graph of `run`, after a warm-up on a stream of its own, as recording requires."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run()
-    return graph.replay, out
+def cuda_capture() -> Capture:  # GPU only
+    """Records CUDA graphs. They share one pool of memory, for none runs beside another: what a graph returns is read
+    before the next one replays."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def capture(run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+        stream = torch.cuda.Stream()  # a warm-up on a stream of its own, as recording requires
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            out = run()
+        return graph.replay, out
+
+    return capture

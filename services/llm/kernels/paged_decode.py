@@ -1,0 +1,171 @@
+"""Decode attention on a GPU: Triton kernels that read K and V in their pages, from the A100 on.
+
+The keys of a sequence are cut into chunks, one program each, and a second kernel puts the chunks together (flash
+decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). Where it is cut depends on the sequence alone, so
+its answer does not depend on the batch. Shapes depend on the batch and the width of the block tables alone, so a CUDA
+graph can hold both kernels.
+
+Legend: see services/llm/kernels/__init__.py; R = H // G query heads a key head, C chunks, K tokens of a tile.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+CHUNK = 256
+"""Tokens a program: one sequence of 2,900 on 8 key heads fills the 108 multiprocessors of an A100."""
+TILE = 64
+"""Tokens at a time: at head width 128 that is 38 KiB of shared memory and 144 registers, three programs a processor."""
+WARPS, STAGES = 4, 2
+
+
+def paged_decode(
+    query_nHd: torch.Tensor,
+    key_pool: torch.Tensor,
+    value_pool: torch.Tensor,
+    rows_nB: torch.Tensor,
+    lengths_n: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """See `Kernels.decode`; bf16 and fp16. The tensors are contiguous in d, and so are the block tables."""
+    (sequences, heads, width), (_, size, groups, _) = query_nHd.shape, key_pool.shape
+    chunks = triton.cdiv(rows_nB.shape[1] * size, CHUNK)
+    part_nHCd = query_nHd.new_empty(sequences, heads, chunks, width, dtype=torch.float32)
+    weight_nHC = part_nHCd.new_empty(sequences, heads, chunks)
+    out_nHd = torch.empty_like(query_nHd, memory_format=torch.contiguous_format)
+    padded = triton.next_power_of_2(width)
+    _attend_chunks[sequences, groups, chunks](
+        query_nHd,
+        key_pool,
+        value_pool,
+        rows_nB,
+        lengths_n,
+        part_nHCd,
+        weight_nHC,
+        scaling * math.log2(math.e),
+        *query_nHd.stride()[:2],
+        *key_pool.stride()[:3],
+        *value_pool.stride()[:3],
+        rows_nB.stride(0),
+        repeats=heads // groups,
+        padded_repeats=max(16, triton.next_power_of_2(heads // groups)),  # tensor cores take 16 rows or more
+        width=width,
+        padded_width=padded,
+        page=size,
+        chunk=CHUNK,
+        tile=TILE,
+        num_warps=WARPS,
+        num_stages=STAGES,
+    )
+    _put_together[sequences, heads](
+        part_nHCd,
+        weight_nHC,
+        lengths_n,
+        out_nHd,
+        chunks,
+        width=width,
+        padded_width=padded,
+        chunk=CHUNK,
+        num_warps=WARPS,
+    )
+    return out_nHd
+
+
+@triton.jit
+def _attend_chunks(
+    query_nHd,
+    key_pool,
+    value_pool,
+    rows_nB,
+    lengths_n,
+    part_nHCd,
+    weight_nHC,
+    scaling,
+    query_stride_n,
+    query_stride_H,
+    key_stride_row,
+    key_stride_token,
+    key_stride_G,
+    value_stride_row,
+    value_stride_token,
+    value_stride_G,
+    rows_stride_n,
+    repeats: tl.constexpr,
+    padded_repeats: tl.constexpr,
+    width: tl.constexpr,
+    padded_width: tl.constexpr,
+    page: tl.constexpr,
+    chunk: tl.constexpr,
+    tile: tl.constexpr,
+):
+    """The mean of a chunk's values by the softmax of its scores, and log2 of the sum of their exponentials."""
+    sequence, group, index = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    start = index * chunk
+    end = tl.minimum(start + chunk, tl.load(lengths_n + sequence))
+    if start >= end:
+        return
+    d = tl.arange(0, padded_width)
+    repeat = tl.arange(0, padded_repeats)
+    head = group * repeats + repeat
+    in_d, in_R = d < width, repeat < repeats
+    query_Rd = tl.load(
+        query_nHd + sequence * query_stride_n + head[:, None] * query_stride_H + d[None, :],
+        mask=in_R[:, None] & in_d[None, :],
+        other=0.0,
+    )
+    highest_R = tl.full([padded_repeats], float("-inf"), tl.float32)
+    total_R = tl.zeros([padded_repeats], tl.float32)
+    sum_Rd = tl.zeros([padded_repeats, padded_width], tl.float32)
+    for first in range(start, end, tile):
+        token_K = first + tl.arange(0, tile)
+        in_K = token_K < end
+        row_K = tl.load(rows_nB + sequence * rows_stride_n + token_K // page, mask=in_K, other=0)
+        in_Kd = in_K[:, None] & in_d[None, :]
+        key_K = key_pool + row_K * key_stride_row + token_K % page * key_stride_token + group * key_stride_G
+        value_K = value_pool + row_K * value_stride_row + token_K % page * value_stride_token + group * value_stride_G
+        key_Kd = tl.load(key_K[:, None] + d[None, :], mask=in_Kd, other=0.0)
+        value_Kd = tl.load(value_K[:, None] + d[None, :], mask=in_Kd, other=0.0)
+        score_RK = tl.where(in_K[None, :], tl.dot(query_Rd, tl.trans(key_Kd)) * scaling, float("-inf"))
+        new_R = tl.maximum(highest_R, tl.max(score_RK, 1))
+        fade_R = tl.exp2(highest_R - new_R)
+        weight_RK = tl.exp2(score_RK - new_R[:, None])
+        total_R = total_R * fade_R + tl.sum(weight_RK, 1)
+        sum_Rd = sum_Rd * fade_R[:, None] + tl.dot(weight_RK.to(value_Kd.dtype), value_Kd)
+        highest_R = new_R
+    heads, chunks = tl.num_programs(1) * repeats, tl.num_programs(2)
+    place_R = (sequence * heads + head).to(tl.int64) * chunks + index
+    tl.store(
+        part_nHCd + place_R[:, None] * width + d[None, :], sum_Rd / total_R[:, None], mask=in_R[:, None] & in_d[None, :]
+    )
+    tl.store(weight_nHC + place_R, highest_R + tl.log2(total_R), mask=in_R)
+
+
+@triton.jit
+def _put_together(
+    part_nHCd,
+    weight_nHC,
+    lengths_n,
+    out_nHd,
+    chunks,
+    width: tl.constexpr,
+    padded_width: tl.constexpr,
+    chunk: tl.constexpr,
+):
+    """The mean of the chunks' means, each weighted by what its softmax summed to."""
+    sequence, head = tl.program_id(0), tl.program_id(1)
+    d = tl.arange(0, padded_width)
+    place = (sequence * tl.num_programs(1) + head).to(tl.int64)
+    highest, total = float("-inf"), 0.0
+    sum_d = tl.zeros([padded_width], tl.float32)
+    for index in range(0, tl.cdiv(tl.load(lengths_n + sequence), chunk)):
+        part_d = tl.load(part_nHCd + (place * chunks + index) * width + d, mask=d < width, other=0.0)
+        weight = tl.load(weight_nHC + place * chunks + index)
+        new = tl.maximum(highest, weight)
+        fade, share = tl.exp2(highest - new), tl.exp2(weight - new)
+        sum_d, total = sum_d * fade + part_d * share, total * fade + share
+        highest = new
+    tl.store(out_nHd + place * width + d, (sum_d / total).to(out_nHd.dtype.element_ty), mask=d < width)

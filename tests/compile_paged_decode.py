@@ -1,0 +1,67 @@
+"""Compiles the decode kernels for a GPU that need not be there; prints a JSON line each.
+
+    python -m tests.compile_paged_decode CAPABILITY FOLDER      # 80 is an A100, 90 an H100
+
+A process of its own, for the tests' has Triton interpret.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pathlib
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from services.llm.kernels import paged_decode as kernels
+
+HEADS = ((128, 4, "bf16"), (128, 4, "fp16"), (64, 7, "bf16"), (96, 1, "bf16"))
+"""Head width, query heads a key head, dtype: Llama-3 and Mistral twice, Qwen2-0.5B, Phi-3."""
+POINTERS = {"rows_nB": "*i64", "lengths_n": "*i64", "part_nHCd": "*fp32", "weight_nHC": "*fp32"}
+
+
+def compile_kernel(kernel, capability: int, width: int, repeats: int, dtype: str):  # type: ignore[no-untyped-def]
+    """With the types and alignments that Triton finds in a launch by `paged_decode`."""
+    constants = {
+        "repeats": repeats,
+        "padded_repeats": max(16, triton.next_power_of_2(repeats)),
+        "width": width,
+        "padded_width": triton.next_power_of_2(width),
+        "page": 16,
+        "chunk": kernels.CHUNK,
+        "tile": kernels.TILE,
+    }
+    pointers = POINTERS | dict.fromkeys(("query_nHd", "key_pool", "value_pool", "out_nHd"), f"*{dtype}")
+    types = pointers | {"scaling": "fp32"} | dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, "i32") for name in kernel.arg_names}
+    aligned = [name for name in signature if name in pointers or name.startswith(("query_str", "key_str", "value_str"))]
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={name: value for name, value in constants.items() if name in signature},
+        attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    options = {"num_warps": kernels.WARPS, "num_stages": kernels.STAGES}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def main() -> None:
+    capability, folder = int(sys.argv[1]), pathlib.Path(sys.argv[2])
+    for heads, kernel in itertools.product(HEADS, (kernels._attend_chunks, kernels._put_together)):
+        made = compile_kernel(kernel, capability, *heads)
+        cubin = folder / "-".join(map(str, (kernel.__name__, *heads, "cubin")))
+        cubin.write_bytes(made.asm["cubin"])
+        ptx = made.asm["ptx"]
+        numbers = {
+            "shared": made.metadata.shared,
+            "copies": ptx.count("cp.async.cg"),
+            "products": ptx.count("mma.sync"),
+        }
+        print(json.dumps({"name": kernel.__name__, "cubin": str(cubin), **numbers}))
+
+
+if __name__ == "__main__":
+    main()

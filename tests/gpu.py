@@ -1,0 +1,21 @@
+"""The GPU's attention for tests: the real one where there is a GPU, else interpreted by Triton on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from services.llm.kernels import Kernels
+from tests.attention_oracle import varlen_oracle
+
+NO_TRITON = "Triton is not installed; `make test` does it"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+"""What the kernels are tested in: Triton interprets no bf16 products, and a GPU gets no fp32."""
+
+
+def kernels() -> Kernels:
+    pytest.importorskip("triton", reason=NO_TRITON)
+    from services.llm.kernels.cuda import CudaKernels, cuda_kernels
+
+    return cuda_kernels(DEVICE) if DEVICE.type == "cuda" else CudaKernels(varlen_oracle)
