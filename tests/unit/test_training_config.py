@@ -114,20 +114,24 @@ def test_a_dtype_that_training_has_not_is_refused_by_name():
     assert build(RunConfig, {**run, "cluster": {"dtype": "float32"}}).cluster.dtype == "float32"
 
 
-def _agree(rank: int, processors: tuple[bool, ...], store: str, found: str) -> None:
-    """One worker of a run whose processors have bf16 or have not."""
-    trainer.cpu_has_bfloat16 = lambda: processors[rank]
-    torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=len(processors))
-    pathlib.Path(f"{found}{rank}").write_text(dtype_name(trainer.agreed_dtype(ClusterConfig())), encoding="utf8")
+PROCESSORS = {(True, True): "bfloat16", (True, False): "float32", (False, True): "float32"}
+"""Whether each of two workers' processors multiplies in bf16, and what both then train in."""
+
+
+def _agree(rank: int, store: str, found: str) -> None:
+    """One worker."""
+    torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
+    names = []
+    for processors in PROCESSORS:
+        trainer.cpu_has_bfloat16 = lambda has=processors[rank]: has
+        names.append(dtype_name(trainer.agreed_dtype(ClusterConfig())))
+    pathlib.Path(f"{found}{rank}").write_text(" ".join(names), encoding="utf8")
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize(
-    ("processors", "expected"), [((True, True), "bfloat16"), ((True, False), "float32"), ((False, True), "float32")]
-)
-def test_all_workers_train_in_one_dtype(processors, expected, tmp_path):
-    torch.multiprocessing.spawn(_agree, (processors, str(tmp_path / "store"), str(tmp_path / "rank")), len(processors))
-    assert [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)] == [expected] * 2
+def test_all_workers_train_in_one_dtype(tmp_path):
+    torch.multiprocessing.spawn(_agree, (str(tmp_path / "store"), str(tmp_path / "rank")), 2)
+    assert [(tmp_path / f"rank{rank}").read_text().split() for rank in (0, 1)] == [list(PROCESSORS.values())] * 2
 
 
 def test_a_dtype_that_is_named_is_trained_in():

@@ -14,13 +14,14 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch.utils.cpp_extension import include_paths
 
 FOLDER = pathlib.Path(__file__).parent
-SOURCES = tuple(FOLDER / name for name in ("native.cpp", "linear.cpp", "decode_layer.cpp"))
-HEADERS = tuple(FOLDER / name for name in ("native.h", "rows.h", "products.h"))
+SOURCES, HEADERS = (tuple(sorted(FOLDER.glob(pattern))) for pattern in ("*.cpp", "*.h"))
 # Without errno and traps the compiler may vectorise; nothing here changes what a float operation gives.
 FLAGS: tuple[str, ...] = (
     "-O3",
@@ -29,7 +30,6 @@ FLAGS: tuple[str, ...] = (
     "-fopenmp",
     "-fno-math-errno",
     "-fno-trapping-math",
-    "-shared",
     "-fPIC",
 )
 if platform.machine() in ("x86_64", "AMD64"):
@@ -66,23 +66,30 @@ def build(folder: pathlib.Path) -> pathlib.Path:
     library = folder / f"native-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
     if library.exists():
         return library
-    torch_libraries = pathlib.Path(torch.__file__).parent / "lib"
-    command = [compiler, *FLAGS, *map(str, SOURCES), *(f"-I{path}" for path in include_paths()), f"-L{torch_libraries}"]
-    command += [f"-l{name}" for name in TORCH_LIBRARIES]
+    libraries = [f"-L{pathlib.Path(torch.__file__).parent / 'lib'}", *(f"-l{name}" for name in TORCH_LIBRARIES)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Another process may be building the same: each writes a file of its own, the last to end puts its in place.
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        # Another process may be building the same: each writes files of its own, the last to end puts its in place.
+        with tempfile.TemporaryDirectory(dir=folder) as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [pathlib.Path(scratch) / f"{source.stem}.o" for source in SOURCES]
+            include = [f"-I{path}" for path in include_paths()]
+            commands = [
+                [compiler, *FLAGS, *include, "-c", source, "-o", made]
+                for source, made in zip(SOURCES, objects, strict=True)
+            ]
+            list(pool.map(_run, commands))
             made = pathlib.Path(scratch) / library.name
-            done = subprocess.run(
-                [*command, "-o", str(made)], capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False
-            )
-            if done.returncode:
-                raise CannotBuild(f"{compiler} ended with status {done.returncode}: {done.stderr.strip()[-2000:]}")
+            _run([compiler, *FLAGS, "-shared", *objects, *libraries, "-o", made])
             made.replace(library)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise CannotBuild(str(error)) from error
     return library
+
+
+def _run(command: Sequence[str | pathlib.Path]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False)
+    if done.returncode:
+        raise CannotBuild(f"{command[0]} ended with status {done.returncode}: {done.stderr.strip()[-2000:]}")
 
 
 @functools.cache

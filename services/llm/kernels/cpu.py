@@ -1,4 +1,4 @@
-"""Attention on a CPU: the operators of native.cpp. Legend: see services/llm/kernels/__init__.py."""
+"""Attention on a CPU: the operators in services/common/kernels. Legend: see services/llm/kernels/__init__.py."""
 
 from __future__ import annotations
 

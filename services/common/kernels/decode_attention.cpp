@@ -1,196 +1,22 @@
-// The stages' hot loops on a CPU, in bf16 and fp32: flash attention over packed prompts or tiles and over the pages of the
-// KV cache, and what lies between a decoder layer's matrix products, each in one pass over memory.
+// Attention of one token a sequence over the pages of the KV cache, in bf16 and fp32.
 //
-// Matrix products are oneDNN's small kernels (brgemm), which take the processor's matrix units where it has them, or
-// without AVX-512 our own (products.h); loops are plain C++ that the compiler vectorises for the processor at hand. Sums
-// and softmax are fp32. Every query, token and sequence is computed alone: what else is in the batch changes no result.
+// Loops are plain C++ that the compiler vectorises for the processor at hand, but for pairs of bf16. Sums and softmax are
+// fp32. Every sequence is computed alone: what else is in the batch changes no result.
 //
-// Legend: S queries, K keys, H query heads, G key heads, R = H / G query heads a key head, d head width, D hidden width,
-// F MLP width, n sequences, b tokens of a page.
+// Legend: H query heads, G key heads, R = H / G query heads a key head, d head width, n sequences, b tokens of a page.
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <array>
-#include <numeric>
 
-#include "native.h"
-#include "products.h"
+#include "attention.h"
 #include "rows.h"
 
 namespace {
 
 using namespace focusllava;
 
-// A tile's query rows (heads that share keys, times positions) and keys: its scores and probabilities stay in the L2
-// cache. Matrix units want more rows for the keys that they load.
-#ifdef __AMX_TILE__
-constexpr int64_t kRows = 256, kKeys = 256;
-#elif defined(__AVX512F__)
-constexpr int64_t kRows = 64, kKeys = 512;
-#else
-constexpr int64_t kRows = 96, kKeys = 256;
-#endif
-constexpr int64_t kKeyStep = 32;      // keys of a tile are rounded up to it, so that few kernels are generated
-constexpr int64_t kDecodeKeys = 256;  // keys of one decode task; a longer sequence is shared out among threads
-constexpr float kNone = -1e30f;       // a score that nothing is below, finite so that differences are
-
-struct Strided {  // a [tokens, heads, d] view, d contiguous
-  int64_t token, head;
-  explicit Strided(const Tensor& t) : token(t.stride(0)), head(t.stride(1)) {}
-};
-
-inline int64_t key_pad(int64_t keys) { return (keys + kKeyStep - 1) / kKeyStep * kKeyStep; }
-
-struct Tile {
-  int64_t segment, group, first, last;  // positions first..last-1 of the segment's queries
-};
-
-inline float highest(const float* score, int64_t count) {
-  float high = kNone;
-#pragma omp simd reduction(max : high)
-  for (int64_t k = 0; k < count; ++k) high = score[k] > high ? score[k] : high;
-  return high;
-}
-
-// prob = exp(score * scaling - high), whose sum is returned.
-template <typename T>
-inline float exponentials(const float* score, int64_t count, float scaling, float high, T* prob) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t k = 0; k < count; ++k) {
-    const float p = exp_clamped(score[k] * scaling - high);
-    sum += p;
-    prob[k] = from_float<T>(p);
-  }
-  return sum;
-}
-
-#ifdef __AVX512BF16__
-// In powers of two, which the processor scales by in one instruction. The polynomial is that of exp2f in S. Moshier's
-// Cephes library without its highest term: 3e-6 for |r| <= 1/2, far below what bf16 keeps.
-template <>
-inline float exponentials(const float* score, int64_t count, float scaling, float high, BFloat16* prob) {
-  constexpr float kLog2e = 1.442695041f;
-  const __m512 factor = _mm512_set1_ps(scaling * kLog2e), less = _mm512_set1_ps(-high * kLog2e);
-  __m512 sum = _mm512_setzero_ps();
-  for (int64_t k = 0; k < count; k += 16) {
-    const __mmask16 some = count - k < 16 ? (1u << (count - k)) - 1 : 0xffff;
-    const __m512 x = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(some, score + k), factor, less);
-    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 r = _mm512_sub_ps(x, whole);
-    __m512 p = _mm512_set1_ps(1.339887440e-3f);
-    for (const float c : {9.618437357e-3f, 5.550332471e-2f, 2.402264791e-1f, 6.931472028e-1f, 1.0f})
-      p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
-    p = _mm512_maskz_scalef_ps(some, p, whole);
-    sum = _mm512_add_ps(sum, p);
-    _mm256_mask_storeu_epi16(prob + k, some, std::bit_cast<__m256i>(_mm512_cvtneps_pbh(p)));
-  }
-  return _mm512_reduce_add_ps(sum);
-}
-#endif
-
-template <typename T>
-void packed(const Tensor& query, const Tensor& key, const Tensor& value, at::IntArrayRef query_lens,
-            at::IntArrayRef key_lens, float scaling, bool causal, Tensor& out) {
-  const int64_t heads = query.size(1), groups = key.size(1), d = query.size(2), repeats = heads / groups;
-  const Strided q_at(query), k_at(key), v_at(value), o_at(out);
-  const T *q_all = query.const_data_ptr<T>(), *k_all = key.const_data_ptr<T>(), *v_all = value.const_data_ptr<T>();
-  T* o_all = out.data_ptr<T>();
-  const int64_t segments = query_lens.size();
-  int64_t positions = std::max<int64_t>(1, kRows / repeats);
-  if (!causal && segments > 0) {
-    // Segments are tiles of one length: nine rows of 64 and one of a single token would cost as much as ten of 64.
-    const int64_t longest = std::max<int64_t>(1, *std::max_element(query_lens.begin(), query_lens.end()));
-    const int64_t pieces = (longest + positions - 1) / positions;
-    positions = (longest + pieces - 1) / pieces;
-  }
-
-  // Where each segment begins among queries, keys and packed keys.
-  std::vector<int64_t> q_start(segments + 1, 0), k_start(segments + 1, 0), packed_start(segments + 1, 0);
-  std::vector<Tile> tiles;
-  std::vector<std::array<int64_t, 3>> packs;  // segment, group, first key
-  for (int64_t s = 0; s < segments; ++s) {
-    q_start[s + 1] = q_start[s] + query_lens[s];
-    k_start[s + 1] = k_start[s] + key_lens[s];
-    packed_start[s + 1] = packed_start[s] + key_pad(key_lens[s]);
-    for (int64_t g = 0; g < groups; ++g) {
-      for (int64_t first = 0; first < key_lens[s]; first += kKeys) packs.push_back({s, g, first});
-      for (int64_t first = 0; first < query_lens[s]; first += positions)
-        tiles.push_back({s, g, first, std::min(first + positions, query_lens[s])});
-    }
-  }
-  // Long tiles first, so that the threads end together.
-  const auto seen = [&](const Tile& t) {
-    return causal ? key_lens[t.segment] - query_lens[t.segment] + t.last : key_lens[t.segment];
-  };
-  std::stable_sort(tiles.begin(), tiles.end(), [&](const Tile& a, const Tile& b) { return seen(a) > seen(b); });
-
-  const int64_t packed_keys = packed_start[segments], wide = value_width(d);
-  Tensor packed = at::empty({groups * packed_keys, d + wide}, query.options());
-  T *packed_key = packed.data_ptr<T>(), *packed_value = packed_key + groups * packed_keys * d;
-  for_each_task(packs.size(), [&](int64_t i) {
-    const auto [s, g, first] = packs[i];
-    const int64_t count = std::min(kKeys, key_lens[s] - first), tile = key_pad(count);
-    const int64_t at = g * packed_keys + packed_start[s] + first, from = k_start[s] + first;
-    pack_key(k_all + from * k_at.token + g * k_at.head, k_at.token, count, tile, d, packed_key + at * d);
-    pack_value(v_all + from * v_at.token + g * v_at.head, v_at.token, count, tile, d, packed_value + at * wide);
-  });
-
-  const int64_t rows = positions * repeats;
-  for_each_task(tiles.size(), [&](int64_t i) {
-    const Tile& tile = tiles[i];
-    const int64_t s = tile.segment, g = tile.group, count = tile.last - tile.first;
-    thread_local std::vector<float> scores, sums, total, top;
-    thread_local std::vector<T> probs, queries;
-    scores.resize(rows * kKeys);
-    probs.resize(rows * kKeys);
-    queries.resize(rows * d);
-    sums.assign(rows * wide, 0.0f);
-    total.assign(rows, 0.0f);
-    top.assign(rows, kNone);
-    // Row r * positions + p is head r of position p; rows of a short last tile repeat its last position.
-    for (int64_t r = 0; r < repeats; ++r)
-      for (int64_t p = 0; p < positions; ++p) {
-        const int64_t at = q_start[s] + tile.first + std::min(p, count - 1);
-        const T* from = q_all + at * q_at.token + (g * repeats + r) * q_at.head;
-        std::copy(from, from + d, queries.data() + (r * positions + p) * d);
-      }
-    const int64_t before = key_lens[s] - query_lens[s] + tile.first;  // keys before the tile's first position
-    for (int64_t first = 0, end = seen(tile); first < end; first += kKeys) {
-      const int64_t stored = key_pad(std::min(kKeys, key_lens[s] - first)), keys = std::min(stored, key_pad(end - first));
-      const int64_t at = g * packed_keys + packed_start[s] + first;
-      multiply(rows, keys, d, queries.data(), d, Packed<T>{packed_key + at * d, d, stored}, scores.data(), kKeys, false);
-      for (int64_t row = 0; row < rows; ++row) {
-        const int64_t own = (causal ? before + std::min(row % positions, count - 1) + 1 : end) - first;
-        const int64_t visible = std::clamp<int64_t>(own, 0, keys);
-        const float* score = scores.data() + row * kKeys;
-        T* prob = probs.data() + row * kKeys;
-        const float high = std::max(top[row], scaling * highest(score, visible));
-        const float sum = exponentials(score, visible, scaling, high, prob);
-        std::fill(prob + visible, prob + keys, T(0.0f));
-        if (high > top[row]) {
-          const float shrink = exp_clamped(top[row] - high);
-          total[row] *= shrink;
-          float* held = sums.data() + row * wide;
-          for (int64_t j = 0; j < d; ++j) held[j] *= shrink;
-          top[row] = high;
-        }
-        total[row] += sum;
-      }
-      multiply(rows, wide, keys, probs.data(), kKeys, Packed<T>{packed_value + at * wide, stored, wide}, sums.data(), wide,
-               true);
-    }
-    for (int64_t r = 0; r < repeats; ++r)
-      for (int64_t p = 0; p < count; ++p) {
-        const int64_t row = r * positions + p;
-        T* to = o_all + (q_start[s] + tile.first + p) * o_at.token + (g * repeats + r) * o_at.head;
-        const float scale = 1.0f / total[row];
-        for (int64_t j = 0; j < d; ++j) to[j] = from_float<T>(sums[row * wide + j] * scale);
-      }
-    release_products<T>();
-  });
-}
+constexpr int64_t kDecodeKeys = 256;  // keys of one task; a longer sequence is shared out among threads
 
 inline Vector load(const float* x) {
   Vector v;
@@ -474,85 +300,9 @@ void decode(const Tensor& query, const Tensor& keys, const Tensor& values, const
     }
 }
 
-constexpr int64_t kGrain = 1 << 14;  // elements that are worth a thread
-
-template <typename T>
-void norm(const Tensor& hidden, const Tensor& weight, float eps, Tensor& out) {
-  const int64_t width = hidden.size(-1), tokens = hidden.numel() / width;
-  const T *all = hidden.const_data_ptr<T>(), *scale = weight.const_data_ptr<T>();
-  T* to_all = out.data_ptr<T>();
-  at::parallel_for(0, tokens, std::max<int64_t>(1, kGrain / width), [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      const T* row = all + i * width;
-      T* to = to_all + i * width;
-      float squares = 0;
-#pragma omp simd reduction(+ : squares)
-      for (int64_t j = 0; j < width; ++j) squares += to_float(row[j]) * to_float(row[j]);
-      const float factor = 1.0f / std::sqrt(squares / static_cast<float>(width) + eps);
-#pragma omp simd
-      for (int64_t j = 0; j < width; ++j) to[j] = from_float<T>(to_float(row[j]) * factor * to_float(scale[j]));
-    }
-  });
-}
-
-template <typename T>
-void rotate(Tensor& x, const Tensor& cos, const Tensor& sin) {
-  const int64_t tokens = x.size(0), heads = x.size(1), d = x.size(2), half = d / 2;
-  const Strided at(x);
-  T* all = x.data_ptr<T>();
-  const T *cos_all = cos.const_data_ptr<T>(), *sin_all = sin.const_data_ptr<T>();
-  at::parallel_for(0, tokens, std::max<int64_t>(1, kGrain / (heads * d)), [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      const T *c = cos_all + i * d, *s = sin_all + i * d;
-      for (int64_t h = 0; h < heads; ++h) {
-        T *low = all + i * at.token + h * at.head, *high = low + half;
-#pragma omp simd
-        for (int64_t j = 0; j < half; ++j) {
-          const float x1 = to_float(low[j]), x2 = to_float(high[j]);
-          low[j] = from_float<T>(x1 * to_float(c[j]) - x2 * to_float(s[j]));
-          high[j] = from_float<T>(x2 * to_float(c[half + j]) + x1 * to_float(s[half + j]));
-        }
-      }
-    }
-  });
-}
-
-// On bits: the compiler does not vectorise this loop over a struct that it reads and writes.
-template <typename T>
-void gate_part(Bits<T>* __restrict gate, const Bits<T>* __restrict up, int64_t count) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) gate[i] = to_bits<T>(silu(to_float(gate[i])) * to_float(up[i]));
-}
-
-template <typename T>
-void gate(Tensor& gate, const Tensor& up) {
-  auto* to = reinterpret_cast<Bits<T>*>(gate.data_ptr<T>());
-  const auto* with = reinterpret_cast<const Bits<T>*>(up.const_data_ptr<T>());
-  at::parallel_for(0, gate.numel(), kGrain,
-                   [&](int64_t first, int64_t last) { gate_part<T>(to + first, with + first, last - first); });
-}
-
 }  // namespace
 
 namespace focusllava {
-
-static int64_t sum_of(at::IntArrayRef lens) { return std::accumulate(lens.begin(), lens.end(), int64_t{0}); }
-
-// Segments end to end: segment i's queries are the last query_lens[i] of its key_lens[i] tokens. Each sees the keys of its
-// segment: all of them, or where causal those up to its own position.
-Tensor packed_attention(const Tensor& query, const Tensor& key, const Tensor& value, at::IntArrayRef query_lens,
-                        at::IntArrayRef key_lens, double scaling, bool causal) {
-  const int64_t d = query.size(2);
-  for (const Tensor& t : {query, key, value})
-    TORCH_CHECK(t.dim() == 3 && t.stride(2) == 1 && t.size(2) == d && t.scalar_type() == query.scalar_type());
-  TORCH_CHECK(d % 2 == 0 && query.size(1) % key.size(1) == 0 && key.sizes() == value.sizes());
-  TORCH_CHECK(query_lens.size() == key_lens.size() && sum_of(query_lens) == query.size(0) &&
-              sum_of(key_lens) == key.size(0));
-  for (size_t i = 0; i < query_lens.size(); ++i) TORCH_CHECK(0 <= query_lens[i] && query_lens[i] <= key_lens[i]);
-  Tensor out = at::empty(query.sizes(), query.options());
-  FOR_DTYPE(query, packed, query, key, value, query_lens, key_lens, static_cast<float>(scaling), causal, out);
-  return out;
-}
 
 Tensor decode_attention(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& table,
                         const Tensor& lengths, double scaling) {
@@ -568,41 +318,10 @@ Tensor decode_attention(const Tensor& query, const Tensor& keys, const Tensor& v
   return out;
 }
 
-// RMS norm of hidden [S, D], times weight [D].
-Tensor rms_norm(const Tensor& hidden, const Tensor& weight, double eps) {
-  TORCH_CHECK(hidden.is_contiguous() && weight.is_contiguous() && weight.numel() == hidden.size(-1) &&
-              weight.scalar_type() == hidden.scalar_type());
-  Tensor out = at::empty_like(hidden);
-  FOR_DTYPE(hidden, norm, hidden, weight, static_cast<float>(eps), out);
-  return out;
-}
-
-// Rotary embedding in place, the halves of a head as pairs. x [S, H, d]; cos and sin [S, d].
-void rotate_(Tensor x, const Tensor& cos, const Tensor& sin) {
-  TORCH_CHECK(x.dim() == 3 && x.stride(2) == 1 && x.size(2) % 2 == 0);
-  for (const Tensor& t : {cos, sin})
-    TORCH_CHECK(t.is_contiguous() && t.dim() == 2 && t.size(0) == x.size(0) && t.size(1) == x.size(2) &&
-                t.scalar_type() == x.scalar_type());
-  FOR_DTYPE(x, rotate, x, cos, sin);
-}
-
-// gate = silu(gate) * up, in place.
-void silu_mul_(Tensor x, const Tensor& up) {
-  TORCH_CHECK(x.is_contiguous() && up.is_contiguous() && x.sizes() == up.sizes() && x.scalar_type() == up.scalar_type());
-  FOR_DTYPE(x, gate, x, up);
-}
-
 }  // namespace focusllava
 
-TORCH_LIBRARY(focusllava, m) {
-  m.def(
-      "packed_attention(Tensor query, Tensor key, Tensor value, int[] query_lens, int[] key_lens, float scaling, "
-      "bool causal) -> Tensor",
-      packed_attention);
+TORCH_LIBRARY_FRAGMENT(focusllava, m) {
   m.def(
       "decode_attention(Tensor query, Tensor keys, Tensor values, Tensor table, Tensor lengths, float scaling) -> Tensor",
       decode_attention);
-  m.def("rms_norm(Tensor hidden, Tensor weight, float eps) -> Tensor", rms_norm);
-  m.def("rotate_(Tensor(a!) x, Tensor cos, Tensor sin) -> ()", rotate_);
-  m.def("silu_mul_(Tensor(a!) gate, Tensor up) -> ()", silu_mul_);
 }
