@@ -30,6 +30,9 @@ class OptimizerConfig:
     encoder_steps: int = 0
     """Steps that the whole encoder stage learns for, the selector with it: the features that it chooses by then stay as
     they are, and so does what it chooses. 0: all."""
+    rest_cooldown: int = 0
+    """Steps before its rest in which the learning rate of what comes to rest falls to zero. At full rate the selector
+    swings about the shares that the balance loss asks for, and comes to rest wherever it happens to be."""
     vision_lr_scale: float = 1.0
     """The vision tower's. Below 1 it keeps what it knew before: LLaVA-NeXT trains its tower at a fifth."""
     frozen: tuple[str, ...] = ()

@@ -105,6 +105,14 @@ def parameter_groups(module: nn.Module, run: RunConfig) -> list[dict[str, Any]]:
     ]
 
 
+def rate_before_rest(step: int, learns_for: int, cooldown: int) -> float:
+    """Share of its learning rate that a part has in this step (from 0 on) which rests after `learns_for` steps."""
+    if not learns_for:
+        return 1.0
+    left = max(0, learns_for - step)
+    return min(1.0, left / max(1, cooldown))
+
+
 def train_worker(payload: dict[str, Any]) -> None:
     """Runs in each Ray Train worker."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if payload["run"].cluster.use_gpu else "cpu")
@@ -143,9 +151,8 @@ def train_worker(payload: dict[str, Any]) -> None:
         loss, metrics = engine(task.batch(step, rank, world_size), step)
         engine.backward(loss)
         for group in engine.optimizer.param_groups:
-            if 0 < group["learns_for"] <= step:
-                # Momentum alone would carry it on; the scheduler sets the rate anew for the next step.
-                group["lr"] = 0.0
+            # At rest momentum alone would carry it on. The scheduler sets the rate anew for the next step.
+            group["lr"] *= rate_before_rest(step, group["learns_for"], run.optimizer.rest_cooldown)
         engine.step()
         for name, value in {"loss": float(loss.detach()), **metrics}.items():
             means[name] = value if name not in means else 0.9 * means[name] + 0.1 * value

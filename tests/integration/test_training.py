@@ -36,6 +36,7 @@ def configuration(folder: pathlib.Path) -> pathlib.Path:
             "warmup_steps": 4,
             "selector_steps": SELECTOR_STEPS,
             "encoder_steps": ENCODER_STEPS,
+            "rest_cooldown": 20,
         },
         "cluster": {"storage_path": str(folder / "runs"), "cpus_per_worker": 0.5},
         "stage": {"model": MODEL, "prune": {"layers": [1, 3], "thresholds": [0.7, 1.0]}, "questions_per_image": 4},

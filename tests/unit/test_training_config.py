@@ -138,3 +138,11 @@ def test_a_dtype_that_is_named_is_trained_in():
     assert trainer.agreed_dtype(ClusterConfig(dtype="bfloat16")) == torch.bfloat16
     assert trainer.agreed_dtype(ClusterConfig(dtype="float32", use_gpu=True)) == torch.float32
     assert trainer.agreed_dtype(ClusterConfig(use_gpu=True)) == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("learns_for", "cooldown", "rates"),
+    [(0, 4, [1, 1, 1, 1, 1, 1, 1]), (4, 0, [1, 1, 1, 1, 0, 0, 0]), (5, 4, [1, 1, 0.75, 0.5, 0.25, 0, 0])],
+)
+def test_what_comes_to_rest_slows_down_before(learns_for, cooldown, rates):
+    assert [trainer.rate_before_rest(step, learns_for, cooldown) for step in range(7)] == rates
