@@ -39,8 +39,7 @@ def floors(results: Sequence[Result]) -> list[Floor]:
     return [check(results) for check in FLOORS]
 
 
-def _both_near_off(results: Sequence[Result], length: str = "") -> Floor:
-    ours = f"{OURS}{length}"
+def _both_near_off(results: Sequence[Result], ours: str = OURS, length: str = "") -> Floor:
     both, off = score(results, ours, "all"), score(results, f"off{length}", "all")
     found, met = NOT_RUN, None
     if both and off:
@@ -49,8 +48,7 @@ def _both_near_off(results: Sequence[Result], length: str = "") -> Floor:
         found = f"{both.mean - off.mean:+.1f} ± {error:.1f} points at {converted:.1f} % of the tokens"
         met = both.mean >= off.mean - 1 and converted <= 45
     return Floor(
-        what=f"both samplers against the model without samplers, trained alike{', twice as long' * bool(length)}, "
-        "all questions",
+        what=f"{SETTINGS[ours].title}, against the model without samplers, trained as long, all questions",
         floor="within 1 point at no more than 45 % of the tokens (converted)",
         found=found,
         met=met,
@@ -165,7 +163,8 @@ def _one_table_in_time(results: Sequence[Result]) -> Floor:
 
 FLOORS: tuple[Callable[[Sequence[Result]], Floor], ...] = (
     _both_near_off,
-    functools.partial(_both_near_off, length=LONG),
+    functools.partial(_both_near_off, ours=f"{OURS}{LONG}", length=LONG),
+    functools.partial(_both_near_off, ours=f"{OURS}_rest{LONG}", length=LONG),
     _selector_beats_simple,
     _both_beats_rivals,
     _collapse_reproduced,
