@@ -164,7 +164,7 @@ def _one_table_in_time(results: Sequence[Result]) -> Floor:
 FLOORS: tuple[Callable[[Sequence[Result]], Floor], ...] = (
     _both_near_off,
     functools.partial(_both_near_off, ours=f"{OURS}{LONG}", length=LONG),
-    functools.partial(_both_near_off, ours=f"{OURS}_rest{LONG}", length=LONG),
+    functools.partial(_both_near_off, ours=f"{OURS}_more{LONG}", length=LONG),
     _selector_beats_simple,
     _both_beats_rivals,
     _collapse_reproduced,

@@ -193,6 +193,8 @@ _ALL = (
     Setting(name=f"{OURS}{LONG}", title="both samplers, twice the steps, the selector at rest after 150", times=2,
             optimizer={"selector_steps": SELECTOR_STEPS},
             stage=merged(_vision(shares=SHARES_BOTH, order="row"), FIXED_PRUNE), text=TEXT),
+    Setting(name=f"{OURS}_more{LONG}", title="both samplers, twice the steps, threshold 0.995",
+            weights_of=f"{OURS}{LONG}", text=TEXT_MORE),
     Setting(name=f"{OURS}_rest{LONG}", times=2,
             title="both samplers, twice the steps, the encoder at rest after 150, threshold 0.995",
             optimizer={"encoder_steps": SELECTOR_STEPS, "rest_cooldown": REST_COOLDOWN},

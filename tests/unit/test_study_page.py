@@ -237,7 +237,7 @@ def floor_on(results: list[Result], words: str) -> Floor:
 
 def test_floors_follow_the_numbers() -> None:
     off = seeds("off", 80.0, 80.0, 80.0, converted_percent=100.0)
-    near, longer, rested = (f"{SETTINGS[name].title}, against" for name in ("both", "both_long", "both_rest_long"))
+    near, longer, kept = (f"{SETTINGS[name].title}, against" for name in ("both", "both_long", "both_more_long"))
     assert floor_on([], near).met is None
     assert floor_on([*off, *seeds("both", 79.5)], near).met
     assert not floor_on([*off, *seeds("both", 78.5)], near).met
@@ -245,7 +245,7 @@ def test_floors_follow_the_numbers() -> None:
     assert floor_on([*off, *seeds("both", 79.5)], longer).met is None
     assert floor_on([*seeds("off_long", 82.0), *seeds("both_long", 81.5)], longer).met
     assert floor_on([*seeds("off_long", 82.0), *seeds("both_long", 80.5)], longer).met is False
-    assert floor_on([*seeds("off_long", 82.0), *seeds("both_rest_long", 81.5)], rested).met
+    assert floor_on([*seeds("off_long", 82.0), *seeds("both_more_long", 81.5)], kept).met
 
     simple = [run for name in ("random_branches", "uniform_branches", "uniform_mean", "uniform_max")
               for run in seeds(name, 70.0, 71.0, 72.0)]  # fmt: skip
