@@ -45,7 +45,9 @@ def _both_near_off(results: Sequence[Result], ours: str = OURS, length: str = ""
     if both and off:
         converted = mean_of(results, ours, "converted_percent")
         error = difference_error(both, off)
-        found = f"{both.mean - off.mean:+.1f} ± {error:.1f} points at {converted:.1f} % of the tokens"
+        found = (
+            f"{both.mean - off.mean:+.1f} ± {error:.1f} points at {converted:.1f} % of the tokens, seeds: {both.seeds}"
+        )
         met = both.mean >= off.mean - 1 and converted <= 45
     return Floor(
         what=f"{SETTINGS[ours].title}, against the model without samplers, trained as long, all questions",
