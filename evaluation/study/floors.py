@@ -50,7 +50,7 @@ def _both_near_off(results: Sequence[Result], ours: str = OURS, length: str = ""
         )
         met = both.mean >= off.mean - 1 and converted <= 45
     return Floor(
-        what=f"{SETTINGS[ours].title}, against the model without samplers, trained as long, all questions",
+        what=f"“{SETTINGS[ours].title}” against the model without samplers, trained as long, all questions",
         floor="within 1 point at no more than 45 % of the tokens (converted)",
         found=found,
         met=met,

@@ -237,7 +237,7 @@ def floor_on(results: list[Result], words: str) -> Floor:
 
 def test_floors_follow_the_numbers() -> None:
     off = seeds("off", 80.0, 80.0, 80.0, converted_percent=100.0)
-    near, longer, kept = (f"{SETTINGS[name].title}, against" for name in ("both", "both_long", "both_more_long"))
+    near, longer, kept = (f"“{SETTINGS[name].title}” against" for name in ("both", "both_long", "both_more_long"))
     assert floor_on([], near).met is None
     assert floor_on([*off, *seeds("both", 79.5)], near).met
     assert not floor_on([*off, *seeds("both", 78.5)], near).met
