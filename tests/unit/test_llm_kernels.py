@@ -116,7 +116,7 @@ def test_bf16_prefill_is_as_exact_as_sdpa(query_scale: float, key_offset: float)
 
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("lengths", [[1], [4, 5, 1, 16], [300, 2, 256, 129], [3] * 9])
-@pytest.mark.parametrize("width, size", [(16, 4), (64, 6), (128, 4)])
+@pytest.mark.parametrize("width, size", [(8, 4), (16, 4), (64, 6), (128, 4)])
 @pytest.mark.parametrize("kernels, dtype", EVERY, ids=str)
 def test_decode(kernels: str, width: int, size: int, lengths: list[int], heads: str, dtype: torch.dtype) -> None:
     query_heads, key_heads = HEADS[heads]
