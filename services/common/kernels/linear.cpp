@@ -42,7 +42,7 @@ struct Ahead {
   }
 };
 
-// Adds to sums [R, 32] of R tokens the words first..last-1 of their inputs x [R, K].
+// Adds to sums [R, 32] of R tokens (or to zeros, where the words begin) the words first..last-1 of their inputs x [R, K].
 template <typename T, int R>
 void multiply_panel(const T* x, int64_t width, const T* panel, int64_t first, int64_t last, Ahead ahead, float* sums) {
   constexpr int kWhole = kPanel / kVector, kColumns = R * kWhole <= kSums ? kWhole : 2;
@@ -50,10 +50,10 @@ void multiply_panel(const T* x, int64_t width, const T* panel, int64_t first, in
   const int64_t piece = kColumns < kWhole ? kWords : last - first;
   for (int64_t begin = first; begin < last; begin += piece) {
     const int64_t end = std::min(begin + piece, last);
-    multiply_rows<T, R, kColumns>(x, width, panel, kPanel, begin, end, sums, kPanel, [&] { ahead.ask(1); });
+    multiply_rows<T, R, kColumns>(x, width, panel, kPanel, begin, end, begin == 0, sums, kPanel, [&] { ahead.ask(1); });
     for (int c = kColumns; c < kWhole; c += kColumns)
-      multiply_rows<T, R, kColumns>(x, width, panel + c * kVector * kPair<T>, kPanel, begin, end, sums + c * kVector,
-                                    kPanel, [] {});
+      multiply_rows<T, R, kColumns>(x, width, panel + c * kVector * kPair<T>, kPanel, begin, end, begin == 0,
+                                    sums + c * kVector, kPanel, [] {});
   }
 }
 
@@ -105,11 +105,20 @@ void multiply_tiles(const BFloat16* x, int64_t rows, int64_t width, const BFloat
   const bool lower = rows > kVector;
   float *right = sums + kVector, *below = sums + kVector * kPanel, *last_sums = below + kVector;
   Tiles::shape_for(rows);
-  _tile_loadd(0, sums, kStride);
-  _tile_loadd(1, right, kStride);
-  if (lower) {
-    _tile_loadd(2, below, kStride);
-    _tile_loadd(3, last_sums, kStride);
+  if (first == 0) {
+    _tile_zero(0);
+    _tile_zero(1);
+    if (lower) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+  } else {
+    _tile_loadd(0, sums, kStride);
+    _tile_loadd(1, right, kStride);
+    if (lower) {
+      _tile_loadd(2, below, kStride);
+      _tile_loadd(3, last_sums, kStride);
+    }
   }
   for (int64_t k = first; k < last; k += kVector) {
     const BFloat16 *weight = panel + k * kPanel * 2, *token = x + k * 2;
@@ -156,6 +165,18 @@ struct Panels {  // nn.Linear's weight [ceil(N / 32), K / pair, 32, pair], zeros
   const T* panel(int64_t index) const { return weight.const_data_ptr<T>() + index * kPanel * inputs(); }
 };
 
+// Calls f(j) for the outputs of a panel that are there: nearly always all, which the compiler then knows.
+template <typename F>
+void for_columns(int64_t columns, const F& f) {
+  if (columns == kPanel) {
+#pragma omp simd
+    for (int64_t j = 0; j < kPanel; ++j) f(j);
+  } else {
+#pragma omp simd
+    for (int64_t j = 0; j < columns; ++j) f(j);
+  }
+}
+
 // The products of one panel and `rows` tokens, plus the bias: sums [rows, 32]. next: the panel that this thread takes
 // next, or null; its way from memory overlaps with the passes, which find their own panel in the cache.
 template <typename T>
@@ -166,7 +187,6 @@ void multiply(const T* x, int64_t rows, const Panels& linear, int64_t panel, con
   const bool tiles = use_tiles<T>(words);
   const int64_t most = tiles ? kTileRows : kRegisterRows, passes = (rows + most - 1) / most;
   const int64_t piece = passes > 1 || words <= kAhead ? kWords : words - kAhead;
-  std::fill(sums, sums + rows * kPanel, 0.0f);
   for (int64_t first = 0; first < words; first += piece) {
     const int64_t last = std::min(first + piece, words);
     const auto* here = reinterpret_cast<const char*>(weight + first * kPanel * kPair<T>);
@@ -189,8 +209,7 @@ void multiply(const T* x, int64_t rows, const Panels& linear, int64_t panel, con
   const T* bias = linear.bias->const_data_ptr<T>() + panel * kPanel;
   const int64_t columns = std::min(kPanel, linear.outputs - panel * kPanel);
   for (int64_t r = 0; r < rows; ++r)
-#pragma omp simd
-    for (int64_t j = 0; j < columns; ++j) sums[r * kPanel + j] += to_float(bias[j]);
+    for_columns(columns, [&](int64_t j) { sums[r * kPanel + j] += to_float(bias[j]); });
 }
 
 // Calls task(panel, first token, tokens, more) for all panels and tokens, a few tokens at a time; more: the same thread
@@ -225,8 +244,7 @@ void products(const Tensor& x, const std::vector<Panels>& linears, std::vector<T
     const int64_t wide = linears[i].outputs, columns = std::min(kPanel, wide - panel * kPanel);
     T* out = outs[i].data_ptr<T>() + first * wide + panel * kPanel;
     for (int64_t r = 0; r < rows; ++r)
-#pragma omp simd
-      for (int64_t j = 0; j < columns; ++j) out[r * wide + j] = from_float<T>(sums[r * kPanel + j]);
+      for_columns(columns, [&](int64_t j) { out[r * wide + j] = from_float<T>(sums[r * kPanel + j]); });
   });
 }
 
@@ -240,9 +258,9 @@ void product_add(Tensor& hidden, const Tensor& x, const Panels& linear) {
     auto* out = reinterpret_cast<Bits<T>*>(hidden.data_ptr<T>()) + first * wide + panel * kPanel;
     const int64_t columns = std::min(kPanel, wide - panel * kPanel);
     for (int64_t r = 0; r < rows; ++r)
-#pragma omp simd
-      for (int64_t j = 0; j < columns; ++j)
+      for_columns(columns, [&](int64_t j) {
         out[r * wide + j] = to_bits<T>(to_float(out[r * wide + j]) + sums[r * kPanel + j]);
+      });
   });
 }
 
@@ -257,10 +275,10 @@ void product_gated(const Tensor& x, const Panels& gate, const Panels& up, Tensor
     auto* to = reinterpret_cast<Bits<T>*>(out.data_ptr<T>()) + first * wide + panel * kPanel;
     const int64_t columns = std::min(kPanel, wide - panel * kPanel);
     for (int64_t r = 0; r < rows; ++r)
-#pragma omp simd
-      for (int64_t j = 0; j < columns; ++j)
+      for_columns(columns, [&](int64_t j) {
         // Rounded as oneDNN leaves it, which takes larger passes.
         to[r * wide + j] = to_bits<T>(to_float(to_bits<T>(silu(gates[r * kPanel + j]))) * ups[r * kPanel + j]);
+      });
   });
 }
 

@@ -94,25 +94,24 @@ void pack_value(const T* in, int64_t stride, int64_t count, int64_t tile, int64_
       }
 }
 
-// Adds the product of a panel and some rows, at most kPassRows.
+// The product of a panel and some rows, at most kPassRows.
 template <typename T, int R = kPassRows>
-void pass(int64_t rows, const T* a, int64_t a_stride, const T* panel, int64_t words, float* c, int64_t c_stride) {
+void pass(int64_t rows, const T* a, int64_t a_stride, const T* panel, int64_t words, float* c, int64_t c_stride,
+          bool add) {
   if constexpr (R > 1)
-    if (rows < R) return pass<T, R - 1>(rows, a, a_stride, panel, words, c, c_stride);
-  multiply_rows<T, R, 2>(a, a_stride, panel, kPanelColumns, 0, words, c, c_stride, [] {});
+    if (rows < R) return pass<T, R - 1>(rows, a, a_stride, panel, words, c, c_stride, add);
+  multiply_rows<T, R, 2>(a, a_stride, panel, kPanelColumns, 0, words, !add, c, c_stride, [] {});
 }
 
 // As with AVX-512.
 template <typename T>
 void multiply(int64_t rows, int64_t columns, int64_t inner, const T* a, int64_t a_stride, Packed<T> b, float* c,
               int64_t c_stride, bool add) {
-  if (!add)
-    for (int64_t r = 0; r < rows; ++r) std::fill(c + r * c_stride, c + r * c_stride + columns, 0.0f);
   const int64_t words = inner / kPair<T>;
   for (int64_t first = 0; first < columns; first += kPanelColumns)
     for (int64_t r = 0; r < rows; r += kPassRows)
       pass<T>(std::min(kPassRows, rows - r), a + r * a_stride, a_stride, b.data + first * b.inner, words,
-              c + r * c_stride + first, c_stride);
+              c + r * c_stride + first, c_stride, add);
 }
 
 template <typename T>

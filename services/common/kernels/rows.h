@@ -34,26 +34,36 @@ inline Vector multiply_add(Vector sum, uint32_t x, const T* weight) {
 #endif
 }
 
-// Adds to sums, R rows of C vectors, the products of the words first..last-1 of R rows of x and those of w. A word of w
-// is w_words columns, which begin at w + k * w_words * kPair. `also` is called with every word.
+// Adds to sums, R rows of C vectors (or to zeros, if they are `fresh`), the products of the words first..last-1 of R rows
+// of x and those of w. A word of w is w_words columns, which begin at w + k * w_words * kPair. `also` is called with
+// every word. Inlined, so that what it keeps count of stays in registers.
 template <typename T, int R, int C, typename F>
-inline void multiply_rows(const T* x, int64_t x_stride, const T* w, int64_t w_words, int64_t first, int64_t last,
-                          float* sums, int64_t sums_stride, F&& also) {
-  Vector sum[R][C];
+__attribute__((always_inline)) inline void multiply_rows(const T* x, int64_t x_stride, const T* w, int64_t w_words, int64_t first, int64_t last,
+                          bool fresh, float* sums, int64_t sums_stride, F&& also) {
+  Vector sum[R][C] = {};
+  if (!fresh)
 #pragma GCC unroll 12
-  for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) std::memcpy(&sum[r][c], sums + r * sums_stride + c * kVector, sizeof(Vector));
-  for (int64_t k = first; k < last; ++k) {
-    const T* weight = w + k * w_words * kPair<T>;
+      for (int c = 0; c < C; ++c) std::memcpy(&sum[r][c], sums + r * sums_stride + c * kVector, sizeof(Vector));
+  // A pointer to every third row: the two between are one and two strides away, which an address holds beside it. With
+  // one for each row there are more than registers.
+  constexpr int kPointers = (R + 2) / 3;
+  const T* rows[kPointers];
+#pragma GCC unroll 4
+  for (int p = 0; p < kPointers; ++p) rows[p] = x + 3 * p * x_stride + first * kPair<T>;
+  const T *weight = w + first * w_words * kPair<T>, *end = w + last * w_words * kPair<T>;
+  for (; weight < end; weight += w_words * kPair<T>) {
     also();
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
       uint32_t word;
-      std::memcpy(&word, x + r * x_stride + k * kPair<T>, sizeof word);
+      std::memcpy(&word, rows[r / 3] + r % 3 * x_stride, sizeof word);
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) sum[r][c] = multiply_add<T>(sum[r][c], word, weight + c * kVector * kPair<T>);
     }
+#pragma GCC unroll 4
+    for (int p = 0; p < kPointers; ++p) rows[p] += kPair<T>;
   }
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
