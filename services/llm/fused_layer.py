@@ -1,4 +1,4 @@
-"""A decoder layer of transformers on a CPU, its modules' weights used with fewer passes over memory between products.
+"""A decoder layer of transformers, its modules' weights used with fewer passes over memory between products.
 
 Legend: S tokens of a packed pass, R of them that go on, D width, H/G query/key heads, d head width, F MLP width.
 """
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from services.llm.attention import AttentionStep, PackedStep
+from services.llm.kernels import Elementwise
 from services.llm.kernels.cpu import CpuKernels
 from services.llm.kernels.panel_linear import FEW_TOKENS, PanelLinear, add_linear, gated_linear, linears
 
@@ -30,6 +31,7 @@ def fused_layer(
     cos_Sd: torch.Tensor,
     sin_Sd: torch.Tensor,
     step: AttentionStep,
+    between: Elementwise,
     rows_R: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One layer on a packed pass. hidden_SD may be written to. Returns hidden [S, D], or [R, D] with `rows_R`.
@@ -38,26 +40,26 @@ def fused_layer(
     then gets R queries beside S keys.
     """
     one: Any = layer
-    ops, attention, mlp = torch.ops.focusllava, one.self_attn, one.mlp
-    norm_SD = rms_norm(one.input_layernorm, hidden_SD)
+    attention, mlp = one.self_attn, one.mlp
+    norm_SD = rms_norm(one.input_layernorm, hidden_SD, between)
     if rows_R is None:
         query_SD, key_SD, value_SD = linears(norm_SD, attention.q_proj, attention.k_proj, attention.v_proj)
     else:
         key_SD, value_SD = linears(norm_SD, attention.k_proj, attention.v_proj)
         query_SD, hidden_SD = attention.q_proj(norm_SD[rows_R]), hidden_SD[rows_R]
     query_SHd, key_SGd, value_SGd = (t.unflatten(-1, (-1, attention.head_dim)) for t in (query_SD, key_SD, value_SD))
-    ops.rotate_(key_SGd, cos_Sd, sin_Sd)
+    between.rotate_(key_SGd, cos_Sd, sin_Sd)
     if rows_R is not None:
         cos_Sd, sin_Sd = cos_Sd[rows_R], sin_Sd[rows_R]
-    ops.rotate_(query_SHd, cos_Sd, sin_Sd)
+    between.rotate_(query_SHd, cos_Sd, sin_Sd)
     out_SHd = step.attend(attention.layer_idx, query_SHd, key_SGd, value_SGd, attention.scaling)
     hidden_SD = add_linear(hidden_SD, out_SHd.flatten(1), attention.o_proj)
-    norm_SD = rms_norm(one.post_attention_layernorm, hidden_SD)
-    return add_linear(hidden_SD, gated_linear(norm_SD, mlp.gate_proj, mlp.up_proj), mlp.down_proj)
+    norm_SD = rms_norm(one.post_attention_layernorm, hidden_SD, between)
+    return add_linear(hidden_SD, gated_linear(norm_SD, mlp.gate_proj, mlp.up_proj, between), mlp.down_proj)
 
 
 class DecodeLayer:
-    """`fused_layer` for steps that only decode, in one call of compiled code."""
+    """`fused_layer` for steps that only decode, on a CPU, in one call of compiled code."""
 
     def __init__(self, layer: nn.Module):
         """layer: one of `decodes_whole`."""
@@ -98,6 +100,6 @@ def only_decodes(step: AttentionStep) -> TypeGuard[PackedStep]:
     )
 
 
-def rms_norm(norm: Any, hidden_SD: torch.Tensor) -> torch.Tensor:
-    """The module's result, from the compiled operator."""
-    return torch.ops.focusllava.rms_norm(hidden_SD, norm.weight, norm.eps)
+def rms_norm(norm: Any, hidden_SD: torch.Tensor, between: Elementwise) -> torch.Tensor:
+    """The module's result."""
+    return between.rms_norm(hidden_SD, norm.weight, norm.eps)

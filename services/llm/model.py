@@ -16,10 +16,10 @@ from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.store import check_shapes, load_stage
 from services.common.dtypes import dtype_of_stored
 from services.common.errors import InvalidInput
-from services.common.kernels import native
-from services.common.linear import Quantize, can_pack, prepare_linears
+from services.common.linear import Quantize, prepare_linears
 from services.llm.attention import ATTENTION_NAME, AttentionStep
 from services.llm.fused_layer import DecodeLayer, can_fuse, decodes_whole, fused_layer, only_decodes, rms_norm
+from services.llm.kernels import choose_elementwise
 from services.llm.kernels.panel_linear import pack_linear
 from services.sampler.text_guided import apply_rotary, keep_by_share, text_importance
 
@@ -61,8 +61,9 @@ class Decoder:
         self.head_dim: int = attention.head_dim
         self.kv_heads: int = self.config.num_key_value_heads
         self.context: int = self.config.max_position_embeddings
-        self.fused = can_pack(self.device, self.dtype) and all(map(can_fuse, self.layers)) and native.load()
-        whole = self.fused and all(map(decodes_whole, self.layers))
+        self.between = choose_elementwise(self.device, self.dtype) if all(map(can_fuse, self.layers)) else None
+        """Of fused layers; None: transformers' own run."""
+        whole = self.between is not None and all(map(decodes_whole, self.layers))
         self.decode_layers = [DecodeLayer(layer) for layer in self.layers] if whole else []
 
     @classmethod
@@ -142,7 +143,7 @@ class Decoder:
         After the model's last layer: the rows of `step.final_rows` only.
         """
         final_rows = step.final_rows if last == self.num_layers else None
-        if self.fused:
+        if self.between is not None:
             cos_Sd, sin_Sd, hidden_SD = rotary[0][0], rotary[1][0], hidden_SD.clone()  # it is written to
             if self.decode_layers and only_decodes(step):
                 for decode in self.decode_layers[first:last]:
@@ -150,7 +151,7 @@ class Decoder:
                 return hidden_SD if final_rows is None else hidden_SD[final_rows]
             for index in range(first, last):
                 rows = final_rows if index == self.num_layers - 1 else None
-                hidden_SD = fused_layer(self.layers[index], hidden_SD, cos_Sd, sin_Sd, step, rows)
+                hidden_SD = fused_layer(self.layers[index], hidden_SD, cos_Sd, sin_Sd, step, self.between, rows)
             return hidden_SD
         hidden_1SD = hidden_SD[None]
         for layer in self.layers[first:last]:
@@ -195,7 +196,7 @@ class Decoder:
         return keep_by_share(importance_N, threshold), importance_N
 
     def _norm(self, norm: nn.Module, hidden_SD: torch.Tensor) -> torch.Tensor:
-        return rms_norm(norm, hidden_SD) if self.fused else norm(hidden_SD)
+        return norm(hidden_SD) if self.between is None else rms_norm(norm, hidden_SD, self.between)
 
     def _project(
         self, projection: nn.Module, norm_SD: torch.Tensor, rotary: Rotary, index_S: torch.Tensor
@@ -203,9 +204,9 @@ class Decoder:
         """Queries or keys of some rows, with their rotary embedding: [rows, heads, d]."""
         x_SHd = projection(norm_SD[index_S]).unflatten(-1, (-1, self.head_dim))
         cos_Sd, sin_Sd = (table[0, index_S] for table in rotary)
-        if not self.fused:
+        if self.between is None:
             return apply_rotary(x_SHd, cos_Sd, sin_Sd)
-        torch.ops.focusllava.rotate_(x_SHd, cos_Sd, sin_Sd)
+        self.between.rotate_(x_SHd, cos_Sd, sin_Sd)
         return x_SHd
 
 

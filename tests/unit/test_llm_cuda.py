@@ -11,21 +11,24 @@ import sys
 import pytest
 import torch
 
+from services.common import linear
 from services.llm import model
+from services.sampler.text_guided import apply_rotary
 from tests import gpu, tiny_llm
 from tests.graph_recorder import Recorder
 
 
 @pytest.mark.parametrize("capability", [80, 89, 90])
-def test_decode_compiles_for_gpus_that_are_not_here(tmp_path: pathlib.Path, capability: int) -> None:
-    """Tensor cores, 16-byte copies ahead of their use, shared memory for two programs or more, no register spilled."""
+def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path: pathlib.Path, capability: int) -> None:
+    """Attention: tensor cores, 16-byte copies ahead of their use, shared memory for two programs or more. All: no
+    register spilled."""
     triton = pytest.importorskip("triton", reason=gpu.NO_TRITON)
     env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache"), "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-m", "tests.compile_paged_decode", str(capability), str(tmp_path)]
+    command = [sys.executable, "-m", "tests.compile_kernels", str(capability), str(tmp_path)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=pathlib.Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
     compiled = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(compiled) == 8
+    assert len(compiled) == 16
     tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     for kernel in compiled:
         if kernel["name"] == "_attend_chunks":
@@ -49,16 +52,44 @@ def test_prefill_calls_torchs_flash_attention_as_it_is_declared() -> None:
     assert segment_starts((3, 1, 4), torch.device("cpu")) is starts, "made once, asked for by every layer"
 
 
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+@pytest.mark.parametrize("heads, width", [(4, 8), (9, 12), (16, 64)])
+def test_rotary_embedding_in_place(tokens: int, heads: int, width: int) -> None:
+    between = gpu.elementwise()
+    x = torch.randn(tokens, 2 * heads, width, dtype=gpu.DTYPE, device=gpu.DEVICE)
+    cos, sin = torch.randn(2, tokens, width, dtype=gpu.DTYPE, device=gpu.DEVICE).unbind()
+    expected, rest = apply_rotary(x[:, ::2].double(), cos.double(), sin.double()), x[:, 1::2].clone()
+    between.rotate_(x[:, ::2], cos, sin)
+    torch.testing.assert_close(x[:, ::2].double(), expected, **gpu.TOLERANCE)
+    assert torch.equal(x[:, 1::2], rest), "the heads between are another's"
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (1, 8), (3, 1000)])
+def test_gate_in_place(shape: tuple[int, int]) -> None:
+    gate, up = torch.randn(2, *shape, dtype=gpu.DTYPE, device=gpu.DEVICE).mul_(4).unbind()
+    expected = torch.nn.functional.silu(gate.double()) * up.double()
+    gpu.elementwise().silu_mul_(gate, up)
+    torch.testing.assert_close(gate.double(), expected, **gpu.TOLERANCE)
+
+
+def test_norm() -> None:
+    hidden, weight = torch.randn(3, 24, dtype=gpu.DTYPE, device=gpu.DEVICE), torch.randn(24).to(gpu.DEVICE, gpu.DTYPE)
+    exact = torch.nn.functional.rms_norm(hidden.double(), (24,), weight.double(), 1e-5)
+    torch.testing.assert_close(gpu.elementwise().rms_norm(hidden, weight, 1e-5).double(), exact, **gpu.TOLERANCE)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_an_engine_on_the_gpus_kernels_gives_the_same_answers(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unfused layers, flash attention, pages read in place, decode by graphs: all that differs from a CPU's engine."""
-    kernels = gpu.kernels()
+    """Linear layers unpacked, flash attention, pages read in place, decode by graphs: all that differs from a CPU's
+    engine."""
+    kernels, between = gpu.kernels(), gpu.elementwise()
     if gpu.DEVICE.type == "cuda":
         pytest.skip("compares fp32 engines: a GPU's kernels take bf16 and fp16")
     plain = tiny_llm.engine(family, dtype=torch.float32)
-    monkeypatch.setattr(model, "can_pack", lambda *_: False)
+    monkeypatch.setattr(linear, "can_pack", lambda *_: False)
+    monkeypatch.setattr(model, "choose_elementwise", lambda *_: between)
     engine = tiny_llm.engine(family, dtype=torch.float32)
-    assert not engine.runner.decoder.fused
+    assert engine.runner.decoder.between is between and not engine.runner.decoder.decode_layers
     recorder = Recorder()
     engine.runner.kernels = kernels
     engine.runner.use_graphs(recorder)

@@ -97,7 +97,7 @@ def test_panel_linears(inputs: int, outputs: int, bias: bool, dtype: torch.dtype
         for layer, out in zip((first, other, second), linears(x, *panels), strict=True):
             close(out, exactly(layer, x), SUMS)
         exact = F.silu(exactly(first, x)) * exactly(second, x)
-        close(gated_linear(x, panels[0], panels[2]), exact, SUMS)
+        close(gated_linear(x, panels[0], panels[2], ops), exact, SUMS)
         exact = hidden.double() + exactly(first, x)
         assert add_linear(hidden, x, panels[0]) is hidden
         close(hidden, exact, SUMS)
@@ -111,10 +111,10 @@ def test_panel_linears(inputs: int, outputs: int, bias: bool, dtype: torch.dtype
 def test_a_tokens_products_are_the_same_bit_for_bit_in_any_batch(inputs: int, dtype: torch.dtype) -> None:
     gate, up = (PanelLinear(linear(inputs, 200, bias, dtype)) for bias in (True, False))
     x, hidden = torch.randn(230, inputs).to(dtype), torch.randn(230, 200).to(dtype)
-    whole = [*linears(x, gate, up), gated_linear(x, gate, up), add_linear(hidden.clone(), x, up)]
+    whole = [*linears(x, gate, up), gated_linear(x, gate, up, ops), add_linear(hidden.clone(), x, up)]
     for first, last in ((0, 1), (95, 97), (3, 20), (4, 36), (7, 103), (1, 230)):
         part = x[first:last].clone()
-        alone = [*linears(part, gate, up), gated_linear(part, gate, up)]
+        alone = [*linears(part, gate, up), gated_linear(part, gate, up, ops)]
         alone.append(add_linear(hidden[first:last].clone(), part, up))
         assert all(torch.equal(one, all_[first:last]) for one, all_ in zip(alone, whole, strict=True))
 
@@ -126,7 +126,7 @@ def test_layers_of_another_kind_give_what_panels_give(dtype: torch.dtype) -> Non
     x = torch.randn(9, 64).to(dtype)
     results = []
     for made in (PackedLinear, PanelLinear):
-        gated = gated_linear(x, made(gate), made(up))
+        gated = gated_linear(x, made(gate), made(up), ops)
         results.append([*linears(x, made(gate), made(up)), gated, add_linear(x.clone(), gated, made(down))])
     for packed, panels in zip(*results, strict=True):
         torch.testing.assert_close(packed, panels, rtol=3 * DTYPES[dtype], atol=3 * DTYPES[dtype])
@@ -204,7 +204,7 @@ def test_fused_layers_are_transformers_own(family: str) -> None:
     state = {name: tensor.detach().clone() for name, tensor in lm.state_dict().items()}
     fused = Decoder.from_state(config, dict(state), dtype=torch.float32, device="cpu")
     plain = Decoder.from_state(config, dict(state), dtype=torch.float64, device="cpu")
-    assert fused.fused and not plain.fused and all(map(can_fuse, fused.layers))
+    assert fused.between and not plain.between and all(map(can_fuse, fused.layers))
     ids, position = torch.arange(11) + 3, torch.arange(11) * 3
     final_rows = torch.tensor([10])
     results = []

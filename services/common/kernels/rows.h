@@ -38,8 +38,9 @@ inline Vector multiply_add(Vector sum, uint32_t x, const T* weight) {
 // of x and those of w. A word of w is w_words columns, which begin at w + k * w_words * kPair. `also` is called with
 // every word. Inlined, so that what it keeps count of stays in registers.
 template <typename T, int R, int C, typename F>
-__attribute__((always_inline)) inline void multiply_rows(const T* x, int64_t x_stride, const T* w, int64_t w_words, int64_t first, int64_t last,
-                          bool fresh, float* sums, int64_t sums_stride, F&& also) {
+__attribute__((always_inline)) inline void multiply_rows(const T* x, int64_t x_stride, const T* w, int64_t w_words,
+                                                         int64_t first, int64_t last, bool fresh, float* sums,
+                                                         int64_t sums_stride, F&& also) {
   Vector sum[R][C] = {};
   if (!fresh)
 #pragma GCC unroll 12

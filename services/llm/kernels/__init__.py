@@ -1,4 +1,4 @@
-"""Attention kernels, one class a kind of device, and which one a device gets.
+"""Kernels of the decoder, by kind of device, and which ones a device gets.
 
 Legend: S query tokens of a packed pass, K key tokens, H query heads, G key heads, d head width, n sequences,
 B blocks of a block table. Every `H // G` consecutive query heads share one key head.
@@ -54,12 +54,39 @@ class Kernels(Protocol):
         ...
 
 
+class Elementwise(Protocol):
+    """What lies between a decoder layer's matrix products, each in one pass over memory."""
+
+    def rms_norm(self, hidden_SD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+        """RMS norm times the weight: [S, D]."""
+        ...
+
+    def rotate_(self, x_SHd: torch.Tensor, cos_Sd: torch.Tensor, sin_Sd: torch.Tensor) -> None:
+        """Rotary embedding in place, the halves of a head as pairs."""
+        ...
+
+    def silu_mul_(self, gate_SD: torch.Tensor, up_SD: torch.Tensor) -> None:
+        """silu(gate) * up, in place of gate."""
+        ...
+
+
+def choose_elementwise(device: torch.device, dtype: torch.dtype) -> Elementwise | None:
+    """None where transformers' own layers are to run."""
+    if can_pack(device, dtype):
+        return torch.ops.focusllava if native.load() else None
+    if device.type == "cuda":
+        from services.llm.kernels import elementwise  # Triton comes with torch's CUDA builds only
+
+        return elementwise
+    return None
+
+
 def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     """The fastest kernels that run on this device in this dtype."""
     if can_pack(device, dtype) and native.load():
         return CpuKernels()
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        from services.llm.kernels.cuda import cuda_kernels  # Triton comes with torch's CUDA builds only
+        from services.llm.kernels.cuda import cuda_kernels
 
         return cuda_kernels(device)
     return ReferenceKernels()

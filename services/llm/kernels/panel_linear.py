@@ -16,6 +16,7 @@ from torch import nn
 
 from services.common.kernels import native
 from services.common.linear import PackedLinear
+from services.llm.kernels import Elementwise
 
 PANEL = 32
 """Outputs side by side, as in linear.cpp and in what oneDNN makes of a bf16 weight for AMX."""
@@ -94,10 +95,12 @@ def add_linear(hidden_MN: torch.Tensor, x_MK: torch.Tensor, layer: nn.Module) ->
         return hidden_MN
     if isinstance(form, PackedLinear):
         return form.combined(x_MK, hidden_MN, "add")
+    if type(form) is nn.Linear and form.bias is None:
+        return hidden_MN.addmm_(x_MK, form.weight.T)
     return hidden_MN.add_(form(x_MK))
 
 
-def gated_linear(x_MK: torch.Tensor, gate: nn.Module, up: nn.Module) -> torch.Tensor:
+def gated_linear(x_MK: torch.Tensor, gate: nn.Module, up: nn.Module, between: Elementwise) -> torch.Tensor:
     """silu(gate(x)) * up(x): [..., K] -> [..., N]."""
     gate, up = _form(gate, x_MK), _form(up, x_MK)
     if isinstance(gate, PanelLinear) and isinstance(up, PanelLinear):
@@ -107,7 +110,7 @@ def gated_linear(x_MK: torch.Tensor, gate: nn.Module, up: nn.Module) -> torch.Te
     if isinstance(gate, PackedLinear) and isinstance(up, PackedLinear):
         return up.combined(x_MK, gate.silu(x_MK), "mul")
     gate_MN = gate(x_MK)
-    torch.ops.focusllava.silu_mul_(gate_MN, up(x_MK))
+    between.silu_mul_(gate_MN, up(x_MK))
     return gate_MN
 
 

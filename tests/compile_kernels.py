@@ -1,0 +1,80 @@
+"""Compiles the GPU's kernels for one that need not be there; prints a JSON line each.
+
+    python -m tests.compile_kernels CAPABILITY FOLDER      # 80 is an A100, 90 an H100
+
+A process of its own, for the tests' has Triton interpret.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+from collections.abc import Mapping
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from services.llm.kernels import elementwise, paged_decode
+
+HEADS = ((128, 4, "bf16"), (128, 4, "fp16"), (64, 7, "bf16"), (96, 1, "bf16"))
+"""Head width, query heads a key head, dtype: Llama-3 and Mistral twice, Qwen2-0.5B, Phi-3."""
+POINTERS = {"rows_nB": "*i64", "lengths_n": "*i64", "part_nHCd": "*fp32", "weight_nHC": "*fp32"}
+IN_DTYPE = ("query_nHd", "key_pool", "value_pool", "out_nHd", "x_SHd", "cos_Sd", "sin_Sd", "gate_M", "up_M")
+ALIGNED = ("query_str", "key_str", "value_str", "stride", "count")
+
+
+def compile_kernel(kernel, capability: int, dtype: str, constants: Mapping[str, int], **options: int):  # type: ignore[no-untyped-def]
+    """With the types and alignments that Triton finds in a launch."""
+    pointers = POINTERS | dict.fromkeys(IN_DTYPE, f"*{dtype}")
+    types = pointers | {"scaling": "fp32"} | dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, "i32") for name in kernel.arg_names}
+    aligned = [name for name in signature if name in pointers or name.startswith(ALIGNED)]
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={name: value for name, value in constants.items() if name in signature},
+        attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def main() -> None:
+    capability, folder = int(sys.argv[1]), pathlib.Path(sys.argv[2])
+    for width, repeats, dtype in HEADS:
+        decode = {
+            "repeats": repeats,
+            "padded_repeats": max(16, triton.next_power_of_2(repeats)),
+            "width": width,
+            "padded_width": triton.next_power_of_2(width),
+            "page": 16,
+            "chunk": paged_decode.CHUNK,
+            "tile": paged_decode.TILE,
+        }
+        rotate = {
+            "half": width // 2,
+            "padded_half": triton.next_power_of_2(width // 2),
+            "some_heads": elementwise.HEADS,
+        }
+        own = {"num_warps": paged_decode.WARPS, "num_stages": paged_decode.STAGES}
+        for kernel, constants, options in (
+            (paged_decode._attend_chunks, decode, own),
+            (paged_decode._put_together, decode, own),
+            (elementwise._rotate, rotate, {}),
+            (elementwise._silu_mul, {"block": elementwise.BLOCK}, {}),
+        ):
+            made = compile_kernel(kernel, capability, dtype, constants, **options)
+            cubin = folder / "-".join(map(str, (kernel.__name__, width, repeats, dtype, "cubin")))
+            cubin.write_bytes(made.asm["cubin"])
+            ptx = made.asm["ptx"]
+            numbers = {
+                "shared": made.metadata.shared,
+                "copies": ptx.count("cp.async.cg"),
+                "products": ptx.count("mma.sync"),
+            }
+            print(json.dumps({"name": kernel.__name__, "cubin": str(cubin), **numbers}))
+
+
+if __name__ == "__main__":
+    main()
