@@ -167,6 +167,7 @@ FLOORS: tuple[Callable[[Sequence[Result]], Floor], ...] = (
     _both_near_off,
     functools.partial(_both_near_off, ours=f"{OURS}{LONG}", length=LONG),
     functools.partial(_both_near_off, ours=f"{OURS}_more{LONG}", length=LONG),
+    functools.partial(_both_near_off, ours=f"{OURS}_count{LONG}", length=LONG),
     _selector_beats_simple,
     _both_beats_rivals,
     _collapse_reproduced,
