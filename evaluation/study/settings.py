@@ -27,7 +27,7 @@ SHARES_REST = (0.66, 0.18, 0.16)
 """Of an encoder that comes to rest slowly, 77 % of the visual tokens. A selector that rests at once was to leave 64 %
 and, with the features learning on, left 55 to 71: the seed with the most was the best on all questions."""
 SHARES_COUNT = (0.55, 0.35, 0.1)
-"""64 % of the map, few regions at 4x4. Of three seeds trained for SHARES_BOTH, with 14, 34 and 54 % of the regions there,
+"""64 % of the map, few regions at 4x4. Of three seeds trained for SHARES_BOTH, with 14, 34 and 54 % of regions there,
 the first counted best and the last worst, but that was chance: with 16 and 1 % two seeds counted no better."""
 RIVAL_BUDGET = 0.25
 """Of the map, for rivals outside the language model: what 2x2 pooling leaves, 35 % of all visual tokens with the base
