@@ -23,7 +23,7 @@ def rms_norm(hidden_SD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> tor
 
 
 def rotate_(x_SHd: torch.Tensor, cos_Sd: torch.Tensor, sin_Sd: torch.Tensor) -> None:
-    """See `Elementwise`. x may be strided, d contiguous."""
+    """See `Elementwise`. x may be strided, d contiguous; cos and sin are contiguous."""
     tokens, heads, width = x_SHd.shape
     if tokens == 0:
         return
@@ -64,7 +64,7 @@ def _rotate(
     in_Hd = (head < heads)[:, None] & (j < half)[None, :]
     low_Hd = x_SHd + token * stride_S + head[:, None] * stride_H + j[None, :]
     cos, sin = cos_Sd + token * 2 * half + j, sin_Sd + token * 2 * half + j
-    low, high = (tl.load(low_Hd, mask=in_Hd).to(tl.float32), tl.load(low_Hd + half, mask=in_Hd).to(tl.float32))
+    low, high = tl.load(low_Hd, mask=in_Hd).to(tl.float32), tl.load(low_Hd + half, mask=in_Hd).to(tl.float32)
     cos_low, cos_high = tl.load(cos, mask=j < half).to(tl.float32), tl.load(cos + half, mask=j < half).to(tl.float32)
     sin_low, sin_high = tl.load(sin, mask=j < half).to(tl.float32), tl.load(sin + half, mask=j < half).to(tl.float32)
     dtype = x_SHd.dtype.element_ty
