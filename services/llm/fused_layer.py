@@ -31,7 +31,7 @@ def fused_layer(
     cos_Sd: torch.Tensor,
     sin_Sd: torch.Tensor,
     step: AttentionStep,
-    between: Elementwise,
+    elementwise: Elementwise,
     rows_R: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One layer on a packed pass. hidden_SD may be written to. Returns hidden [S, D], or [R, D] with `rows_R`.
@@ -41,21 +41,21 @@ def fused_layer(
     """
     one: Any = layer
     attention, mlp = one.self_attn, one.mlp
-    norm_SD = rms_norm(one.input_layernorm, hidden_SD, between)
+    norm_SD = rms_norm(one.input_layernorm, hidden_SD, elementwise)
     if rows_R is None:
         query_SD, key_SD, value_SD = linears(norm_SD, attention.q_proj, attention.k_proj, attention.v_proj)
     else:
         key_SD, value_SD = linears(norm_SD, attention.k_proj, attention.v_proj)
         query_SD, hidden_SD = attention.q_proj(norm_SD[rows_R]), hidden_SD[rows_R]
     query_SHd, key_SGd, value_SGd = (t.unflatten(-1, (-1, attention.head_dim)) for t in (query_SD, key_SD, value_SD))
-    between.rotate_(key_SGd, cos_Sd, sin_Sd)
+    elementwise.rotate_(key_SGd, cos_Sd, sin_Sd)
     if rows_R is not None:
         cos_Sd, sin_Sd = cos_Sd[rows_R], sin_Sd[rows_R]
-    between.rotate_(query_SHd, cos_Sd, sin_Sd)
+    elementwise.rotate_(query_SHd, cos_Sd, sin_Sd)
     out_SHd = step.attend(attention.layer_idx, query_SHd, key_SGd, value_SGd, attention.scaling)
     hidden_SD = add_linear(hidden_SD, out_SHd.flatten(1), attention.o_proj)
-    norm_SD = rms_norm(one.post_attention_layernorm, hidden_SD, between)
-    return add_linear(hidden_SD, gated_linear(norm_SD, mlp.gate_proj, mlp.up_proj, between), mlp.down_proj)
+    norm_SD = rms_norm(one.post_attention_layernorm, hidden_SD, elementwise)
+    return add_linear(hidden_SD, gated_linear(norm_SD, mlp.gate_proj, mlp.up_proj, elementwise), mlp.down_proj)
 
 
 class DecodeLayer:
@@ -100,6 +100,6 @@ def only_decodes(step: AttentionStep) -> TypeGuard[PackedStep]:
     )
 
 
-def rms_norm(norm: Any, hidden_SD: torch.Tensor, between: Elementwise) -> torch.Tensor:
+def rms_norm(norm: Any, hidden_SD: torch.Tensor, elementwise: Elementwise) -> torch.Tensor:
     """The module's result."""
-    return between.rms_norm(hidden_SD, norm.weight, norm.eps)
+    return elementwise.rms_norm(hidden_SD, norm.weight, norm.eps)

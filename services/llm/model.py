@@ -61,9 +61,9 @@ class Decoder:
         self.head_dim: int = attention.head_dim
         self.kv_heads: int = self.config.num_key_value_heads
         self.context: int = self.config.max_position_embeddings
-        self.between = choose_elementwise(self.device, self.dtype) if all(map(can_fuse, self.layers)) else None
+        self.elementwise = choose_elementwise(self.device, self.dtype) if all(map(can_fuse, self.layers)) else None
         """Of fused layers; None: transformers' own run."""
-        whole = self.between is not None and all(map(decodes_whole, self.layers))
+        whole = self.elementwise is not None and all(map(decodes_whole, self.layers))
         self.decode_layers = [DecodeLayer(layer) for layer in self.layers] if whole else []
 
     @classmethod
@@ -143,7 +143,7 @@ class Decoder:
         After the model's last layer: the rows of `step.final_rows` only.
         """
         final_rows = step.final_rows if last == self.num_layers else None
-        if self.between is not None:
+        if self.elementwise is not None:
             cos_Sd, sin_Sd, hidden_SD = rotary[0][0], rotary[1][0], hidden_SD.clone()  # it is written to
             if self.decode_layers and only_decodes(step):
                 for decode in self.decode_layers[first:last]:
@@ -151,7 +151,7 @@ class Decoder:
                 return hidden_SD if final_rows is None else hidden_SD[final_rows]
             for index in range(first, last):
                 rows = final_rows if index == self.num_layers - 1 else None
-                hidden_SD = fused_layer(self.layers[index], hidden_SD, cos_Sd, sin_Sd, step, self.between, rows)
+                hidden_SD = fused_layer(self.layers[index], hidden_SD, cos_Sd, sin_Sd, step, self.elementwise, rows)
             return hidden_SD
         hidden_1SD = hidden_SD[None]
         for layer in self.layers[first:last]:
@@ -196,7 +196,7 @@ class Decoder:
         return keep_by_share(importance_N, threshold), importance_N
 
     def _norm(self, norm: nn.Module, hidden_SD: torch.Tensor) -> torch.Tensor:
-        return norm(hidden_SD) if self.between is None else rms_norm(norm, hidden_SD, self.between)
+        return norm(hidden_SD) if self.elementwise is None else rms_norm(norm, hidden_SD, self.elementwise)
 
     def _project(
         self, projection: nn.Module, norm_SD: torch.Tensor, rotary: Rotary, index_S: torch.Tensor
@@ -204,9 +204,9 @@ class Decoder:
         """Queries or keys of some rows, with their rotary embedding: [rows, heads, d]."""
         x_SHd = projection(norm_SD[index_S]).unflatten(-1, (-1, self.head_dim))
         cos_Sd, sin_Sd = (table[0, index_S] for table in rotary)
-        if self.between is None:
+        if self.elementwise is None:
             return apply_rotary(x_SHd, cos_Sd, sin_Sd)
-        self.between.rotate_(x_SHd, cos_Sd, sin_Sd)
+        self.elementwise.rotate_(x_SHd, cos_Sd, sin_Sd)
         return x_SHd
 
 

@@ -55,11 +55,11 @@ def test_prefill_calls_torchs_flash_attention_as_it_is_declared() -> None:
 @pytest.mark.parametrize("tokens", [0, 1, 5])
 @pytest.mark.parametrize("heads, width", [(4, 8), (9, 12), (16, 64)])
 def test_rotary_embedding_in_place(tokens: int, heads: int, width: int) -> None:
-    between = gpu.elementwise()
+    elementwise = gpu.elementwise()
     x = torch.randn(tokens, 2 * heads, width, dtype=gpu.DTYPE, device=gpu.DEVICE)
     cos, sin = torch.randn(2, tokens, width, dtype=gpu.DTYPE, device=gpu.DEVICE).unbind()
     expected, rest = apply_rotary(x[:, ::2].double(), cos.double(), sin.double()), x[:, 1::2].clone()
-    between.rotate_(x[:, ::2], cos, sin)
+    elementwise.rotate_(x[:, ::2], cos, sin)
     torch.testing.assert_close(x[:, ::2].double(), expected, **gpu.TOLERANCE)
     assert torch.equal(x[:, 1::2], rest), "the heads between are another's"
 
@@ -82,14 +82,14 @@ def test_norm() -> None:
 def test_an_engine_on_the_gpus_kernels_gives_the_same_answers(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Linear layers unpacked, flash attention, pages read in place, decode by graphs: all that differs from a CPU's
     engine."""
-    kernels, between = gpu.kernels(), gpu.elementwise()
+    kernels, elementwise = gpu.kernels(), gpu.elementwise()
     if gpu.DEVICE.type == "cuda":
         pytest.skip("compares fp32 engines: a GPU's kernels take bf16 and fp16")
     plain = tiny_llm.engine(family, dtype=torch.float32)
     monkeypatch.setattr(linear, "can_pack", lambda *_: False)
-    monkeypatch.setattr(model, "choose_elementwise", lambda *_: between)
+    monkeypatch.setattr(model, "choose_elementwise", lambda *_: elementwise)
     engine = tiny_llm.engine(family, dtype=torch.float32)
-    assert engine.runner.decoder.between is between and not engine.runner.decoder.decode_layers
+    assert engine.runner.decoder.elementwise is elementwise and not engine.runner.decoder.decode_layers
     recorder = Recorder()
     engine.runner.kernels = kernels
     engine.runner.use_graphs(recorder)

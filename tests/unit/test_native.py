@@ -204,7 +204,7 @@ def test_fused_layers_are_transformers_own(family: str) -> None:
     state = {name: tensor.detach().clone() for name, tensor in lm.state_dict().items()}
     fused = Decoder.from_state(config, dict(state), dtype=torch.float32, device="cpu")
     plain = Decoder.from_state(config, dict(state), dtype=torch.float64, device="cpu")
-    assert fused.between and not plain.between and all(map(can_fuse, fused.layers))
+    assert fused.elementwise and not plain.elementwise and all(map(can_fuse, fused.layers))
     ids, position = torch.arange(11) + 3, torch.arange(11) * 3
     final_rows = torch.tensor([10])
     results = []

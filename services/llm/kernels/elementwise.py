@@ -1,6 +1,6 @@
 """What lies between a decoder layer's matrix products, on a GPU: each one kernel and one pass over memory.
 
-torch.compile would make the same kernels, but at the first request and again for new shapes.
+By hand, for torch.compile compiles at the first request, and may again for new shapes.
 
 Legend: S tokens, D width, H heads, d head width, M elements.
 """

@@ -100,7 +100,7 @@ def add_linear(hidden_MN: torch.Tensor, x_MK: torch.Tensor, layer: nn.Module) ->
     return hidden_MN.add_(form(x_MK))
 
 
-def gated_linear(x_MK: torch.Tensor, gate: nn.Module, up: nn.Module, between: Elementwise) -> torch.Tensor:
+def gated_linear(x_MK: torch.Tensor, gate: nn.Module, up: nn.Module, elementwise: Elementwise) -> torch.Tensor:
     """silu(gate(x)) * up(x): [..., K] -> [..., N]."""
     gate, up = _form(gate, x_MK), _form(up, x_MK)
     if isinstance(gate, PanelLinear) and isinstance(up, PanelLinear):
@@ -110,7 +110,7 @@ def gated_linear(x_MK: torch.Tensor, gate: nn.Module, up: nn.Module, between: El
     if isinstance(gate, PackedLinear) and isinstance(up, PackedLinear):
         return up.combined(x_MK, gate.silu(x_MK), "mul")
     gate_MN = gate(x_MK)
-    between.silu_mul_(gate_MN, up(x_MK))
+    elementwise.silu_mul_(gate_MN, up(x_MK))
     return gate_MN
 
 
