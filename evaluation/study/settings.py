@@ -168,6 +168,8 @@ RANDOM_PRUNE = _pruned((2, 4), (0.9, 1.0))
 FIXED_PRUNE = _pruned((LAYER, LAYER), (0.97, 1.0))
 """What both samplers are trained with. Counting reads how attention is shared out, which each layer's pruning changes
 in its own way: 200 steps are too few to learn it for all of them."""
+LATE_PRUNE = _pruned((LAYER + 1, LAYER + 1), (0.97, 1.0))
+HIGH_PRUNE = _pruned((LAYER, LAYER), (0.99, 1.0))
 TEXT = (LAYER, THRESHOLD)
 TEXT_MORE = (LAYER, 0.995)
 """Enough to count by. Of 0.98, 0.99, 0.995, 0.999 and 1 it was the best on the validation split for both samplers
@@ -206,6 +208,14 @@ _ALL = (
             title="both samplers, twice the steps, few regions at 4x4, threshold 0.995",
             optimizer={"selector_steps": SELECTOR_STEPS, "rest_cooldown": REST_COOLDOWN},
             stage=merged(_vision(shares=SHARES_COUNT, order="row"), FIXED_PRUNE), text=TEXT_MORE),
+    Setting(name=f"{OURS}_late{LONG}", times=2,
+            title="both samplers, twice the steps, the text-guided one before layer 4",
+            optimizer={"selector_steps": SELECTOR_STEPS},
+            stage=merged(_vision(shares=SHARES_BOTH, order="row"), LATE_PRUNE), text=(LAYER + 1, THRESHOLD)),
+    Setting(name=f"{OURS}_high{LONG}", times=2,
+            title="both samplers, twice the steps, threshold 0.99 to 1 in training, 0.997 when evaluated",
+            optimizer={"selector_steps": SELECTOR_STEPS},
+            stage=merged(_vision(shares=SHARES_BOTH, order="row"), HIGH_PRUNE), text=(LAYER, 0.997)),
     Setting(name=f"pyramid_drop{LONG}", title="PyramidDrop, twice the steps", times=2,
             stage={"layer_rival": {"name": "pyramid_drop"}}, match=f"{OURS}{LONG}"),
     # Rivals at equal tokens.
