@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.device import device_name
 from benchmarks.measure import (
     add_machine_options,
     machine,
@@ -131,7 +132,7 @@ def main() -> None:
     content = {
         "machine": machine(options.cores),
         "checkpoint": options.folder.name,
-        "device": options.device,
+        "device": device_name(options.device),
         "dtype": dtype_name(dtype),
         "running": options.running,
         "setting": options.setting,

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.device import device_name
 from benchmarks.measure import (
     add_machine_options,
     machine,
@@ -120,7 +121,7 @@ def main() -> None:
     content: dict[str, Any] = {
         "machine": machine(options.cores, ("torch", "transformers", "pillow")),
         "checkpoint": options.folder.name,
-        "device": options.device,
+        "device": device_name(options.device),
         "dtype": dtype_name(dtype),
         "max_tiles": options.max_tiles,
         "concurrency": {},

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.device import device_name
 from benchmarks.measure import (
     RESULTS,
     add_machine_options,
@@ -159,7 +160,7 @@ def main() -> None:
             "checkpoint": options.folder.name,
             "text": {k: config.text[k] for k in ("hidden_size", "num_hidden_layers", "intermediate_size")},
             "prune_layer": config.text_sampler.layer,
-            "device": options.device,
+            "device": device_name(options.device),
             "dtype": dtype_name(dtype),
             "new_tokens": options.new_tokens,
             "rivals": {rival.kind: rival.versions for rival in rivals},

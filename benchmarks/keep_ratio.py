@@ -23,13 +23,14 @@ PICTURES = 4
 STEPS = 24
 
 
-def set_vision_keep_ratio(folder: str | pathlib.Path, ratio: float) -> float:
+def set_vision_keep_ratio(folder: str | pathlib.Path, ratio: float, device: str = "cpu") -> float:
     """Rewrites the checkpoint's selector; returns the share of visual tokens that it keeps of 672 x 672 pictures.
 
-    The share counts base tile and newlines, as the paper's 49 % does. Raises ValueError when it cannot be met.
+    device: where the encoder runs for it. The share counts base tile and newlines, as the paper's 49 % does. Raises
+    ValueError when it cannot be met.
     """
     folder = pathlib.Path(folder)
-    encoder = EncoderPipeline.from_checkpoint(folder)
+    encoder = EncoderPipeline.from_checkpoint(folder, device=device)
     model, branches = encoder.model, encoder.config.vision_sampler.branches
     linear = model.vision_guided_sampler.selector.linear
     stored = load_stage(folder, "encoder")
@@ -42,7 +43,7 @@ def set_vision_keep_ratio(folder: str | pathlib.Path, ratio: float) -> float:
         # Large enough that regions differ clearly, small enough that the softmax is not all ones and zeros.
         spread = torch.cat([_log_odds(model, m) for m in maps]).std(0).mean()
         linear.weight.copy_((linear.weight.float() * (2 / spread)).to(dtype))
-        coarseness_K = torch.tensor([float(height * width) for height, width in branches]).log2()
+        coarseness_K = torch.tensor([float(height * width) for height, width in branches], device=device).log2()
         centre_K = torch.cat([_log_odds(model, m) for m in maps]).mean(0)
         low, high, kept = -20.0, 20.0, 0.0
         for _ in range(STEPS):

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.device import device_name, seconds_of, wait
 from benchmarks.measure import (
     add_machine_options,
     machine,
@@ -85,14 +86,14 @@ class Prefill:
         count = round(PAPER_VISION_KEEP * FULL_TOKENS) if setting.vision else FULL_TOKENS
         image = random_visual_tokens(self.engine, count, seed)
         sequence = self.engine.prepare(question(f"{name}-{seed}", image, setting, 1))
-        self._wait()
+        wait(self.decoder.device)
         began = time.perf_counter()
         self.engine.enqueue(sequence)
         while self.engine.has_work():
             for _, event in self.engine.step():
                 if isinstance(event, FinishedEvent):
                     self.usage[name] = event.usage
-        self._wait()
+        wait(self.decoder.device)
         return time.perf_counter() - began
 
     @torch.inference_mode()
@@ -102,12 +103,12 @@ class Prefill:
             torch.randn(tokens, m.in_features, device=self.decoder.device).to(self.decoder.dtype)  # type: ignore[call-overload]
             for m in self.linears
         ]
-        self._wait()
-        began = time.perf_counter()
-        for linear, x_MK in zip(self.linears, inputs, strict=True):
-            linear(x_MK)
-        self._wait()
-        return 2.0 * tokens * self.weights / (time.perf_counter() - began)
+
+        def layer() -> None:
+            for linear, x_MK in zip(self.linears, inputs, strict=True):
+                linear(x_MK)
+
+        return 2.0 * tokens * self.weights / seconds_of(layer, self.decoder.device)
 
     @torch.inference_mode()
     def attention_rate(self, tokens: int) -> float:
@@ -118,21 +119,14 @@ class Prefill:
             torch.randn(tokens, heads, width, device=self.decoder.device).to(self.decoder.dtype)
             for heads in (self.heads, self.decoder.kv_heads, self.decoder.kv_heads)
         )
-        self._wait()
-        began = time.perf_counter()
-        kernels.prefill(query, key, value, [tokens], [tokens], width**-0.5)
-        self._wait()
-        return 2.0 * tokens * tokens * self.heads * width / (time.perf_counter() - began)
+        attend = functools.partial(kernels.prefill, query, key, value, [tokens], [tokens], width**-0.5)
+        return 2.0 * tokens * tokens * self.heads * width / seconds_of(attend, self.decoder.device)
 
     def work(self, name: str) -> LayerWork:
         usage, k = self.usage[name], self.engine.prune_layer
         above = usage.prompt_tokens - usage.visual_tokens_sampled + usage.visual_tokens_kept
         layers = [usage.prompt_tokens] * k + [above] * (self.decoder.num_layers - k)
         return prefill_work(layers, self.weights, self.heads * self.decoder.head_dim)
-
-    def _wait(self) -> None:
-        if self.decoder.device.type == "cuda":
-            torch.cuda.synchronize()
 
 
 def main() -> None:
@@ -186,7 +180,7 @@ def main() -> None:
     content = {
         "machine": machine(options.cores),
         "checkpoint": options.folder.name,
-        "device": options.device,
+        "device": device_name(options.device),
         "dtype": dtype_name(dtype),
         "linear_flops_per_s": linear,
         "attention_flops_per_s": attention,

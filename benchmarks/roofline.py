@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.device import device_name, seconds_of
 from benchmarks.measure import add_machine_options, machine, median, pin, print_table, take_turns, write_results
 from benchmarks.prefill import Prefill
 from benchmarks.stages import FULL_TOKENS, SETTINGS, question, random_visual_tokens
@@ -36,25 +37,17 @@ class Machine:
     """What the device itself reaches."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
-        self._wait: Callable[[], Any] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        self._device = device
         self._square = torch.randn(PEAK_SIDE, PEAK_SIDE, device=device).to(dtype)
         self._large = torch.ones(READ_BYTES // 4, device=device)
 
     def matmul_rate(self) -> float:
         """Operations a second of a square matrix product."""
-        self._wait()
-        began = time.perf_counter()
-        torch.mm(self._square, self._square)
-        self._wait()
-        return 2.0 * PEAK_SIDE**3 / (time.perf_counter() - began)
+        return 2.0 * PEAK_SIDE**3 / seconds_of(lambda: torch.mm(self._square, self._square), self._device)
 
     def read_rate(self) -> float:
         """Bytes a second of a sum over memory that is in no cache."""
-        self._wait()
-        began = time.perf_counter()
-        self._large.sum()
-        self._wait()
-        return READ_BYTES / (time.perf_counter() - began)
+        return READ_BYTES / seconds_of(self._large.sum, self._device)
 
 
 def weight_bytes(engine: Engine) -> int:
@@ -156,7 +149,7 @@ def main() -> None:
     content = {
         "machine": machine(options.cores),
         "checkpoint": options.folder.name,
-        "device": options.device,
+        "device": device_name(options.device),
         "dtype": dtype_name(dtype),
         "peak_flops_per_s": peak,
         "read_bytes_per_s": read,

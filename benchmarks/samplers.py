@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.device import device_name, wait
 from benchmarks.measure import add_machine_options, machine, median, pin, print_table, take_turns, write_results
 from benchmarks.prefill import Prefill
 from benchmarks.workload import jpeg
@@ -40,10 +41,11 @@ class Selection:
         bench.engine.runner._decide = self._timed  # type: ignore[method-assign]
 
     def _timed(self, sequence: Any) -> Any:
-        self.bench._wait()
+        device = self.bench.decoder.device
+        wait(device)
         began = time.perf_counter()
         decision = self._decide(sequence)
-        self.bench._wait()
+        wait(device)
         self.seconds += time.perf_counter() - began
         return decision
 
@@ -57,7 +59,7 @@ class Layout:
     """The encoder's last part: the feature map of an image to its visual tokens."""
 
     def __init__(self, checkpoint: pathlib.Path, dtype: torch.dtype, device: str):
-        self.encoder = EncoderPipeline.from_checkpoint(checkpoint, dtype=dtype, device=device)
+        self.encoder, self.device = EncoderPipeline.from_checkpoint(checkpoint, dtype=dtype, device=device), device
         self._pictures = itertools.count(2000)
 
     @torch.inference_mode()
@@ -68,18 +70,14 @@ class Layout:
         seconds = {}
         began = time.perf_counter()
         (feature_map,) = model.project([tiles])
-        self._wait()
+        wait(self.device)
         seconds["project"] = time.perf_counter() - began
         for name, sampled in (("with", True), ("without", False)):
             began = time.perf_counter()
             model.tokens(feature_map, sampled)
-            self._wait()
+            wait(self.device)
             seconds[name] = time.perf_counter() - began
         return seconds
-
-    def _wait(self) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
 
 
 def main() -> None:
@@ -128,7 +126,7 @@ def main() -> None:
     content = {
         "machine": machine(options.cores),
         "checkpoint": options.folder.name,
-        "device": options.device,
+        "device": device_name(options.device),
         "dtype": dtype_name(dtype),
         "prefill_off_seconds": off,
         "samplers": costs,

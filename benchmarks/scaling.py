@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.device import device_name
 from benchmarks.measure import (
     add_machine_options,
     machine,
@@ -96,7 +97,7 @@ def main() -> None:
     content: dict[str, Any] = {
         "machine": machine(options.cores),
         "checkpoint": options.folder.name,
-        "device": options.device,
+        "device": device_name(options.device),
         "dtype": dtype_name(dtype),
         "points": [],
     }

@@ -156,11 +156,13 @@ def main() -> None:
     parser.add_argument("--settings", default="off,vision,text,both", help="comma-separated")
     parser.add_argument("--threshold", type=float, default=None, help="gamma of Eq. 9; the checkpoint's when left out")
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
+    parser.add_argument("--device", default="cpu", help='"cuda" for a GPU')
     parser.add_argument("--json", type=pathlib.Path, help="also write the results here")
     arguments = parser.parse_args()
-    dtype = choose_dtype(arguments.dtype, "cpu")
-    pipeline = EncoderPipeline.from_checkpoint(arguments.checkpoint, dtype=dtype)
-    engine = Engine.from_checkpoint(arguments.checkpoint, dtype=dtype, kv_cache_bytes=1 << 29)
+    dtype = choose_dtype(arguments.dtype, arguments.device)
+    place: dict[str, Any] = {"dtype": dtype, "device": arguments.device}
+    pipeline = EncoderPipeline.from_checkpoint(arguments.checkpoint, **place)
+    engine = Engine.from_checkpoint(arguments.checkpoint, **place, kv_cache_bytes=1 << 29)
     data = list(benchmark_images(arguments.split, arguments.images, arguments.seed))
     results: dict[str, dict[str, Any]] = {}
     for setting in SETTINGS:

@@ -12,10 +12,13 @@ import pytest
 import torch
 
 from services.common import linear
+from services.common.types import TokenEvent, TokenLogprob
 from services.llm import model
 from services.sampler.text_guided import apply_rotary
 from tests import gpu, tiny_llm
 from tests.graph_recorder import Recorder
+
+ON_GPU = pytest.mark.skipif(gpu.DEVICE.type != "cuda", reason="needs a GPU")
 
 
 @pytest.mark.parametrize("capability", [80, 89, 90])
@@ -103,4 +106,43 @@ def test_an_engine_on_the_gpus_kernels_gives_the_same_answers(family: str, monke
         answers.append({name: answer[:2] for name, answer in tiny_llm.run(target, requests).items()})
     assert answers[0] == answers[1]
     assert recorder.replayed > 0
+    engine.check_integrity()
+
+
+@ON_GPU
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_an_engine_on_a_gpu_is_as_sure_of_its_tokens_as_one_in_fp32(family: str) -> None:
+    """Log probabilities of prefill and of decode by graphs, as long as both say the same; two tokens may be level."""
+    sure = []
+    for options in ({"dtype": torch.bfloat16, "device": gpu.DEVICE}, {"dtype": torch.float32, "device": "cpu"}):
+        engine = tiny_llm.engine(family, **options)
+        for n in range(6):
+            asked = {"question": tiny_llm.QUESTIONS[n % 4], "images": (40 + 30 * n,), "image_seed": n, "max_tokens": 6}
+            engine.submit(tiny_llm.request(engine, f"r{n}", **asked, keep_ratio=0.5 if n % 2 else None, logprobs=1))
+        answers: dict[str, list[TokenLogprob]] = {f"r{n}": [] for n in range(6)}
+        while engine.has_work():
+            for name, event in engine.step():
+                if isinstance(event, TokenEvent):
+                    answers[name] += [token.chosen for token in event.logprobs]
+        engine.check_integrity()
+        sure.append(answers)
+    compared = 0
+    for name, ours in sure[0].items():
+        for one, other in zip(ours, sure[1][name], strict=True):
+            assert abs(one.logprob - other.logprob) < 0.2, (name, ours, sure[1][name])
+            compared += 1
+            if one.token_id != other.token_id:
+                break
+    assert compared > 12, "half of them part at once: that is no rounding"
+
+
+@ON_GPU
+def test_a_gpu_out_of_pages_answers_everyone() -> None:
+    engine = tiny_llm.engine(dtype=torch.bfloat16, device=gpu.DEVICE, kv_cache_bytes=400 * 2**10)
+    requests = tiny_llm.mixed_requests(engine, 60)
+    answers = tiny_llm.run(engine, requests)
+    assert {name: len(answer[0]) for name, answer in answers.items()} == {
+        request.request_id: request.sampling.max_tokens for request in requests
+    }
+    assert engine.stats().preemptions > 0
     engine.check_integrity()
