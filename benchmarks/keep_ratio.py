@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.workload import jpeg
 from services.checkpoint.config import FocusLlavaConfig
-from services.checkpoint.store import load_stage, save_checkpoint
+from services.checkpoint.store import CheckpointWriter, load_stage
 from services.common.types import ProjectedFeatureMap
 from services.encoder.model import EncoderModel
 from services.encoder.pipeline import EncoderPipeline
@@ -55,13 +55,11 @@ def set_vision_keep_ratio(folder: str | pathlib.Path, ratio: float, device: str 
         raise ValueError(f"the nearest share that this sampler can keep is {kept:.3f}, not {ratio}")
     # Only the selector changed, and a served encoder's packed weights are in no state dict.
     stored |= {f"{SELECTOR}.weight": linear.weight.to(dtype), f"{SELECTOR}.bias": linear.bias.to(dtype)}
-    save_checkpoint(
-        folder,
-        FocusLlavaConfig.load(folder),
-        {name: tensor.clone() for name, tensor in stored.items()},
-        {name: tensor.clone() for name, tensor in load_stage(folder, "llm").items()},
-        folder,
-    )
+    with CheckpointWriter(folder, FocusLlavaConfig.load(folder)) as writer:
+        for name, tensor in stored.items():
+            writer.add(name, tensor.clone())
+        writer.link("llm", folder)
+        writer.finish(folder)
     return kept
 
 

@@ -133,7 +133,7 @@ def make_hub(folder: pathlib.Path, size: Size, family: str = "llama", device: st
         torch.set_default_dtype(previous)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size="2GB")  # the vision tower's shards are written again
     images = LlavaNextImageProcessorPil(
         size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}, image_grid_pinpoints=PINPOINTS
     )

@@ -20,15 +20,20 @@ from services.llm.kernels import elementwise, paged_decode
 
 HEADS = ((128, 4, "bf16"), (128, 4, "fp16"), (64, 7, "bf16"), (96, 1, "bf16"))
 """Head width, query heads a key head, dtype: Llama-3 and Mistral twice, Qwen2-0.5B, Phi-3."""
-POINTERS = {"rows_nB": "*i64", "lengths_n": "*i64", "part_nHCd": "*fp32", "weight_nHC": "*fp32"}
-IN_DTYPE = ("query_nHd", "key_pool", "value_pool", "out_nHd", "x_SHd", "cos_Sd", "sin_Sd", "gate_M", "up_M")
-ALIGNED = ("query_str", "key_str", "value_str", "stride", "count")
+POINTERS = {
+    "rows_nB": "*i64", "lengths_n": "*i64", "slots_S": "*i64", "part_nHCd": "*fp32", "weight_nHC": "*fp32",
+}  # fmt: skip
+IN_DTYPE = (
+    "query_nHd", "key_pool", "value_pool", "out_nHd", "x_SHd", "cos_Sd", "sin_Sd", "gate_SD", "up_SD", "hidden_SD",
+    "weight_D", "out_SD", "key_SGd", "value_SGd",
+)  # fmt: skip
+ALIGNED = ("query_str", "key_str", "value_str", "stride", "gate_str", "up_str", "width")
 
 
 def compile_kernel(kernel, capability: int, dtype: str, constants: Mapping[str, int], **options: int):  # type: ignore[no-untyped-def]
     """With the types and alignments that Triton finds in a launch."""
     pointers = POINTERS | dict.fromkeys(IN_DTYPE, f"*{dtype}")
-    types = pointers | {"scaling": "fp32"} | dict.fromkeys(constants, "constexpr")
+    types = pointers | {"scaling": "fp32", "eps": "fp32"} | dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "i32") for name in kernel.arg_names}
     aligned = [name for name in signature if name in pointers or name.startswith(ALIGNED)]
     source = ASTSource(
@@ -51,7 +56,10 @@ def main() -> None:
             "page": 16,
             "chunk": paged_decode.CHUNK,
             "tile": paged_decode.TILE,
+            "parts": paged_decode.PARTS,
         }
+        store = {"row": 8 * width, "padded_row": triton.next_power_of_2(8 * width), "width": width}
+        norm = {"width": 32 * width, "padded": triton.next_power_of_2(32 * width)}
         rotate = {
             "half": width // 2,
             "padded_half": triton.next_power_of_2(width // 2),
@@ -61,6 +69,8 @@ def main() -> None:
         for kernel, constants, options in (
             (paged_decode._attend_chunks, decode, own),
             (paged_decode._put_together, decode, own),
+            (paged_decode._store, store, {"num_warps": paged_decode.WARPS}),
+            (elementwise._rms_norm, norm, {"num_warps": 8}),
             (elementwise._rotate, rotate, {}),
             (elementwise._silu_mul, {"block": elementwise.BLOCK}, {}),
         ):

@@ -220,7 +220,7 @@ def importance_by_layer(engine: Engine, sequence: EngineSequence) -> torch.Tenso
     """Eq. 8 before each layer 1..L-1 of a pass in which no token is dropped, float32 [K, N], on the CPU.
 
     Where the engine prunes, this is its own decision's importance, to the bit: the same layers on the same prompt, and
-    the same `Decoder.select_visual_tokens`. sequence: what `Engine.prepare` made, not yet finished.
+    the same `Decoder.visual_importance`. sequence: what `Engine.prepare` made, not yet finished.
     """
     decoder = engine.decoder
     visual_N = sequence.visual_N.to(decoder.device)
@@ -229,9 +229,11 @@ def importance_by_layer(engine: Engine, sequence: EngineSequence) -> torch.Tenso
     hidden_SD = decoder.embed(sequence.input_ids_S.to(decoder.device))
     hidden_SD.index_copy_(0, visual_N, sequence.visual_ND.to(decoder.device))
     rotary = decoder.rotary(torch.arange(len(hidden_SD), device=decoder.device))
+    scored = torch.cat([instruction_T, visual_N])
+    rotary_scored = decoder.rotary(scored)
     whole, rows = WholePrompt(kernels=engine.runner.kernels), []
     for layer in range(1, decoder.num_layers):
         hidden_SD = decoder.run_layers(hidden_SD, rotary, layer - 1, layer, whole)
-        _, importance_N = decoder.select_visual_tokens(hidden_SD, rotary, layer, instruction_T, visual_N, 1.0)
+        importance_N = decoder.visual_importance(hidden_SD[scored], rotary_scored, layer, len(instruction_T))
         rows.append(importance_N.cpu())
     return torch.stack(rows)

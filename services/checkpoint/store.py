@@ -65,6 +65,7 @@ class CheckpointWriter:
         self._pending: dict[Stage, dict[str, torch.Tensor]] = {stage: {} for stage in STAGES}
         self._shards: dict[Stage, list[list[str]]] = {stage: [] for stage in STAGES}
         self._seen: set[str] = set()
+        self._linked: set[Stage] = set()
         self.bytes_written = 0
 
     def __enter__(self) -> CheckpointWriter:
@@ -93,6 +94,13 @@ class CheckpointWriter:
         tensor = tensor.detach().cpu().contiguous()
         pending[name] = tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
 
+    def link(self, stage: Stage, folder: str | pathlib.Path) -> None:
+        """Takes a stage of another checkpoint in the same file system as it is: its shards are not copied."""
+        for shard in sorted(set(_read_index(pathlib.Path(folder), stage)["weight_map"].values())):
+            os.link(_shard_path(pathlib.Path(folder), shard), self._temp / shard)
+        shutil.copyfile(index_path(folder, stage), index_path(self._temp, stage))
+        self._linked.add(stage)
+
     def _part(self, stage: Stage, number: int) -> pathlib.Path:
         return self._temp / f"{stage}-{number:05d}.part"
 
@@ -117,8 +125,9 @@ class CheckpointWriter:
         tokenizer: an object, or a folder whose tokenizer files are copied. chat_template replaces the tokenizer's.
         """
         for stage in STAGES:
-            self._flush(stage)
-            self._close_stage(stage)
+            if stage not in self._linked:
+                self._flush(stage)
+                self._close_stage(stage)
         self.config.save(self._temp)
         _write_tokenizer(self._temp, tokenizer, chat_template)
         (self._temp / "README.md").write_text(readme or f"# {self.folder.name}\n\nA FocusLLaVA checkpoint.\n", "utf8")

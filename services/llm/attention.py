@@ -134,8 +134,7 @@ class PackedStep:
         """See AttentionStep."""
         local, n, cache = layer - self.first_layer, self.decoding, self.cache
         # All is stored before any is read: a chunk may read what another chunk of this step brings.
-        self.pools[0].index_copy_(0, self.slots_S[local], key_SGd)
-        self.pools[1].index_copy_(0, self.slots_S[local], value_SGd)
+        self.kernels.store(key_SGd, value_SGd, cache.key, cache.value, self.slots_S[local])
         outputs = []
         if n:
             assert self.rows_LnB is not None and self.lengths_n is not None

@@ -65,6 +65,7 @@ class LanguageModel:
             prefix_reuse=settings.prefix_reuse,
             quantize=settings.quantize,
         )
+        self._model.warm_up()
         self._engine = AsyncEngine(self._model)
         self._metrics = Metrics("llm", ray.serve.metrics)
         self._stall_s = settings.stall_s

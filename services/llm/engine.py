@@ -13,10 +13,20 @@ import torch
 
 from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.store import fingerprint
+from services.common.dtypes import all_finite
 from services.common.errors import InternalError, InvalidInput, TooLarge, WrongFingerprint
 from services.common.linear import Quantize
 from services.common.ranges import check_prune, check_sampling
-from services.common.types import FinishedEvent, GenerateRequest, SampledToken, TokenEvent, Usage
+from services.common.types import (
+    ChatTurn,
+    FinishedEvent,
+    GenerateRequest,
+    SampledToken,
+    SamplingParams,
+    TextPart,
+    TokenEvent,
+    Usage,
+)
 from services.llm.detokenizer import Detokenizer
 from services.llm.kv_cache import KVCache
 from services.llm.model import Decoder
@@ -138,6 +148,22 @@ class Engine:
             prefix_reuse=prefix_reuse,
         )
 
+    def warm_up(self) -> None:
+        """On a GPU, compiles its kernels and records its graphs, or the first requests would wait for that.
+
+        Called before any request.
+        """
+        if self.decoder.device.type == "cpu":
+            return
+        turn = ChatTurn(role="user", parts=(TextPart(text="Hello"),))
+        sampling = SamplingParams(max_tokens=2, ignore_eos=True)
+        self.submit(GenerateRequest(request_id="warm-up", turns=(turn,), images=(), sampling=sampling))
+        while self.has_work():
+            self.step()
+        with torch.inference_mode():
+            self.runner.record_graphs(self.scheduler.max_running)
+        self._totals = dict.fromkeys(self._totals, 0)
+
     # Requests in and out.
 
     def submit(self, request: GenerateRequest) -> None:
@@ -208,9 +234,12 @@ class Engine:
         if not step.sequences:
             return []
         try:
-            half = self.runner.lower(step)
-            self.scheduler.extend(step)
-            logits_mV, sequences = self.runner.upper(step, half)
+            if step.only_decodes:
+                logits_mV, sequences = self.runner.decode(step), step.decode
+            else:
+                half = self.runner.lower(step)
+                self.scheduler.extend(step)
+                logits_mV, sequences = self.runner.upper(step, half)
             self._totals["prefill_passes"] += bool(step.lower or step.upper)
             self._totals["decode_passes"] += bool(step.decode)
             if not sequences:
@@ -287,7 +316,7 @@ class Engine:
             )
 
     def _visual_tokens(self, request: GenerateRequest) -> torch.Tensor | None:
-        width = self.decoder.config.hidden_size
+        width, parts = self.decoder.config.hidden_size, []
         for index, image in enumerate(request.images):
             if image.model_fingerprint != self.fingerprint:
                 raise WrongFingerprint(
@@ -299,10 +328,14 @@ class Engine:
                 raise InvalidInput(
                     f"is {tokens.dtype} {list(tokens.shape)}, expected floating point [1 or more, {width}]", field=field
                 )
-            if not tokens.to(self.decoder.dtype).isfinite().all():
+            parts.append(tokens.to(self.decoder.dtype))
+            if not all_finite(parts[-1]):
                 raise InvalidInput(f"has values that are not finite in {self.decoder.dtype}", field=field)
-        parts = [image.tokens_ND.to(self.decoder.dtype) for image in request.images]
-        return torch.cat(parts) if len(parts) > 1 else next(iter(parts), None)
+        if not parts:
+            return None
+        visual_ND = torch.cat(parts) if len(parts) > 1 else parts[0]
+        # Pinned here, on any thread, the engine's own need not wait for the copy to a GPU.
+        return visual_ND.pin_memory() if self.decoder.device.type == "cuda" else visual_ND
 
     def _usage(self, sequence: Sequence) -> Usage:
         layers, k = self.decoder.num_layers, self.prune_layer

@@ -13,7 +13,7 @@ from torch import nn
 from services.llm.attention import AttentionStep, PackedStep
 from services.llm.kernels import Elementwise
 from services.llm.kernels.cpu import CpuKernels
-from services.llm.kernels.panel_linear import FEW_TOKENS, PanelLinear, add_linear, gated_linear, linears
+from services.llm.kernels.panel_linear import FEW_TOKENS, PanelLinear, add_linear, gated_linear, join_linears, linears
 
 FAMILIES = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
 """Layers of one shape: norm, attention, norm, gated MLP, each of the two halves added to what came in."""
@@ -23,6 +23,15 @@ def can_fuse(layer: nn.Module) -> bool:
     """Whether `fused_layer` computes what the layer's own forward does."""
     one: Any = layer
     return type(layer).__name__ in FAMILIES and type(one.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
+
+
+def join_plain_linears(layer: nn.Module) -> None:
+    """Joins queries, keys and values, and gate and up, where they are torch's own layers, as on a GPU."""
+    one: Any = layer
+    attention, mlp = one.self_attn, one.mlp
+    for group in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
+        if all(type(linear) is nn.Linear for linear in group):
+            join_linears(*group)
 
 
 def fused_layer(

@@ -18,10 +18,18 @@ from services.common.dtypes import dtype_of_stored
 from services.common.errors import InvalidInput
 from services.common.linear import Quantize, prepare_linears
 from services.llm.attention import ATTENTION_NAME, AttentionStep
-from services.llm.fused_layer import DecodeLayer, can_fuse, decodes_whole, fused_layer, only_decodes, rms_norm
+from services.llm.fused_layer import (
+    DecodeLayer,
+    can_fuse,
+    decodes_whole,
+    fused_layer,
+    join_plain_linears,
+    only_decodes,
+    rms_norm,
+)
 from services.llm.kernels import choose_elementwise
 from services.llm.kernels.panel_linear import pack_linear
-from services.sampler.text_guided import apply_rotary, keep_by_share, text_importance
+from services.sampler.text_guided import apply_rotary, text_importance
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
 """cos and sin, each [1, S, d]."""
@@ -63,6 +71,9 @@ class Decoder:
         self.context: int = self.config.max_position_embeddings
         self.elementwise = choose_elementwise(self.device, self.dtype) if all(map(can_fuse, self.layers)) else None
         """Of fused layers; None: transformers' own run."""
+        if self.elementwise is not None:
+            for layer in self.layers:
+                join_plain_linears(layer)
         whole = self.elementwise is not None and all(map(decodes_whole, self.layers))
         self.decode_layers = [DecodeLayer(layer) for layer in self.layers] if whole else []
 
@@ -170,40 +181,34 @@ class Decoder:
         """Final norm and head: [S, V]."""
         return self.lm.lm_head(self._norm(self.lm.model.norm, hidden_SD))
 
-    def select_visual_tokens(
-        self,
-        hidden_SD: torch.Tensor,
-        rotary: Rotary,
-        layer: int,
-        instruction_T: torch.Tensor,
-        visual_N: torch.Tensor,
-        threshold: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Eq. 6-9 on the hidden states entering `layer`, with that layer's own norm, q/k projections and rotary.
+    def visual_importance(
+        self, hidden_SD: torch.Tensor, rotary: Rotary, layer: int, instruction_tokens: int
+    ) -> torch.Tensor:
+        """Eq. 6-8 on hidden states entering `layer`, with that layer's own norm, q/k projections and rotary.
 
-        instruction_T and visual_N index the pass. Only the T queries and N keys are computed. Returns kept int64 [K]
-        (ascending indices into visual_N) and importance float32 [N].
+        The first T = `instruction_tokens` rows are the instruction's, the N after them the visual tokens'. Only T
+        queries and N keys are computed. Returns float32 [N].
         """
-        block = self.layers[layer]
+        block, (cos_Sd, sin_Sd) = self.layers[layer], (table[0] for table in rotary)
         norm_SD = self._norm(block.input_layernorm, hidden_SD)
-        query_THd = self._project(block.self_attn.q_proj, norm_SD, rotary, instruction_T)
-        key_NGd = self._project(block.self_attn.k_proj, norm_SD, rotary, visual_N)
+        first, rest = slice(instruction_tokens), slice(instruction_tokens, None)
+        query_THd = self._project(block.self_attn.q_proj, norm_SD[first], cos_Sd[first], sin_Sd[first])
+        key_NGd = self._project(block.self_attn.k_proj, norm_SD[rest], cos_Sd[rest], sin_Sd[rest])
         # The mean over instruction tokens, some at a time: a long question must not cost T x N x H floats at once.
-        importance_N = torch.zeros(len(visual_N), device=hidden_SD.device)
+        importance_N = torch.zeros(len(key_NGd), device=hidden_SD.device)
         for part_THd in query_THd.split(SCORED_QUERIES):
             share = len(part_THd) / len(query_THd)
             importance_N += text_importance(part_THd, key_NGd, block.self_attn.scaling) * share
-        return keep_by_share(importance_N, threshold), importance_N
+        return importance_N
 
     def _norm(self, norm: nn.Module, hidden_SD: torch.Tensor) -> torch.Tensor:
         return norm(hidden_SD) if self.elementwise is None else rms_norm(norm, hidden_SD, self.elementwise)
 
     def _project(
-        self, projection: nn.Module, norm_SD: torch.Tensor, rotary: Rotary, index_S: torch.Tensor
+        self, projection: nn.Module, norm_SD: torch.Tensor, cos_Sd: torch.Tensor, sin_Sd: torch.Tensor
     ) -> torch.Tensor:
-        """Queries or keys of some rows, with their rotary embedding: [rows, heads, d]."""
-        x_SHd = projection(norm_SD[index_S]).unflatten(-1, (-1, self.head_dim))
-        cos_Sd, sin_Sd = (table[0, index_S] for table in rotary)
+        """Queries or keys with their rotary embedding: [S, heads, d]."""
+        x_SHd = projection(norm_SD).unflatten(-1, (-1, self.head_dim))
         if self.elementwise is None:
             return apply_rotary(x_SHd, cos_Sd, sin_Sd)
         self.elementwise.rotate_(x_SHd, cos_Sd, sin_Sd)

@@ -1,4 +1,5 @@
-"""One step over the decoder in two halves: layers 0..k-1, text-guided selection, layers k..L-1.
+"""One step over the decoder: layers 0..k-1, text-guided selection, layers k..L-1. The halves are called one by one, for
+between them the scheduler adds what the selection lets go on; a step that only decodes is one call.
 
 Legend: S tokens of a packed half step, n sequences that decode, N visual tokens, K of them kept, T instruction tokens,
 D width, V vocabulary, m sequences that get a next token.
@@ -6,7 +7,7 @@ D width, V vocabulary, m sequences that get a next token.
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ from services.llm.kv_cache import LOWER, UPPER, KVCache
 from services.llm.model import Decoder, Rotary
 from services.llm.scheduler import Chunk, Step
 from services.llm.sequence import Sequence
-from services.sampler.text_guided import keep_by_ratio
+from services.sampler.text_guided import keep_by_ratio, keep_by_share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,17 +41,31 @@ class ModelRunner:
         self.decoder, self.cache, self.prune_layer = decoder, cache, prune_layer
         self.kernels = choose_kernels(decoder.device, decoder.dtype)
         self._batch = DecodeBatch(cache)
-        self._decode_lower: DecodePass = functools.partial(self._decode, LOWER)
-        self._decode_upper: DecodePass = functools.partial(self._decode, UPPER)
+        self._decode: DecodePass = self._whole_pass
         if decoder.device.type == "cuda":  # GPU only
             self.use_graphs(cuda_capture())
 
     def use_graphs(self, capture: Capture) -> None:
-        """From now on, half steps that only decode are recorded once a shape, then replayed."""
-        self._decode_lower, self._decode_upper = (
-            DecodeGraphs(functools.partial(self._decode, group), capture, null_row=self.cache.null_row)
-            for group in (LOWER, UPPER)
-        )
+        """From now on, steps that only decode are recorded once a shape, then replayed."""
+        self._decode = DecodeGraphs(self._whole_pass, capture, null_row=self.cache.null_row)
+
+    def record_graphs(self, most: int) -> None:
+        """Records now what up to `most` sequences of usual length will replay; nothing where there are no graphs."""
+        if isinstance(self._decode, DecodeGraphs):
+            self._decode.record(most, [group.num_layers for group in self.cache.groups], self.cache.key.device)
+
+    def decode(self, step: Step) -> torch.Tensor:
+        """A step that only decodes: logits [n, V]."""
+        device = self.decoder.device
+        numbers_3n = torch.tensor(
+            [[s.output_ids[-1] for s in step.decode], *([s.kv_lens[g] for s in step.decode] for g in (LOWER, UPPER))],
+            dtype=torch.int64,
+        ).to(device)
+        rows = self._batch.rows([s.request_id for s in step.decode])
+        logits_nV = self._decode(numbers_3n[0], numbers_3n[1:], rows)
+        for sequence in step.decode:
+            sequence.kv_lens = [length + 1 for length in sequence.kv_lens]
+        return logits_nV
 
     def lower(self, step: Step) -> HalfStep:
         """Layers 0..k-1 of the step, then the selection of what goes on in prompts that are complete."""
@@ -65,9 +80,7 @@ class ModelRunner:
         upper_lengths_n = numbers_3n[2].to(device) + 1
         rows_LnB = self._batch.rows([s.request_id for s in step.decode]) if n else []
         hidden_SD = self.cache.hidden.new_empty(0, decoder.config.hidden_size)  # no token may be left for these layers
-        if n and not step.lower:
-            hidden_SD = self._decode_lower(numbers_3n[0].to(device), position_S, position_S + 1, rows_LnB[LOWER])
-        elif len(position_S):
+        if len(position_S):
             hidden_SD = decoder.embed(torch.cat(ids).to(device))
             self._put_visual_tokens(hidden_SD, n, step.lower)
             packed = PackedStep(
@@ -98,11 +111,6 @@ class ModelRunner:
     def upper(self, step: Step, half: HalfStep) -> tuple[torch.Tensor, list[Sequence]]:
         """Layers k..L-1; returns logits [m, V] and their m sequences: all that decode or end their prefill here."""
         decoder, device, n = self.decoder, self.decoder.device, len(step.decode)
-        if n and not step.upper:
-            logits_nV = self._decode_upper(half.hidden_nD, half.position_n, half.upper_lengths_n, half.rows_LnB[UPPER])
-            for sequence in step.decode:
-                sequence.kv_lens = [length + 1 for length in sequence.kv_lens]
-            return logits_nV, list(step.decode)
         index = [chunk.sequence.upper_index[chunk.start : chunk.start + chunk.count] for chunk in step.upper]  # type: ignore[index]
         hidden, positions = [half.hidden_nD], [half.position_n]
         for chunk, index_S in zip(step.upper, index, strict=True):
@@ -135,26 +143,17 @@ class ModelRunner:
             return torch.empty(0, 0), []
         return decoder.logits(hidden_mD), sequences
 
-    def _decode(
-        self,
-        group: int,
-        tokens: torch.Tensor,
-        position_n: torch.Tensor,
-        lengths_n: torch.Tensor,
-        rows_LnB: torch.Tensor,
-    ) -> torch.Tensor:
-        """Half a step without chunks. Lower group: token ids [n] to hidden [n, D]; upper: hidden to logits [n, V]."""
+    def _whole_pass(self, tokens_n: torch.Tensor, held_2n: torch.Tensor, rows_LnB: Seq[torch.Tensor]) -> torch.Tensor:
+        """Logits [n, V]. held_2n: tokens before it in each KV cache group; in the lower one that is its position."""
         decoder, cache = self.decoder, self.cache
-        packed = PackedStep(cache, self.kernels, group, rows_LnB=rows_LnB, lengths_n=lengths_n)
-        rotary = decoder.rotary(position_n)
-        if group == LOWER:
-            out = decoder.run_layers(decoder.embed(tokens), rotary, 0, self.prune_layer, packed)
-        else:
-            hidden_nD = decoder.run_layers(tokens, rotary, self.prune_layer, decoder.num_layers, packed)
-            out = decoder.logits(hidden_nD)
+        rotary = decoder.rotary(held_2n[LOWER])
+        hidden_nD = decoder.embed(tokens_n)
+        for group, (first, last) in enumerate(((0, self.prune_layer), (self.prune_layer, decoder.num_layers))):
+            packed = PackedStep(cache, self.kernels, group, rows_LnB=rows_LnB[group], lengths_n=held_2n[group] + 1)
+            hidden_nD = decoder.run_layers(hidden_nD, rotary, first, last, packed)
         for pool in (cache.key, cache.value):  # sequences that fill a graph up have written there
             pool[cache.null_row].zero_()
-        return out
+        return decoder.logits(hidden_nD)
 
     def _put_visual_tokens(self, hidden_SD: torch.Tensor, start: int, chunks: list[Chunk]) -> None:
         """Visual tokens take the place of their placeholders' embeddings; the chunks begin at row `start`."""
@@ -169,26 +168,24 @@ class ModelRunner:
                 features.append(sequence.visual_ND[first:last])
             start += chunk.count
         if rows:
-            device, dtype = hidden_SD.device, hidden_SD.dtype
-            hidden_SD.index_copy_(0, torch.cat(rows).to(device), torch.cat(features).to(device, dtype))
+            device = hidden_SD.device
+            parts = [part.to(device, hidden_SD.dtype, non_blocking=True) for part in features]
+            hidden_SD.index_copy_(0, torch.cat(rows).to(device), torch.cat(parts) if len(parts) > 1 else parts[0])
 
     def _decide(self, sequence: Sequence) -> PruneDecision:
         """Eq. 6-9 on the hidden states entering layer k of the instruction and of every visual token."""
-        device = self.decoder.device
         instruction = torch.tensor(sequence.prompt.instruction_positions)
         position_S = torch.cat([instruction, sequence.visual_N])
-        rotary: Rotary = self.decoder.rotary(position_S.to(device))
+        rotary: Rotary = self.decoder.rotary(position_S.to(self.decoder.device))
         hidden_SD = self.cache.hidden.flatten(0, 1)[self.cache.hidden_slots(sequence.request_id, position_S)]
-        index_S = torch.arange(len(position_S), device=device)
-        threshold = 1.0 if sequence.threshold is None else sequence.threshold
-        kept_K, importance_N = self.decoder.select_visual_tokens(
-            hidden_SD, rotary, self.prune_layer, index_S[: len(instruction)], index_S[len(instruction) :], threshold
-        )
+        importance_N = self.decoder.visual_importance(hidden_SD, rotary, self.prune_layer, len(instruction)).cpu()
         if sequence.keep_ratio is not None:
             kept_K = keep_by_ratio(importance_N, sequence.keep_ratio)
+        else:
+            kept_K = keep_by_share(importance_N, 1.0 if sequence.threshold is None else sequence.threshold)
         return PruneDecision(
-            kept=kept_K.cpu(),
-            importance=importance_N.cpu(),
+            kept=kept_K,
+            importance=importance_N,
             layer=self.prune_layer,
             threshold=sequence.threshold,
             keep_ratio=sequence.keep_ratio,

@@ -39,6 +39,10 @@ class Step:
     """For upper chunks of `selecting`, which only the selection can tell the length of."""
 
     @property
+    def only_decodes(self) -> bool:
+        return not (self.lower or self.selecting or self.upper)
+
+    @property
     def sequences(self) -> list[Sequence]:
         chunks = [chunk.sequence for chunk in (*self.lower, *self.upper)]
         return list(dict.fromkeys([*self.decode, *chunks, *self.selecting]))

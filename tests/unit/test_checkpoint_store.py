@@ -231,6 +231,23 @@ def test_tensors_of_no_stage_and_twice_given_ones_are_refused(original: pathlib.
             writer.add("image_newline", torch.zeros(64))
 
 
+def test_a_linked_stage_is_not_copied_and_outlives_what_it_came_from(folder: pathlib.Path) -> None:
+    before, llm = verify(folder), load_stage(folder, "llm")
+    inodes = {path.name: path.stat().st_ino for path in folder.glob("llm-*.safetensors")}
+    changed = {name: tensor.clone() for name, tensor in load_stage(folder, "encoder").items()}
+    changed["image_newline"] += 1
+    with CheckpointWriter(folder, FocusLlavaConfig.load(folder), max_shard_bytes=SHARD_BYTES) as writer:
+        for name, tensor in changed.items():
+            writer.add(name, tensor)
+        writer.link("llm", folder)
+        writer.finish(folder)
+    assert verify(folder) != before
+    assert {path.name: path.stat().st_ino for path in folder.glob("llm-*.safetensors")} == inodes and len(inodes) > 1
+    assert torch.equal(load_stage(folder, "encoder")["image_newline"], changed["image_newline"])
+    again = load_stage(folder, "llm")
+    assert again.keys() == llm.keys() and all(torch.equal(again[name], llm[name]) for name in llm)
+
+
 def test_views_and_bfloat16_are_stored_as_they_look(original: pathlib.Path, tmp_path: pathlib.Path) -> None:
     whole = torch.randn(64, 64).bfloat16()
     names = ["multi_modal_projector.linear_1.weight", "multi_modal_projector.linear_2.weight"]

@@ -14,6 +14,8 @@ import torch
 from services.common import linear
 from services.common.types import TokenEvent, TokenLogprob
 from services.llm import model
+from services.llm.kernels.panel_linear import join_linears, linears
+from services.llm.kernels.reference import ReferenceKernels
 from services.sampler.text_guided import apply_rotary
 from tests import gpu, tiny_llm
 from tests.graph_recorder import Recorder
@@ -31,7 +33,7 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path: pathlib.Path, 
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=pathlib.Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
     compiled = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(compiled) == 16
+    assert len(compiled) == 24
     tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     for kernel in compiled:
         if kernel["name"] == "_attend_chunks":
@@ -67,18 +69,54 @@ def test_rotary_embedding_in_place(tokens: int, heads: int, width: int) -> None:
     assert torch.equal(x[:, 1::2], rest), "the heads between are another's"
 
 
-@pytest.mark.parametrize("shape", [(0, 8), (1, 8), (3, 1000)])
-def test_gate_in_place(shape: tuple[int, int]) -> None:
-    gate, up = torch.randn(2, *shape, dtype=gpu.DTYPE, device=gpu.DEVICE).mul_(4).unbind()
-    expected = torch.nn.functional.silu(gate.double()) * up.double()
+@pytest.mark.parametrize("tokens, width", [(0, 8), (1, 8), (3, 1100)])
+def test_gate_in_place(tokens: int, width: int) -> None:
+    """Of the two halves of one product."""
+    whole = torch.randn(tokens, 2 * width, dtype=gpu.DTYPE, device=gpu.DEVICE).mul_(4)
+    gate, up = whole.split(width, dim=1)
+    expected, rest = torch.nn.functional.silu(gate.double()) * up.double(), up.clone()
     gpu.elementwise().silu_mul_(gate, up)
     torch.testing.assert_close(gate.double(), expected, **gpu.TOLERANCE)
+    assert torch.equal(up, rest)
 
 
-def test_norm() -> None:
-    hidden, weight = torch.randn(3, 24, dtype=gpu.DTYPE, device=gpu.DEVICE), torch.randn(24).to(gpu.DEVICE, gpu.DTYPE)
-    exact = torch.nn.functional.rms_norm(hidden.double(), (24,), weight.double(), 1e-5)
+@pytest.mark.parametrize("tokens, width", [(0, 8), (3, 24), (2, 64)])
+def test_norm(tokens: int, width: int) -> None:
+    hidden = torch.randn(tokens, width, dtype=gpu.DTYPE, device=gpu.DEVICE)
+    weight = torch.randn(width).to(gpu.DEVICE, gpu.DTYPE)
+    exact = torch.nn.functional.rms_norm(hidden.double(), (width,), weight.double(), 1e-5)
     torch.testing.assert_close(gpu.elementwise().rms_norm(hidden, weight, 1e-5).double(), exact, **gpu.TOLERANCE)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+@pytest.mark.parametrize("groups, width", [(1, 16), (3, 8), (8, 12)])
+def test_keys_and_values_go_into_their_slots(tokens: int, groups: int, width: int) -> None:
+    kernels = gpu.kernels()
+    both = torch.randn(tokens, 2 * groups, width, dtype=gpu.DTYPE, device=gpu.DEVICE)
+    key, value = both.split(groups, dim=1)
+    pools = [torch.randn(4, 3, groups, width, dtype=gpu.DTYPE, device=gpu.DEVICE) for _ in range(2)]
+    expected = [pool.clone() for pool in pools]
+    slots = torch.randperm(12)[:tokens].to(gpu.DEVICE)
+    kernels.store(key, value, *pools, slots)
+    ReferenceKernels().store(key, value, *expected, slots)
+    assert all(torch.equal(pool, other) for pool, other in zip(pools, expected, strict=True))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_joined_layers_are_one_product(bias: bool) -> None:
+    layers = [torch.nn.Linear(16, outputs, bias=bias) for outputs in (12, 4, 8)]
+    x = torch.randn(5, 16)
+    apart = [layer(x) for layer in layers]
+    weights = [layer.weight.clone() for layer in layers]
+    join_linears(*layers)
+    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers, weights, strict=True))
+    for first, last in ((0, 3), (1, 3), (0, 2), (2, 3)):
+        outputs = linears(x, *layers[first:last])
+        assert len({output.untyped_storage().data_ptr() for output in outputs}) == 1
+        for output, other in zip(outputs, apart[first:last], strict=True):
+            torch.testing.assert_close(output, other)
+    for layer, other in zip(linears(x, layers[0], layers[2]), (apart[0], apart[2]), strict=True):
+        torch.testing.assert_close(layer, other)  # not neighbours
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -116,6 +154,8 @@ def test_an_engine_on_a_gpu_is_as_sure_of_its_tokens_as_one_in_fp32(family: str)
     sure = []
     for options in ({"dtype": torch.bfloat16, "device": gpu.DEVICE}, {"dtype": torch.float32, "device": "cpu"}):
         engine = tiny_llm.engine(family, **options)
+        engine.warm_up()
+        assert not engine.has_work() and engine.stats().completion_tokens == 0
         for n in range(6):
             asked = {"question": tiny_llm.QUESTIONS[n % 4], "images": (40 + 30 * n,), "image_seed": n, "max_tokens": 6}
             engine.submit(tiny_llm.request(engine, f"r{n}", **asked, keep_ratio=0.5 if n % 2 else None, logprobs=1))

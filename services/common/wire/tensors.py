@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from focusllava.v1 import encoder_pb2, tensor_pb2
+from services.common.dtypes import all_finite
 from services.common.errors import InvalidInput
 from services.common.types import CompressedVisualTokens
 
@@ -51,8 +52,7 @@ def tensor_from_proto(message: tensor_pb2.Tensor, field: str = "tensor") -> torc
         raise InvalidInput(found, field=f"{field}.data")
     # One copy: torch wants memory that may be written, and bytes may not.
     tensor = torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
-    # aminmax passes NaN on, and is several times faster than isfinite().all().
-    if dtype.is_floating_point and not all(math.isfinite(bound) for bound in tensor.aminmax()):
+    if dtype.is_floating_point and not all_finite(tensor):
         raise InvalidInput("holds NaN or infinity", field=f"{field}.data")
     return tensor
 

@@ -53,6 +53,18 @@ class Kernels(Protocol):
         """
         ...
 
+    def store(
+        self,
+        key_SGd: torch.Tensor,
+        value_SGd: torch.Tensor,
+        key_pool: torch.Tensor,
+        value_pool: torch.Tensor,
+        slots_S: torch.Tensor,
+    ) -> None:
+        """Writes K and V into the pools [rows, block_size, G, d]: token i to slot slots_S[i] (int64) of row-major
+        [rows * block_size]. Inputs may be strided, but d is contiguous."""
+        ...
+
 
 class Elementwise(Protocol):
     """What lies between a decoder layer's matrix products, each in one pass over memory."""

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from services.common.kernels import native
+from services.llm.kernels.reference import ReferenceKernels
 
 
-class CpuKernels:
+class CpuKernels(ReferenceKernels):
     """bf16 and fp32, even head widths, where `native.load()` says that they can be had."""
 
     def __init__(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from services.llm.kernels.paged_decode import paged_decode
+from services.llm.kernels.paged_decode import paged_decode, store
 
 CAUSAL = (-1, 0)
 """Window (left, right) of `varlen_attn`: aligned to the last query and the last key of each segment."""
@@ -58,6 +58,16 @@ class CudaKernels:
         scaling: float,
     ) -> torch.Tensor:
         return paged_decode(query_nHd, key_pool, value_pool, rows_nB, lengths_n, scaling)
+
+    def store(
+        self,
+        key_SGd: torch.Tensor,
+        value_SGd: torch.Tensor,
+        key_pool: torch.Tensor,
+        value_pool: torch.Tensor,
+        slots_S: torch.Tensor,
+    ) -> None:
+        store(key_SGd, value_SGd, key_pool, value_pool, slots_S)
 
 
 @functools.lru_cache(maxsize=16)

@@ -3,28 +3,31 @@
 A graph's shapes are fixed, so batch size and block table width are rounded up to powers of two, and a graph is recorded
 the first time that a pair is met.
 
-Legend: n sequences, N sequences of a graph (n or more), L layers, B blocks of a block table.
+Legend: n sequences, N sequences of a graph (n or more), L layers of a KV cache group, B blocks of a block table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-DecodePass = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(tokens [n] or hidden states [n, D], position_n, lengths_n, rows_LnB) -> [n, ...], without a word from the CPU."""
+DecodePass = Callable[[torch.Tensor, torch.Tensor, Sequence[torch.Tensor]], torch.Tensor]
+"""(tokens [n], tokens held before it in each KV cache group [2, n], its block tables [L, n, B]) -> [n, ...], without a
+word from the CPU."""
 Capture = Callable[[Callable[[], torch.Tensor]], tuple[Callable[[], None], torch.Tensor]]
 """Records a call; returns what repeats it on the same memory, and the memory its result comes to lie in."""
+LEAST_BLOCKS = 256
+"""Of a graph's block tables: 4,096 tokens at 16 a block. Blocks that a sequence does not have cost next to nothing, one
+width for nearly all keeps graphs few."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Graph:
-    tokens: torch.Tensor
-    position_N: torch.Tensor
-    lengths_N: torch.Tensor
-    rows_LNB: torch.Tensor
+    tokens_N: torch.Tensor
+    held_2N: torch.Tensor
+    rows_LNB: tuple[torch.Tensor, ...]
     replay: Callable[[], None]
     out: torch.Tensor
 
@@ -37,37 +40,40 @@ class DecodeGraphs:
         self._run, self._capture, self._null_row = run, capture, null_row
         self._graphs: dict[tuple[int, int], _Graph] = {}
 
-    def __call__(
-        self, tokens: torch.Tensor, position_n: torch.Tensor, lengths_n: torch.Tensor, rows_LnB: torch.Tensor
-    ) -> torch.Tensor:
+    def __call__(self, tokens_n: torch.Tensor, held_2n: torch.Tensor, rows_LnB: Sequence[torch.Tensor]) -> torch.Tensor:
         """See DecodePass. The result is overwritten by the next call."""
-        count, blocks = rows_LnB.shape[1:]
-        bucket = round_up(count), round_up(blocks)
-        graph = self._graphs.get(bucket)
-        if graph is None:
-            graph = self._graphs[bucket] = self._record(tokens, rows_LnB.shape[0], *bucket)
-        for static, given, filler in (
-            (graph.tokens, tokens, 0),
-            (graph.position_N, position_n, 0),
-            (graph.lengths_N, lengths_n, 1),
-        ):
-            static[:count] = given
-            static[count:] = filler
-        graph.rows_LNB.fill_(self._null_row)
-        graph.rows_LNB[:, :count, :blocks] = rows_LnB
+        count, blocks = len(tokens_n), max(LEAST_BLOCKS, *(rows.shape[2] for rows in rows_LnB))
+        graph = self._graph(round_up(count), round_up(blocks), [len(rows) for rows in rows_LnB], tokens_n.device)
+        for static, given in ((graph.tokens_N, tokens_n), (graph.held_2N, held_2n)):
+            static.zero_()
+            static[..., :count] = given
+        for static, given in zip(graph.rows_LNB, rows_LnB, strict=True):
+            static.fill_(self._null_row)
+            static[:, :count, : given.shape[2]] = given
         graph.replay()
         return graph.out[:count]
 
-    def _record(self, like: torch.Tensor, layers: int, count: int, blocks: int) -> _Graph:
+    def record(self, most: int, layers: Sequence[int], device: torch.device) -> None:
+        """Records the graphs of up to `most` sequences, in block tables of LEAST_BLOCKS, unless they are there."""
+        count = round_up(most)
+        while count:
+            self._graph(count, LEAST_BLOCKS, layers, device)
+            count //= 2
+
+    def _graph(self, count: int, blocks: int, layers: Sequence[int], device: torch.device) -> _Graph:
         """Recording runs the pass, on rows that belong to nobody."""
-        tokens = like.new_zeros(count, *like.shape[1:])
-        position_N = torch.zeros(count, dtype=torch.int64, device=like.device)
-        lengths_N = torch.ones_like(position_N)
-        rows_LNB = torch.full((layers, count, blocks), self._null_row, dtype=torch.int64, device=like.device)
-        replay, out = self._capture(lambda: self._run(tokens, position_N, lengths_N, rows_LNB))
-        return _Graph(
-            tokens=tokens, position_N=position_N, lengths_N=lengths_N, rows_LNB=rows_LNB, replay=replay, out=out
-        )
+        graph = self._graphs.get((count, blocks))
+        if graph is None:
+            tokens_N = torch.zeros(count, dtype=torch.int64, device=device)
+            held_2N = torch.zeros(2, count, dtype=torch.int64, device=device)
+            rows_LNB = tuple(
+                torch.full((number, count, blocks), self._null_row, dtype=torch.int64, device=device)
+                for number in layers
+            )
+            replay, out = self._capture(lambda: self._run(tokens_N, held_2N, rows_LNB))
+            graph = _Graph(tokens_N=tokens_N, held_2N=held_2N, rows_LNB=rows_LNB, replay=replay, out=out)
+            self._graphs[count, blocks] = graph
+        return graph
 
 
 def round_up(count: int) -> int:

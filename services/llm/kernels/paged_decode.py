@@ -1,4 +1,4 @@
-"""Decode attention on a GPU: Triton kernels that read K and V in their pages, from the A100 on.
+"""The paged KV cache on a GPU, from the A100 on: Triton kernels that write K and V, and decode attention on the pages.
 
 The keys of a sequence are cut into chunks, one program each, and a second kernel puts the chunks together (flash
 decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). Where it is cut depends on the sequence alone, so
@@ -16,8 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
-CHUNK = 256
-"""Tokens a program: one sequence of 2,900 on 8 key heads makes 96, for the 108 multiprocessors of an A100."""
+CHUNK = 128
+"""Tokens a program: one sequence of 2,900 on 8 key heads makes 184, for the 108 multiprocessors of an A100."""
+PARTS = 16
+"""Chunks whose results are put together at a time: one after another each would wait for memory."""
 TILE = 64
 """Tokens at a time: at head width 128 that is 38 KiB of shared memory and 144 registers, three programs a processor."""
 WARPS, STAGES = 4, 2
@@ -70,9 +72,33 @@ def paged_decode(
         width=width,
         padded_width=padded,
         chunk=CHUNK,
+        parts=PARTS,
         num_warps=WARPS,
     )
     return out_nHd
+
+
+def store(
+    key_SGd: torch.Tensor, value_SGd: torch.Tensor, key_pool: torch.Tensor, value_pool: torch.Tensor,
+    slots_S: torch.Tensor,
+) -> None:  # fmt: skip
+    """See `Kernels.store`."""
+    tokens, groups, width = key_SGd.shape
+    if tokens:
+        row = groups * width
+        _store[(tokens,)](
+            key_SGd,
+            value_SGd,
+            key_pool,
+            value_pool,
+            slots_S,
+            *key_SGd.stride()[:2],
+            *value_SGd.stride()[:2],
+            row=row,
+            padded_row=triton.next_power_of_2(row),
+            width=width,
+            num_warps=WARPS,
+        )
 
 
 @triton.jit
@@ -154,18 +180,51 @@ def _put_together(
     width: tl.constexpr,
     padded_width: tl.constexpr,
     chunk: tl.constexpr,
+    parts: tl.constexpr,
 ):
     """The mean of the chunks' means, each weighted by what its softmax summed to."""
     sequence, head = tl.program_id(0), tl.program_id(1)
-    d = tl.arange(0, padded_width)
+    d, part = tl.arange(0, padded_width), tl.arange(0, parts)
     place = (sequence * tl.num_programs(1) + head).to(tl.int64)
+    count = tl.cdiv(tl.load(lengths_n + sequence), chunk)
     highest, total = float("-inf"), 0.0
     sum_d = tl.zeros([padded_width], tl.float32)
-    for index in range(0, tl.cdiv(tl.load(lengths_n + sequence), chunk)):
-        part_d = tl.load(part_nHCd + (place * chunks + index) * width + d, mask=d < width, other=0.0)
-        weight = tl.load(weight_nHC + place * chunks + index)
-        new = tl.maximum(highest, weight)
-        fade, share = tl.exp2(highest - new), tl.exp2(weight - new)
-        sum_d, total = sum_d * fade + part_d * share, total * fade + share
+    for first in range(0, count, parts):
+        index_P = first + part
+        in_P = index_P < count
+        weight_P = tl.load(weight_nHC + place * chunks + index_P, mask=in_P, other=float("-inf"))
+        part_Pd = tl.load(
+            part_nHCd + (place * chunks + index_P)[:, None] * width + d[None, :],
+            mask=in_P[:, None] & (d < width)[None, :],
+            other=0.0,
+        )
+        new = tl.maximum(highest, tl.max(weight_P, 0))
+        fade, share_P = tl.exp2(highest - new), tl.exp2(weight_P - new)
+        sum_d = sum_d * fade + tl.sum(part_Pd * share_P[:, None], 0)
+        total = total * fade + tl.sum(share_P, 0)
         highest = new
     tl.store(out_nHd + place * width + d, (sum_d / total).to(out_nHd.dtype.element_ty), mask=d < width)
+
+
+@triton.jit
+def _store(
+    key_SGd,
+    value_SGd,
+    key_pool,
+    value_pool,
+    slots_S,
+    key_stride_S,
+    key_stride_G,
+    value_stride_S,
+    value_stride_G,
+    row: tl.constexpr,
+    padded_row: tl.constexpr,
+    width: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    j = tl.arange(0, padded_row)
+    to = tl.load(slots_S + token) * row + j
+    key = tl.load(key_SGd + token * key_stride_S + j // width * key_stride_G + j % width, mask=j < row)
+    value = tl.load(value_SGd + token * value_stride_S + j // width * value_stride_G + j % width, mask=j < row)
+    tl.store(key_pool + to, key, mask=j < row)
+    tl.store(value_pool + to, value, mask=j < row)

@@ -9,6 +9,7 @@ Legend: M tokens, N outputs, K inputs, P panels, p inputs of a 32-bit word.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -74,11 +75,11 @@ def pack_linear(linear: nn.Linear) -> nn.Module:
 
 
 def linears(x_MK: torch.Tensor, *layers: nn.Module) -> Sequence[torch.Tensor]:
-    """Each layer's result on the same input, from one call where their kind allows it."""
+    """Each layer's result on the same input, from one product where their kind allows it; they may share memory."""
     forms = [_form(layer, x_MK) for layer in layers]
     panels = [form for form in forms if isinstance(form, PanelLinear)]
     if len(panels) < len(layers):
-        return [form(x_MK) for form in forms]
+        return _one_product(x_MK, forms) or [form(x_MK) for form in forms]
     return torch.ops.focusllava.linear(
         x_MK,
         [layer.weight_PKNp for layer in panels],
@@ -109,9 +110,44 @@ def gated_linear(x_MK: torch.Tensor, gate: nn.Module, up: nn.Module, elementwise
         )
     if isinstance(gate, PackedLinear) and isinstance(up, PackedLinear):
         return up.combined(x_MK, gate.silu(x_MK), "mul")
-    gate_MN = gate(x_MK)
-    elementwise.silu_mul_(gate_MN, up(x_MK))
+    gate_MN, up_MN = linears(x_MK, gate, up)
+    elementwise.silu_mul_(gate_MN, up_MN)
     return gate_MN
+
+
+def join_linears(*layers: nn.Linear) -> None:
+    """Puts the weights of layers with one input end to end, so that `linears` makes one product of them, in any order
+    of neighbours: a GPU reads one large weight faster than several, and is asked less often."""
+    for name in ("weight", "bias"):
+        parts = [getattr(layer, name) for layer in layers]
+        if parts[0] is not None:
+            joined = torch.cat(parts).detach()
+            for layer, own in zip(layers, joined.split([len(part) for part in parts]), strict=True):
+                setattr(layer, name, nn.Parameter(own, requires_grad=False))
+
+
+def _one_product(x_MK: torch.Tensor, layers: Sequence[nn.Module]) -> Sequence[torch.Tensor] | None:
+    """All layers' results, where `join_linears` put their weights end to end in this order."""
+    plain = [layer for layer in layers if type(layer) is nn.Linear]
+    if len(plain) < len(layers):
+        return None
+    weights, biases = [layer.weight for layer in plain], [layer.bias for layer in plain]
+    outputs = [len(weight) for weight in weights]
+    weight_NK = _whole(weights, sum(outputs))
+    bias_N = _whole(biases, sum(outputs)) if biases[0] is not None else None
+    if weight_NK is None or (bias_N is None and any(bias is not None for bias in biases)):
+        return None
+    return nn.functional.linear(x_MK, weight_NK, bias_N).split(outputs, dim=-1)
+
+
+def _whole(parts: Sequence[torch.Tensor], rows: int) -> torch.Tensor | None:
+    """The tensor whose rows the parts are, one after another; None where they lie elsewhere."""
+    for one, following in itertools.pairwise(parts):
+        if following is None or one.data_ptr() + one.nbytes != following.data_ptr():
+            return None
+        if one.untyped_storage().data_ptr() != following.untyped_storage().data_ptr():
+            return None
+    return parts[0].as_strided((rows, *parts[0].shape[1:]), parts[0].stride())
 
 
 def _panels(linear: nn.Linear) -> Iterator[torch.Tensor]:

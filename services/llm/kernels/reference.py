@@ -67,3 +67,14 @@ class ReferenceKernels:
         query_nGRd = query_nHd.unflatten(1, (key_nGSd.shape[1], -1))
         out_nGRd = F.scaled_dot_product_attention(query_nGRd, key_nGSd, value_nGSd, attn_mask=mask_n11S, scale=scaling)
         return out_nGRd.flatten(1, 2)
+
+    def store(
+        self,
+        key_SGd: torch.Tensor,
+        value_SGd: torch.Tensor,
+        key_pool: torch.Tensor,
+        value_pool: torch.Tensor,
+        slots_S: torch.Tensor,
+    ) -> None:
+        key_pool.flatten(0, 1).index_copy_(0, slots_S, key_SGd)
+        value_pool.flatten(0, 1).index_copy_(0, slots_S, value_SGd)
