@@ -40,6 +40,11 @@ def caption(result: dict[str, Any]) -> str:
     )
 
 
+def unit(flops_per_s: float) -> tuple[float, str]:
+    """What to divide rates like this one by, and its name."""
+    return (1e12, "TFLOP/s") if flops_per_s > 1e13 else (1e9, "GFLOP/s")
+
+
 def engine(result: dict[str, Any]) -> str:
     rows, ratios = [], []
     for concurrency, point in result["concurrency"].items():
@@ -60,7 +65,8 @@ def engine(result: dict[str, Any]) -> str:
 
 
 def prefill(result: dict[str, Any]) -> str:
-    rates = (result["linear_flops_per_s"] / 1e9, result["attention_flops_per_s"] / 1e9)
+    by, name_of_unit = unit(result["linear_flops_per_s"])
+    rates = (result["linear_flops_per_s"] / by, result["attention_flops_per_s"] / by)
     rows = [
         [
             name, f"{s['visual_tokens_sampled']} > {s['visual_tokens_kept']}", f"{1e3 * s['seconds']:.1f}",
@@ -70,7 +76,8 @@ def prefill(result: dict[str, Any]) -> str:
         for name, s in result["settings"].items()
     ]  # fmt: skip
     header = ("samplers", "visual tokens", "prefill, ms", "speed-up", "allowed", "share", "KV bytes against off")
-    return f"Linear layers {rates[0]:.0f} GFLOP/s, attention {rates[1]:.0f} GFLOP/s.\n\n{markdown(header, rows)}"
+    head = f"Linear layers {rates[0]:.0f} {name_of_unit}, attention {rates[1]:.0f} {name_of_unit}."
+    return f"{head}\n\n{markdown(header, rows)}"
 
 
 def samplers(result: dict[str, Any]) -> str:
@@ -84,10 +91,11 @@ def samplers(result: dict[str, Any]) -> str:
 
 
 def roofline(result: dict[str, Any]) -> str:
-    rates = result["peak_flops_per_s"] / 1e9, result["read_bytes_per_s"] / 1e9
+    by, name_of_unit = unit(result["peak_flops_per_s"])
+    rates = result["peak_flops_per_s"] / by, result["read_bytes_per_s"] / 1e9
     prefill = [
-        [tokens, f"{r['linear_flops_per_s'] / 1e9:.0f}", f"{r['linear_share_of_peak']:.0%}",
-         f"{r['attention_flops_per_s'] / 1e9:.0f}", f"{r['attention_share_of_peak']:.0%}"]
+        [tokens, f"{r['linear_flops_per_s'] / by:.0f}", f"{r['linear_share_of_peak']:.0%}",
+         f"{r['attention_flops_per_s'] / by:.0f}", f"{r['attention_share_of_peak']:.0%}"]
         for tokens, r in result["prefill"].items()
     ]  # fmt: skip
     decode = [
@@ -96,8 +104,10 @@ def roofline(result: dict[str, Any]) -> str:
         for sequences, r in result["decode"].items()
     ]  # fmt: skip
     return (
-        f"Peak: matrix product {rates[0]:.0f} GFLOP/s, reading {rates[1]:.1f} GB/s.\n\n"
-        + markdown(("prompt tokens", "linear, GFLOP/s", "of peak", "attention, GFLOP/s", "of peak"), prefill)
+        f"Peak: matrix product {rates[0]:.0f} {name_of_unit}, reading {rates[1]:.1f} GB/s.\n\n"
+        + markdown(
+            ("prompt tokens", f"linear, {name_of_unit}", "of peak", f"attention, {name_of_unit}", "of peak"), prefill
+        )
         + "\n"
         + markdown(("sequences", "ms a decode step", "MiB a step", "GB/s", "of reading"), decode)
     )

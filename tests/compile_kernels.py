@@ -35,7 +35,7 @@ def compile_kernel(kernel, capability: int, dtype: str, constants: Mapping[str, 
     pointers = POINTERS | dict.fromkeys(IN_DTYPE, f"*{dtype}")
     types = pointers | {"scaling": "fp32", "eps": "fp32"} | dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "i32") for name in kernel.arg_names}
-    aligned = [name for name in signature if name in pointers or name.startswith(ALIGNED)]
+    aligned = [n for n in signature if n not in constants and (n in pointers or n.startswith(ALIGNED))]
     source = ASTSource(
         fn=kernel,
         signature=signature,
