@@ -149,6 +149,8 @@ def planned(study: Study, setting: Setting, seed: int, results: Sequence[Result]
         "permuted": setting.permuted,
         "images": study.images,
     }
+    if setting.map_share is not None:
+        scored["map_share"] = setting.map_share
     if setting.weights_of and setting.stage:
         config["stage"] = merged(config["stage"], setting.stage)
         scored["stage"] = setting.stage

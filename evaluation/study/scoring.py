@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from evaluation.scenes import PosterSplit
-from evaluation.study.evaluate import Scores, evaluate
+from evaluation.study.evaluate import Scores, calibrate, evaluate
 from evaluation.study.settings import Setting
 from training.config import RunConfig, build
 from training.joint_stage import JointTask
@@ -49,6 +49,8 @@ def trained_task(config: dict[str, Any], weights: str) -> JointTask:
 def score(job: Job) -> dict[str, Scores]:
     """By split. The first one is timed, for both."""
     task = trained_task(job.config, job.weights)
+    if job.setting.map_share is not None:
+        calibrate(task, job.setting.map_share)
     found: dict[str, Scores] = {}
     for split in job.splits:
         scores = evaluate(task, job.setting, split, job.images, timed=not found)

@@ -95,9 +95,13 @@ class CheckpointWriter:
         pending[name] = tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
 
     def link(self, stage: Stage, folder: str | pathlib.Path) -> None:
-        """Takes a stage of another checkpoint in the same file system as it is: its shards are not copied."""
+        """Takes a stage of another checkpoint as it is; within a file system its shards are not copied."""
         for shard in sorted(set(_read_index(pathlib.Path(folder), stage)["weight_map"].values())):
-            os.link(_shard_path(pathlib.Path(folder), shard), self._temp / shard)
+            path = _shard_path(pathlib.Path(folder), shard)
+            try:
+                os.link(path, self._temp / shard)
+            except OSError:
+                shutil.copyfile(path, self._temp / shard)
         shutil.copyfile(index_path(folder, stage), index_path(self._temp, stage))
         self._linked.add(stage)
 

@@ -1,0 +1,70 @@
+"""How much of a feature map the vision-guided sampler leaves, set after training by one number.
+
+Training leaves a selector near the share that its balance loss asks for, and seeds differ. Its biases decide where the
+lines between branches are drawn: moved together along the branches' coarseness, every region keeps its place in the
+order of what needs detail, and more or fewer of them get it.
+
+Legend: M regions, K branches, H x W feature map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from services.common.errors import InvalidInput
+from services.sampler.vision_guided import DROP, VisionGuidedSampler, pool, split_regions
+
+STEPS = 20
+"""Halvings: to a ten-thousandth of a logit. Nearer to the last region that fits, rounding decides about it."""
+MOST = 64.0
+"""Of a logit a halving of resolution: far past the last region that changes."""
+
+
+def tokens_by_branch(map_hw: tuple[int, int], sampler: VisionGuidedSampler) -> torch.Tensor:
+    """int64 [M, K]: tokens that each region of the map would become in each branch, newlines not counted."""
+    regions, real, _ = split_regions(torch.zeros(*map_hw, 1), sampler.window)
+    return torch.stack([pool(regions, real, kernel)[1].sum(1) for kernel in sampler.branches], dim=1)
+
+
+@torch.no_grad()
+def set_map_share(
+    sampler: VisionGuidedSampler, seen: Sequence[tuple[torch.Tensor, tuple[int, int]]], share: float
+) -> float:
+    """Moves the selector's biases until it leaves at most `share` of the tokens of the feature maps seen.
+
+    seen: what the selector says of representative images, p (float32 [M, K], `SampledMap.probs_MK`) and H, W of each.
+    Returns the share met, the largest that is not above. Raises InvalidInput where even the coarsest branch everywhere
+    leaves more, or `share` is above 1.
+    """
+    if not seen:
+        raise InvalidInput("is empty, expected the feature maps of one image or more", field="seen")
+    tokens_MK = torch.cat([tokens_by_branch(map_hw, sampler) for _, map_hw in seen])
+    log_MK = torch.cat([probs_MK.detach().float().cpu() for probs_MK, _ in seen]).clamp_min(1e-30).log()
+    cells = sum(height * width for _, (height, width) in seen)
+    linear, temperature = sampler.selector.linear, sampler.selector.temperature
+    before_K, coarseness_K = linear.bias.clone(), _coarseness(sampler)
+
+    def bias(finer: float) -> torch.Tensor:
+        """As it will be stored, rounded to the weights' dtype."""
+        return (before_K - (finer / temperature * coarseness_K).to(before_K)).to(before_K.dtype)
+
+    def left(finer: float) -> float:
+        moved_K = (bias(finer).float() - before_K.float()).cpu() * temperature
+        return float(tokens_MK.gather(1, (log_MK + moved_K).argmax(1, keepdim=True)).sum()) / cells
+
+    low, high = -MOST, MOST
+    if not left(low) <= share <= 1:
+        raise InvalidInput(f"is {share}, expected {left(low):.3f} to 1", field="share")
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if left(middle) <= share else (low, middle)
+    linear.bias.copy_(bias(low))
+    return left(low)
+
+
+def _coarseness(sampler: VisionGuidedSampler) -> torch.Tensor:
+    """float32 [K]: log2 of the tokens that one of a branch stands for; dropping a window is a step past pooling it."""
+    window = sampler.window
+    return torch.tensor([float(2 * window * window if k == DROP else k[0] * k[1]) for k in sampler.branches]).log2()

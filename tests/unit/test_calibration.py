@@ -1,0 +1,145 @@
+"""The share of a feature map that the vision-guided sampler leaves, set after training."""
+
+from __future__ import annotations
+
+import io
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from services.checkpoint.config import FocusLlavaConfig
+from services.checkpoint.store import load_stage, verify
+from services.common.errors import InvalidInput
+from services.encoder.pipeline import EncoderPipeline
+from services.sampler.calibration import set_map_share, tokens_by_branch
+from services.sampler.vision_guided import VisionGuidedSampler
+from tests.tiny_checkpoints import make_random_checkpoint
+
+WIDTH = 8
+SIZES = ((24, 24), (9, 14))
+BRANCHES = {
+    "three": ((1, 1), (2, 2), (4, 4)),
+    "seven": ((1, 1), (2, 1), (1, 2), (2, 2), (4, 2), (2, 4), (4, 4)),
+    "keep or drop": ((1, 1), (0, 0)),
+}
+
+
+def built(branches: str) -> VisionGuidedSampler:
+    torch.manual_seed(0)
+    window = 1 if branches == "keep or drop" else 4
+    sampler = VisionGuidedSampler(
+        WIDTH, 4, window=window, branches=BRANCHES[branches], selector_input="region", selector_temperature=3.0
+    )
+    torch.nn.init.normal_(sampler.selector.linear.weight, std=0.3)
+    return sampler
+
+
+def looks(sampler: VisionGuidedSampler) -> list[tuple[torch.Tensor, tuple[int, int]]]:
+    """What it says of random maps, and their sizes."""
+    generator = torch.Generator().manual_seed(1)
+    maps = [torch.randn(*size, WIDTH, generator=generator) for size in SIZES]
+    with torch.no_grad():
+        return [(sampler(m, torch.zeros(4, WIDTH), torch.zeros(WIDTH)).probs_MK, m.shape[:2]) for m in maps]
+
+
+def emitted(sampler: VisionGuidedSampler) -> int:
+    """Tokens that it makes of the same maps, newlines not counted."""
+    generator = torch.Generator().manual_seed(1)
+    total = 0
+    for size in SIZES:
+        sampled = sampler(torch.randn(*size, WIDTH, generator=generator), torch.zeros(4, WIDTH), torch.zeros(WIDTH))
+        total += len(sampled.tokens_ND) - sampled.newlines
+    return total
+
+
+@pytest.mark.parametrize("branches", BRANCHES)
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.85, 1.0])
+def test_the_sampler_then_leaves_the_share(branches: str, share: float) -> None:
+    sampler, cells = built(branches), sum(height * width for height, width in SIZES)
+    met = set_map_share(sampler, looks(sampler), share)
+    assert met <= share and share - met < 0.05, "a region is at most 16 of 702 tokens"
+    with torch.no_grad():
+        assert abs(emitted(sampler) - met * cells) <= 16, "one region may lie on the line"
+
+
+def test_regions_keep_their_order() -> None:
+    """What was finer before is not coarser than its like after."""
+    finest = []
+    for share in (0.3, 0.5, 0.7, 0.9):
+        sampler = built("three")
+        set_map_share(sampler, looks(sampler), share)
+        finest.append({i for i, p in enumerate(looks(sampler)[0][0].argmax(1).tolist()) if p == 0})
+    assert finest[0] < finest[1] < finest[2] < finest[3]
+
+
+def test_tokens_of_partial_regions_are_those_that_are_real() -> None:
+    tokens_MK = tokens_by_branch((5, 6), built("three"))
+    assert tokens_MK.tolist() == [[16, 4, 1], [8, 2, 1], [4, 2, 1], [2, 1, 1]]
+
+
+def test_a_share_that_cannot_be_is_named() -> None:
+    sampler = built("three")
+    before = sampler.selector.linear.bias.clone()
+    for share in (0.01, 1.5, float("nan")):
+        with pytest.raises(InvalidInput, match=f"share: is {share}, expected 0.0"):
+            set_map_share(sampler, looks(sampler), share)
+    with pytest.raises(InvalidInput, match="seen: is empty"):
+        set_map_share(sampler, [], 0.5)
+    assert torch.equal(sampler.selector.linear.bias, before)
+
+
+def picture(seed: int) -> bytes:
+    file, random = io.BytesIO(), np.random.default_rng(seed)
+    Image.fromarray(random.integers(0, 256, (60, 80, 3), dtype=np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: pathlib.Path) -> pathlib.Path:
+    make_random_checkpoint(tmp_path / "checkpoint")
+    (tmp_path / "images").mkdir()
+    for seed in range(3):
+        (tmp_path / "images" / f"{seed}.png").write_bytes(picture(seed))
+    return tmp_path
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "training.calibrate", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=pathlib.Path(__file__).parents[2])
+
+
+def test_a_checkpoint_is_set_by_one_command(folder: pathlib.Path) -> None:
+    source, made = folder / "checkpoint", folder / "made"
+    done = run(source, made, "--images", folder / "images", "--map-share", 0.5)
+    assert done.returncode == 0, done.stderr
+    assert "% of the feature map" in done.stdout
+    assert verify(made) != verify(source)
+    assert FocusLlavaConfig.load(made).to_dict() == FocusLlavaConfig.load(source).to_dict()
+    old, new = load_stage(source, "encoder"), load_stage(made, "encoder")
+    assert {name for name in old if not torch.equal(old[name], new[name])} == {
+        "vision_guided_sampler.selector.linear.bias"
+    }
+    pipeline = EncoderPipeline.from_checkpoint(made)
+    images = pipeline.encode([pipeline.prepare(picture(seed)) for seed in range(3)], [True] * 3)
+    sampled = sum(len(image.tokens_ND) for image in images)
+    assert sampled < sum(image.uncompressed_tokens for image in images)
+    shutil.rmtree(source)
+    assert verify(made)
+
+
+def test_what_cannot_be_calibrated_is_named(folder: pathlib.Path) -> None:
+    source = folder / "checkpoint"
+    for arguments, message in (
+        (("--images", folder / "nowhere", "--map-share", 0.5), "--images: holds no image"),
+        (("--images", folder / "images", "--map-share", 2), "share: is 2.0"),
+        (("--images", source, "--map-share", 0.5), "image"),
+    ):
+        done = run(source, folder / "made", *arguments)
+        assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not (folder / "made").exists()

@@ -1,0 +1,69 @@
+"""Sets how much of the feature map a trained checkpoint's vision-guided sampler leaves, on images of your own.
+
+    python -m training.calibrate CHECKPOINT OUTPUT --images FOLDER --map-share 0.6
+
+Only the selector's biases change. The language model's weights are linked where the file system allows it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+
+import torch
+
+from services.checkpoint.config import FocusLlavaConfig
+from services.checkpoint.store import CheckpointWriter, load_stage
+from services.common.errors import FocusError, InvalidInput
+from services.encoder.pipeline import EncoderPipeline
+from services.sampler.calibration import set_map_share
+
+BIAS = "vision_guided_sampler.selector.linear.bias"
+
+
+def calibrate(checkpoint: pathlib.Path, output: pathlib.Path, images: list[pathlib.Path], share: float) -> float:
+    """Writes the checkpoint anew at `output`; returns the share met. Raises InvalidInput naming what is wrong."""
+    if not images:
+        raise InvalidInput("holds no image", field="--images")
+    pipeline = EncoderPipeline.from_checkpoint(checkpoint)
+    if not pipeline.config.vision_sampler.enabled:
+        raise InvalidInput("is off, there is nothing to set", field="vision_sampler.enabled")
+    sampler, seen = pipeline.model.vision_guided_sampler, []
+    with torch.inference_mode():
+        for path in images:
+            (feature_map,) = pipeline.model.project([pipeline.prepare(path.read_bytes()).tiles])
+            sampled = pipeline.model.tokens(feature_map, True).sampled
+            assert sampled is not None
+            height, width, _ = feature_map.map_HWD.shape
+            seen.append((sampled.probs_MK, (height, width)))
+        met = set_map_share(sampler, seen, share)
+    stored = load_stage(checkpoint, "encoder")
+    stored[BIAS] = sampler.selector.linear.bias.to(stored[BIAS].dtype)
+    readme = checkpoint / "README.md"
+    with CheckpointWriter(output, FocusLlavaConfig.load(checkpoint)) as writer:
+        for name, tensor in stored.items():
+            writer.add(name, tensor.clone())
+        writer.link("llm", checkpoint)
+        writer.finish(checkpoint, readme=readme.read_text("utf8") if readme.is_file() else None)
+    return met
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=pathlib.Path)
+    parser.add_argument("output", type=pathlib.Path, help="may be the checkpoint itself")
+    parser.add_argument("--images", type=pathlib.Path, required=True, help="folder of representative image files")
+    parser.add_argument("--map-share", type=float, required=True, help="tokens left of the feature map, 0 to 1")
+    parser.add_argument("--most", type=int, default=200, help="images that are looked at")
+    options = parser.parse_args()
+    files = sorted(path for path in options.images.iterdir() if path.is_file()) if options.images.is_dir() else []
+    try:
+        met = calibrate(options.checkpoint, options.output, files[: options.most], options.map_share)
+    except FocusError as error:
+        sys.exit(f"calibrate: {error}")
+    print(f"{options.output}: the vision-guided sampler leaves {met:.1%} of the feature map")
+
+
+if __name__ == "__main__":
+    main()
