@@ -19,6 +19,7 @@ from services.common.errors import FocusError, InvalidInput
 from services.encoder.pipeline import EncoderPipeline
 from services.sampler.calibration import set_map_share
 
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 BIAS = "vision_guided_sampler.selector.linear.bias"
 
 
@@ -32,7 +33,11 @@ def calibrate(checkpoint: pathlib.Path, output: pathlib.Path, images: list[pathl
     sampler, seen = pipeline.model.vision_guided_sampler, []
     with torch.inference_mode():
         for path in images:
-            (feature_map,) = pipeline.model.project([pipeline.prepare(path.read_bytes()).tiles])
+            try:
+                tiles = pipeline.prepare(path.read_bytes()).tiles
+            except FocusError as error:
+                raise InvalidInput(f"{path.name}: {error}", field="--images") from None
+            (feature_map,) = pipeline.model.project([tiles])
             sampled = pipeline.model.tokens(feature_map, True).sampled
             assert sampled is not None
             height, width, _ = feature_map.map_HWD.shape
@@ -57,7 +62,8 @@ def main() -> None:
     parser.add_argument("--map-share", type=float, required=True, help="tokens left of the feature map, 0 to 1")
     parser.add_argument("--most", type=int, default=200, help="images that are looked at")
     options = parser.parse_args()
-    files = sorted(path for path in options.images.iterdir() if path.is_file()) if options.images.is_dir() else []
+    found = options.images.iterdir() if options.images.is_dir() else ()
+    files = sorted(path for path in found if path.suffix.lower() in SUFFIXES)
     try:
         met = calibrate(options.checkpoint, options.output, files[: options.most], options.map_share)
     except FocusError as error:

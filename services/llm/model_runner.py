@@ -56,11 +56,7 @@ class ModelRunner:
 
     def decode(self, step: Step) -> torch.Tensor:
         """A step that only decodes: logits [n, V]."""
-        device = self.decoder.device
-        numbers_3n = torch.tensor(
-            [[s.output_ids[-1] for s in step.decode], *([s.kv_lens[g] for s in step.decode] for g in (LOWER, UPPER))],
-            dtype=torch.int64,
-        ).to(device)
+        numbers_3n = _decoding(step).to(self.decoder.device)
         rows = self._batch.rows([s.request_id for s in step.decode])
         logits_nV = self._decode(numbers_3n[0], numbers_3n[1:], rows)
         for sequence in step.decode:
@@ -70,10 +66,7 @@ class ModelRunner:
     def lower(self, step: Step) -> HalfStep:
         """Layers 0..k-1 of the step, then the selection of what goes on in prompts that are complete."""
         decoder, device, n = self.decoder, self.decoder.device, len(step.decode)
-        numbers_3n = torch.tensor(
-            [[s.output_ids[-1] for s in step.decode], *([s.kv_lens[g] for s in step.decode] for g in (LOWER, UPPER))],
-            dtype=torch.int64,
-        )
+        numbers_3n = _decoding(step)
         ids = [numbers_3n[0], *(c.sequence.tokens(c.start, c.start + c.count) for c in step.lower)]
         positions = [numbers_3n[1], *(torch.arange(c.start, c.start + c.count) for c in step.lower)]
         position_S = torch.cat(positions).to(device)
@@ -190,3 +183,11 @@ class ModelRunner:
             threshold=sequence.threshold,
             keep_ratio=sequence.keep_ratio,
         )
+
+
+def _decoding(step: Step) -> torch.Tensor:
+    """int64 [3, n], CPU: last tokens of the sequences that decode, and the tokens held in each KV cache group."""
+    return torch.tensor(
+        [[s.output_ids[-1] for s in step.decode], *([s.kv_lens[g] for s in step.decode] for g in (LOWER, UPPER))],
+        dtype=torch.int64,
+    )

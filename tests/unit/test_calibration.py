@@ -134,11 +134,14 @@ def test_a_checkpoint_is_set_by_one_command(folder: pathlib.Path) -> None:
 
 
 def test_what_cannot_be_calibrated_is_named(folder: pathlib.Path) -> None:
-    source = folder / "checkpoint"
+    source, broken = folder / "checkpoint", folder / "broken"
+    broken.mkdir()
+    (broken / "1.png").write_bytes(picture(0)[:500])
     for arguments, message in (
         (("--images", folder / "nowhere", "--map-share", 0.5), "--images: holds no image"),
         (("--images", folder / "images", "--map-share", 2), "share: is 2.0"),
-        (("--images", source, "--map-share", 0.5), "image"),
+        (("--images", source, "--map-share", 0.5), "--images: holds no image"),
+        (("--images", broken, "--map-share", 0.5), "--images: 1.png: "),
     ):
         done = run(source, folder / "made", *arguments)
         assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
