@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import pathlib
 import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -20,6 +19,7 @@ from services.encoder.pipeline import EncoderPipeline
 from services.sampler.calibration import set_map_share, tokens_by_branch
 from services.sampler.vision_guided import VisionGuidedSampler
 from tests.tiny_checkpoints import make_random_checkpoint
+from training.calibrate import main
 
 WIDTH = 8
 SIZES = ((24, 24), (9, 14))
@@ -109,16 +109,17 @@ def folder(tmp_path: pathlib.Path) -> pathlib.Path:
     return tmp_path
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "training.calibrate", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=pathlib.Path(__file__).parents[2])
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["calibrate", *map(str, arguments)])
+    main()
 
 
-def test_a_checkpoint_is_set_by_one_command(folder: pathlib.Path) -> None:
+def test_a_checkpoint_is_set_by_one_command(
+    folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     source, made = folder / "checkpoint", folder / "made"
-    done = run(source, made, "--images", folder / "images", "--map-share", 0.5)
-    assert done.returncode == 0, done.stderr
-    assert "% of the feature map" in done.stdout
+    command(monkeypatch, source, made, "--images", folder / "images", "--map-share", 0.5)
+    assert "% of the feature map" in capsys.readouterr().out
     assert verify(made) != verify(source)
     assert FocusLlavaConfig.load(made).to_dict() == FocusLlavaConfig.load(source).to_dict()
     old, new = load_stage(source, "encoder"), load_stage(made, "encoder")
@@ -133,7 +134,7 @@ def test_a_checkpoint_is_set_by_one_command(folder: pathlib.Path) -> None:
     assert verify(made)
 
 
-def test_what_cannot_be_calibrated_is_named(folder: pathlib.Path) -> None:
+def test_what_cannot_be_calibrated_is_named(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, broken = folder / "checkpoint", folder / "broken"
     broken.mkdir()
     (broken / "1.png").write_bytes(picture(0)[:500])
@@ -143,6 +144,6 @@ def test_what_cannot_be_calibrated_is_named(folder: pathlib.Path) -> None:
         (("--images", source, "--map-share", 0.5), "--images: holds no image"),
         (("--images", broken, "--map-share", 0.5), "--images: 1.png: "),
     ):
-        done = run(source, folder / "made", *arguments)
-        assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+        with pytest.raises(SystemExit, match=f"calibrate: {message}"):
+            command(monkeypatch, source, folder / "made", *arguments)
     assert not (folder / "made").exists()
