@@ -116,8 +116,8 @@ def gated_linear(x_MK: torch.Tensor, gate: nn.Module, up: nn.Module, elementwise
 
 
 def join_linears(*layers: nn.Linear) -> None:
-    """Puts the weights of layers with one input end to end, so that `linears` makes one product of them, in any order
-    of neighbours: a GPU reads one large weight faster than several, and is asked less often."""
+    """Puts the weights of layers with one input end to end, so that `linears` makes one product of those that are
+    neighbours: a GPU reads one large weight faster than several, and is asked less often."""
     for name in ("weight", "bias"):
         parts = [getattr(layer, name) for layer in layers]
         if parts[0] is not None:
