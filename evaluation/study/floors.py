@@ -60,17 +60,20 @@ def _both_near_off(results: Sequence[Result], ours: str = OURS, length: str = ""
 LEARNED = tuple(row.setting for row in TABLES[9].rows if row.setting == "vision" or row.setting.startswith("gate_"))
 """Selectors at about equal tokens, of which the best on the validation split stands for all."""
 SIMPLE = ("random_branches", "uniform_branches", "uniform_mean", "uniform_max")
+MOST_OF_MAP = 50.0
+"""Percent. From the base tile's similarity no gate learned to leave anything out in the study's steps."""
 SAME_TOKENS_POINTS = 1.0
 """Share of the map, in points, by which the selector may be above a rule that it is held against."""
 
 
 def best_learned(results: Sequence[Result]) -> str | None:
     """The learned selector with the most fine questions right on the validation split, "vision" where none was scored
-    there; None where the one found has no result on the test split."""
+    there; None where the one found has no result on the test split. One that hardly compresses is none of them."""
     on_validation = {
         name: spread([run.exact["fine"].percent for run in runs])
         for name in LEARNED
         if (runs := [r for r in of_setting(results, name, "validation") if "fine" in r.exact])
+        and spread([run.map_percent for run in runs]).mean <= MOST_OF_MAP
     }
     best = max(on_validation, key=lambda name: on_validation[name].mean, default="vision")
     return best if score(results, best, "fine") else None

@@ -274,6 +274,8 @@ def test_the_best_selector_is_chosen_on_the_validation_split() -> None:
     assert best_learned(results) == "gate_paper_region"
     assert best_learned(results[:1]) == "vision"
     assert best_learned(results[2:]) is None
+    whole = [result("gate_paper_base_tile", 95.0, split=split, map_percent=97.0) for split in ("validation", "test")]
+    assert best_learned([*results, *whole]) == "gate_paper_region", "it leaves nothing out"
 
 
 def layers() -> list[Result]:
