@@ -239,8 +239,9 @@ TABLES: dict[int, Table] = {
             title="The gate",
             compared=(
                 "How the selector learns and what it sees, at about equal tokens, with controls that tell a selector "
-                "that looks from one that is lucky. Tokens go region by region; selector and controls were not "
-                "compared in rows. Not in the paper."
+                "that looks from one that is lucky. From the similarity to the base tile the two gates that were run "
+                "learned to leave out next to nothing in the study's steps, so their rows are not at equal tokens. "
+                "Tokens go region by region; selector and controls were not compared in rows. Not in the paper."
             ),
             columns=(),
             rows=(
