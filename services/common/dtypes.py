@@ -38,5 +38,5 @@ def cpu_has_bfloat16() -> bool:
 
 def all_finite(tensor: torch.Tensor) -> bool:
     """Whether no value is NaN or infinite; of a floating dtype, one value or more."""
-    # aminmax passes NaN on, and takes a twentieth of the time of isfinite().all().
+    # aminmax passes NaN on, and makes no tensor of the same size; isfinite().all() makes three.
     return all(math.isfinite(bound) for bound in tensor.aminmax())
