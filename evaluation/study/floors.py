@@ -61,7 +61,7 @@ LEARNED = tuple(row.setting for row in TABLES[9].rows if row.setting == "vision"
 """Selectors at about equal tokens, of which the best on the validation split stands for all."""
 SIMPLE = ("random_branches", "uniform_branches", "uniform_mean", "uniform_max")
 MOST_OF_MAP = 50.0
-"""Percent. From the base tile's similarity no gate learned to leave anything out in the study's steps."""
+"""Percent. A selector that leaves more is not at equal tokens, as two gates on the base tile's similarity are not."""
 SAME_TOKENS_POINTS = 1.0
 """Share of the map, in points, by which the selector may be above a rule that it is held against."""
 

@@ -129,7 +129,9 @@ class CheckpointWriter:
         tokenizer: an object, or a folder whose tokenizer files are copied. chat_template replaces the tokenizer's.
         """
         for stage in STAGES:
-            if stage not in self._linked:
+            if stage in self._linked:
+                assert not self._pending[stage] and not self._shards[stage], f"{stage} is linked, and given as well"
+            else:
                 self._flush(stage)
                 self._close_stage(stage)
         self.config.save(self._temp)

@@ -48,7 +48,7 @@ def set_map_share(
 
     def bias(finer: float) -> torch.Tensor:
         """As it will be stored, rounded to the weights' dtype."""
-        return (before_K - (finer / temperature * coarseness_K).to(before_K)).to(before_K.dtype)
+        return before_K - (finer / temperature * coarseness_K).to(before_K)
 
     def left(finer: float) -> float:
         moved_K = (bias(finer).float() - before_K.float()).cpu() * temperature

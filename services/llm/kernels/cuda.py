@@ -59,15 +59,7 @@ class CudaKernels:
     ) -> torch.Tensor:
         return paged_decode(query_nHd, key_pool, value_pool, rows_nB, lengths_n, scaling)
 
-    def store(
-        self,
-        key_SGd: torch.Tensor,
-        value_SGd: torch.Tensor,
-        key_pool: torch.Tensor,
-        value_pool: torch.Tensor,
-        slots_S: torch.Tensor,
-    ) -> None:
-        store(key_SGd, value_SGd, key_pool, value_pool, slots_S)
+    store = staticmethod(store)
 
 
 @functools.lru_cache(maxsize=16)
