@@ -11,8 +11,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from services.checkpoint.config import FocusLlavaConfig
-from services.encoder.model import EncodedImage, EncoderModel
+from services.encoder.model import EncodedImage, EncoderModel, ProjectedFeatureMap
 from services.sampler.balance import balance_loss
+from services.sampler.calibration import Seen, finer_for_share
 from services.sampler.rivals.base import MapRival
 from services.sampler.rivals.layers import LayerRival, asking_tokens
 from training.branch_controls import BranchControl
@@ -44,6 +45,20 @@ class LossWeights:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeldShare:
+    """The share of the feature map that the selector leaves, held by moving all its logits alike, batch by batch.
+
+    The balance loss, which asks for shares until then, then has no weight: what is left to learn is which regions need
+    the detail. Without it a selector drifts once the questions are learned, each seed its own way.
+    """
+
+    share: float
+    """Of a batch's maps, at most and nearly; 0 to 1."""
+    after: int = 0
+    """Steps without it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Answers:
     """What the model would answer, by teacher forcing, and the visual tokens that it took."""
 
@@ -62,12 +77,12 @@ class JointModel(nn.Module):
     def __init__(self, config: FocusLlavaConfig, *, weights: LossWeights, schedule: PruneSchedule | None,
                  vision_sampler: bool, pad_id: int, seed: int = 0, selector_steps: int = 0,
                  encoder_steps: int = 0, map_rival: MapRival | None = None, layer_rival: LayerRival | None = None,
-                 branch_control: BranchControl | None = None):  # fmt: skip
+                 branch_control: BranchControl | None = None, hold: HeldShare | None = None):  # fmt: skip
         super().__init__()
         self.config, self.weights, self.schedule = config, weights, schedule
         self.map_rival, self.layer_rival, self.branch_control = map_rival, layer_rival, branch_control
         self.vision_sampler, self.pad_id, self.seed = vision_sampler, pad_id, seed
-        self.selector_steps, self.encoder_steps = selector_steps, encoder_steps
+        self.selector_steps, self.encoder_steps, self.hold = selector_steps, encoder_steps, hold
         self.encoder = EncoderModel(config)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config, attn_implementation=ATTENTION_NAME)
         # Parameters that no forward pass reaches would make the optimizer wait for their gradients.
@@ -82,7 +97,8 @@ class JointModel(nn.Module):
         rng = random.Random(f"{self.seed}/{step}/{rank}")
         encoder_rests = 0 < self.encoder_steps <= step
         with torch.set_grad_enabled(torch.is_grad_enabled() and not encoder_rests):
-            encoded = self.encode(samples, random.Random(f"{self.seed}/{step}/{rank}/branches"))
+            held = self.hold is not None and step >= self.hold.after
+            encoded = self.encode(samples, random.Random(f"{self.seed}/{step}/{rank}/branches"), held=held)
         text = pack_text(samples, self.pad_id)
         # Only the unsampled map has its tokens where evidence can be looked up.
         grounding = (
@@ -99,7 +115,7 @@ class JointModel(nn.Module):
             if self.selects:
                 # A selector at rest could only be pleased by the features: no loss of its own, zero gradients for ZeRO.
                 selector_rests = encoder_rests or 0 < self.selector_steps <= step
-                alpha = 0.0 if selector_rests else self.weights.balance_at(step)
+                alpha = 0.0 if selector_rests or held else self.weights.balance_at(step)
                 loss = loss + alpha * balance
             metrics["balance"] = balance.item()
             ids = torch.cat([e.sampled.branch_ids_M for e in encoded if e.sampled])
@@ -114,11 +130,18 @@ class JointModel(nn.Module):
             metrics["kept_share"] = extra["kept_share"].item()
         return loss, metrics
 
-    def encode(self, samples: Sequence[Sample], rng: random.Random) -> list[EncodedImage]:
-        """Visual tokens by this run's sampler, rival or control; `rng` is for a control that draws."""
+    def encode(self, samples: Sequence[Sample], rng: random.Random, *, held: bool = False) -> list[EncodedImage]:
+        """Visual tokens by this run's sampler, rival or control; `rng` is for a control that draws.
+
+        held: the sampler leaves `hold`'s share of these samples' maps together.
+        """
         images = [s.image for s in samples]
         if self.map_rival:
             return encode_with_rival(self.encoder, images, self.map_rival)
+        if held and self.hold:
+            maps = self.encoder.project(images)
+            finer = finer_for_share(self.encoder.vision_guided_sampler, self.seen(maps), self.hold.share)
+            return [self.encoder.tokens(feature_map, True, finer=finer) for feature_map in maps]
         if not self.vision_sampler or self.branch_control is None:
             return self.encoder(images, [self.vision_sampler] * len(samples))
         encoded = []
@@ -128,6 +151,12 @@ class JointModel(nn.Module):
             choose = self.branch_control.choice(rng, (height, width), window, sample.glyph_boxes)
             encoded.append(self.encoder.tokens(features, True, choose))
         return encoded
+
+    @torch.no_grad()
+    def seen(self, maps: Sequence[ProjectedFeatureMap]) -> Seen:
+        """What the selector says of these maps."""
+        encoded = [self.encoder.tokens(feature_map, True) for feature_map in maps]
+        return [(e.sampled.probs_MK, e.map_hw) for e in encoded if e.sampled]
 
     @torch.no_grad()
     def answer(self, samples: Sequence[Sample], rng: random.Random) -> Answers:

@@ -16,6 +16,7 @@ from services.checkpoint.store import load_stage, save_checkpoint
 from services.common.errors import InvalidInput
 from services.encoder.model import EncoderModel
 from services.llm.prompt import PromptRenderer
+from services.sampler.calibration import set_map_share
 from services.sampler.rivals.registry import layer_rival, map_rival
 from training.branch_controls import BranchControl
 from training.config import ConfigError, RunConfig, build
@@ -25,9 +26,12 @@ from training.data.posters import CONTENTS, PANELS
 from training.data.scene_batches import SOURCES, Curriculum, SceneBatches
 from training.data.tokenizer import build_tokenizer
 from training.dense_labels import labelled_batch
-from training.joint_model import JointModel, LossWeights
+from training.joint_model import HeldShare, JointModel, LossWeights
 from training.layout import Sample
 from training.stochastic_prune import PruneSchedule
+
+SHARE_BATCHES = 8
+"""That a held selector is set on when it is exported."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,8 @@ class JointStage:
     """A rival in the text-guided sampler's place: `name` and options (budget; layers are the model's own)."""
     branch_control: dict[str, Any] = field(default_factory=dict)
     """Fields of BranchControl; empty leaves the choice to the selector."""
+    hold: dict[str, Any] = field(default_factory=dict)
+    """Fields of HeldShare; empty leaves the share to the balance loss. What is exported is set to that share."""
     fresh_selector: bool = False
     """Forgets what init_from's selector has learned."""
     loss: dict[str, Any] = field(default_factory=dict)
@@ -85,6 +91,7 @@ class JointTask:
             seed=run.seed,
             selector_steps=run.optimizer.selector_steps,
             encoder_steps=run.optimizer.encoder_steps,
+            hold=held_share(stage),
             **experiment(stage, self.config),
         )
         if whole and source:
@@ -121,6 +128,8 @@ class JointTask:
         return rank, self.data.batch(step, rank, world_size)
 
     def export(self, folder: pathlib.Path) -> None:
+        if self.module.hold:
+            self._set_share(self.module.hold.share)
         save_checkpoint(
             folder,
             self.config,
@@ -128,6 +137,29 @@ class JointTask:
             llm_tensors={f"language_model.{k}": v for k, v in self.module.language_model.state_dict().items()},
             tokenizer=self.tokenizer,
         )
+
+    @torch.no_grad()
+    def _set_share(self, share: float) -> None:
+        """Sets the selector by itself to what it was held to, on batches that come after the last one."""
+        encoder, seen = self.module.encoder, []
+        for step in range(self.run.steps, self.run.steps + SHARE_BATCHES):
+            _, samples = self.batch(step, 0, 1)
+            seen += self.module.seen(encoder.project([sample.image for sample in samples]))
+        set_map_share(encoder.vision_guided_sampler, seen, share)
+
+
+def held_share(stage: JointStage) -> HeldShare | None:
+    """None when there is nothing in `stage.hold`. Raises ConfigError for a share that is none, or nobody to hold."""
+    if not stage.hold:
+        return None
+    held: HeldShare = build(HeldShare, stage.hold, "stage.hold.")
+    if not 0 < held.share <= 1:
+        raise ConfigError(f"stage.hold.share: {held.share} is not in (0, 1]")
+    if held.after < 0:
+        raise ConfigError(f"stage.hold.after: {held.after} is not a number of steps")
+    if not stage.vision_sampler or stage.branch_control:
+        raise ConfigError("stage.hold: holds the selector, set vision_sampler: true and leave branch_control empty")
+    return held
 
 
 def curriculum(stage: JointStage) -> Curriculum:

@@ -58,17 +58,22 @@ class EncoderModel(nn.Module):
         return maps
 
     def tokens(
-        self, feature_map: ProjectedFeatureMap, vision_sampler: bool, choose: Choice | None = None
+        self,
+        feature_map: ProjectedFeatureMap,
+        vision_sampler: bool,
+        choose: Choice | None = None,
+        *,
+        finer: float = 0.0,
     ) -> EncodedImage:
         """Feature map to visual tokens: base tile, then rows of regions (or of the map) closed by newlines.
 
-        `choose` takes the selector's place on the map, in experiments.
+        `choose` takes the selector's place on the map, in experiments; `finer` moves it towards detail, in training.
         """
         base_PD, map_HWD = feature_map.base_PD, feature_map.map_HWD
         height, width, depth = map_HWD.shape
         sampled = None
         if vision_sampler:
-            sampled = self.vision_guided_sampler(map_HWD, base_PD, self.image_newline, choose)
+            sampled = self.vision_guided_sampler(map_HWD, base_PD, self.image_newline, choose, finer=finer)
             rest_ND = sampled.tokens_ND
             newlines = sampled.newlines
             mode = self.config.vision_sampler.base_tile

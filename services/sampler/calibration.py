@@ -9,12 +9,15 @@ Legend: M regions, K branches, H x W feature map.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from services.common.errors import InvalidInput
-from services.sampler.vision_guided import DROP, VisionGuidedSampler, pool, split_regions
+from services.sampler.vision_guided import VisionGuidedSampler, pool, split_regions
+
+Seen = Sequence[tuple[torch.Tensor, tuple[int, int]]]
+"""What a selector says of images: p (float32 [M, K], `SampledMap.probs_MK`) and H, W of each."""
 
 STEPS = 20
 """Halvings: to a ten-thousandth of a logit. Nearer to the last region that fits, rounding decides about it."""
@@ -28,31 +31,53 @@ def tokens_by_branch(map_hw: tuple[int, int], sampler: VisionGuidedSampler) -> t
     return torch.stack([pool(regions, real, kernel)[1].sum(1) for kernel in sampler.branches], dim=1)
 
 
+def finer_for_share(sampler: VisionGuidedSampler, seen: Seen, share: float) -> float:
+    """How far a selector has to be moved towards detail (`finer` of `VisionGuidedSampler.forward`) to leave at most
+    `share` of the tokens of the feature maps seen, and nearly that. Raises InvalidInput as `set_map_share` does.
+    """
+    coarseness_K = sampler.coarseness_K
+    return _largest_within(sampler, seen, share, lambda finer: -finer * coarseness_K)[0]
+
+
 @torch.no_grad()
-def set_map_share(
-    sampler: VisionGuidedSampler, seen: Sequence[tuple[torch.Tensor, tuple[int, int]]], share: float
-) -> float:
+def set_map_share(sampler: VisionGuidedSampler, seen: Seen, share: float) -> float:
     """Moves the selector's biases until it leaves at most `share` of the tokens of the feature maps seen.
 
-    seen: what the selector says of representative images, p (float32 [M, K], `SampledMap.probs_MK`) and H, W of each.
     Returns the share met, the largest that is not above. Raises InvalidInput where even the coarsest branch everywhere
     leaves more, or `share` is above 1.
+    """
+    linear, temperature = sampler.selector.linear, sampler.selector.temperature
+    before_K, coarseness_K = linear.bias.clone(), sampler.coarseness_K.to(linear.bias.device)
+
+    def bias(finer: float) -> torch.Tensor:
+        """As it will be stored, rounded to the weights' dtype."""
+        return before_K - (finer / temperature * coarseness_K).to(before_K)
+
+    def moved(finer: float) -> torch.Tensor:
+        return (bias(finer).float() - before_K.float()).cpu() * temperature
+
+    finer, met = _largest_within(sampler, seen, share, moved)
+    linear.bias.copy_(bias(finer))
+    return met
+
+
+@torch.no_grad()
+def _largest_within(
+    sampler: VisionGuidedSampler, seen: Seen, share: float, moved: Callable[[float], torch.Tensor]
+) -> tuple[float, float]:
+    """The largest move towards detail that leaves no more than `share`, and what it leaves.
+
+    moved: from a move to what it adds to the logits, float32 [K].
     """
     if not seen:
         raise InvalidInput("is empty, expected the feature maps of one image or more", field="seen")
     tokens_MK = torch.cat([tokens_by_branch(map_hw, sampler) for _, map_hw in seen])
     log_MK = torch.cat([probs_MK.detach().float().cpu() for probs_MK, _ in seen]).clamp_min(1e-30).log()
     cells = sum(height * width for _, (height, width) in seen)
-    linear, temperature = sampler.selector.linear, sampler.selector.temperature
-    before_K, coarseness_K = linear.bias.clone(), _coarseness(sampler)
-
-    def bias(finer: float) -> torch.Tensor:
-        """As it will be stored, rounded to the weights' dtype."""
-        return before_K - (finer / temperature * coarseness_K).to(before_K)
 
     def left(finer: float) -> float:
-        moved_K = (bias(finer).float() - before_K.float()).cpu() * temperature
-        return float(tokens_MK.gather(1, (log_MK + moved_K).argmax(1, keepdim=True)).sum()) / cells
+        chosen_M1 = (log_MK + moved(finer)).argmax(1, keepdim=True)
+        return float(tokens_MK.gather(1, chosen_M1).sum()) / cells
 
     low, high = -MOST, MOST
     if not left(low) <= share <= 1:
@@ -60,11 +85,4 @@ def set_map_share(
     for _ in range(STEPS):
         middle = (low + high) / 2
         low, high = (middle, high) if left(middle) <= share else (low, middle)
-    linear.bias.copy_(bias(low))
-    return left(low)
-
-
-def _coarseness(sampler: VisionGuidedSampler) -> torch.Tensor:
-    """float32 [K]: log2 of the tokens that one of a branch stands for; dropping a window is a step past pooling it."""
-    window = sampler.window
-    return torch.tensor([float(2 * window * window if k == DROP else k[0] * k[1]) for k in sampler.branches]).log2()
+    return low, left(low)

@@ -138,7 +138,7 @@ class Selector(nn.Module):
         nn.init.constant_(self.linear.bias[:1], 0.5)
 
     def forward(self, regions_MwwD: torch.Tensor, real_Mww: torch.Tensor, base_ND: torch.Tensor) -> torch.Tensor:
-        """Returns p, float32 [M, K]."""
+        """Returns the logits of p, float32 [M, K]."""
         real = real_Mww.flatten(1).unsqueeze(-1)
         tokens = regions_MwwD.flatten(1, 2).float()
         mean_MD = (tokens * real).sum(1) / real.sum(1)
@@ -164,7 +164,7 @@ class Selector(nn.Module):
                 base_ND = nn.functional.normalize(base_ND - centre_D, dim=-1)
             features = region_MD @ base_ND.T
         weight, bias = self.linear.weight.float(), self.linear.bias.float()
-        return (nn.functional.linear(features, weight, bias) * self.temperature).softmax(dim=-1)
+        return nn.functional.linear(features, weight, bias) * self.temperature
 
 
 class VisionGuidedSampler(nn.Module):
@@ -197,15 +197,25 @@ class VisionGuidedSampler(nn.Module):
             temperature=selector_temperature,
         )
 
+    @property
+    def coarseness_K(self) -> torch.Tensor:
+        """float32 [K]: log2 of the tokens that one of a branch stands for; to drop a window is a step past pooling it."""
+        kernels = (float(2 * self.window**2 if kernel == DROP else kernel[0] * kernel[1]) for kernel in self.branches)
+        return torch.tensor(list(kernels)).log2()
+
     def forward(self, map_HWD: torch.Tensor, base_ND: torch.Tensor, newline_D: torch.Tensor,
-                choose: Choice | None = None) -> SampledMap:  # fmt: skip
+                choose: Choice | None = None, *, finer: float = 0.0) -> SampledMap:  # fmt: skip
         """Compresses one image's unpadded feature map with its base-tile features as context.
 
         `choose` decides in the selector's place, as an experiment's control; then there is no gate either.
+        `finer` moves the selector's logits towards detail, by so much a halving of resolution.
         """
         regions, real, grid = split_regions(map_HWD, self.window)
         with torch.autocast(map_HWD.device.type, enabled=False):
-            probs_MK = self.selector(regions, real, base_ND)
+            logits_MK = self.selector(regions, real, base_ND)
+            if finer:
+                logits_MK = logits_MK - finer * self.coarseness_K.to(logits_MK.device)
+            probs_MK = logits_MK.softmax(dim=-1)
         branch_ids_M = choose(probs_MK, grid) if choose else probs_MK.argmax(dim=1)
         gated = self.training and torch.is_grad_enabled() and choose is None
         pooled = []
