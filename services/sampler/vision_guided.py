@@ -199,7 +199,7 @@ class VisionGuidedSampler(nn.Module):
 
     @property
     def coarseness_K(self) -> torch.Tensor:
-        """float32 [K]: log2 of the tokens that one of a branch stands for; to drop a window is a step past pooling it."""
+        """float32 [K]: log2 of the tokens that one of a branch stands for; to drop is a step past pooling a window."""
         kernels = (float(2 * self.window**2 if kernel == DROP else kernel[0] * kernel[1]) for kernel in self.branches)
         return torch.tensor(list(kernels)).log2()
 

@@ -16,7 +16,7 @@ from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.store import load_stage, verify
 from services.common.errors import InvalidInput
 from services.encoder.pipeline import EncoderPipeline
-from services.sampler.calibration import set_map_share, tokens_by_branch
+from services.sampler.calibration import finer_for_share, set_map_share, tokens_by_branch
 from services.sampler.vision_guided import VisionGuidedSampler
 from tests.tiny_checkpoints import make_random_checkpoint
 from training.calibrate import main
@@ -66,6 +66,21 @@ def test_the_sampler_then_leaves_the_share(branches: str, share: float) -> None:
     assert met <= share and share - met < 0.05, "a region is at most 16 of 702 tokens"
     with torch.no_grad():
         assert abs(emitted(sampler) - met * cells) <= 16, "one region may lie on the line"
+
+
+@pytest.mark.parametrize("branches", BRANCHES)
+def test_moved_for_one_batch_it_chooses_as_with_its_biases_set(branches: str) -> None:
+    sampler, (height, width) = built(branches), SIZES[0]
+    map_HWD = torch.randn(height, width, WIDTH, generator=torch.Generator().manual_seed(1))
+    finer = finer_for_share(sampler, looks(sampler), 0.7)
+    rest = torch.zeros(4, WIDTH), torch.zeros(WIDTH)
+    with torch.no_grad():
+        as_it_is, moved = sampler(map_HWD, *rest), sampler(map_HWD, *rest, finer=finer)
+        set_map_share(sampler, looks(sampler), 0.7)
+        after = sampler(map_HWD, *rest)
+    assert torch.equal(moved.branch_ids_M, after.branch_ids_M)
+    assert not torch.equal(moved.branch_ids_M, as_it_is.branch_ids_M)
+    torch.testing.assert_close(moved.probs_MK, after.probs_MK, rtol=1e-3, atol=1e-5)
 
 
 def test_regions_keep_their_order() -> None:
