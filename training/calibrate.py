@@ -17,7 +17,7 @@ from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.store import CheckpointWriter, load_stage
 from services.common.errors import FocusError, InvalidInput
 from services.encoder.pipeline import EncoderPipeline
-from services.sampler.calibration import set_map_share
+from services.sampler.calibration import Seen, set_map_share
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 BIAS = "vision_guided_sampler.selector.linear.bias"
@@ -30,18 +30,16 @@ def calibrate(checkpoint: pathlib.Path, output: pathlib.Path, images: list[pathl
     pipeline = EncoderPipeline.from_checkpoint(checkpoint)
     if not pipeline.config.vision_sampler.enabled:
         raise InvalidInput("is off, there is nothing to set", field="vision_sampler.enabled")
-    sampler, seen = pipeline.model.vision_guided_sampler, []
+    encoder = pipeline.model
+    sampler = encoder.vision_guided_sampler
+    seen: list[Seen] = []
     with torch.inference_mode():
         for path in images:
             try:
                 tiles = pipeline.prepare(path.read_bytes()).tiles
             except FocusError as error:
                 raise InvalidInput(f"{path.name}: {error}", field="--images") from None
-            (feature_map,) = pipeline.model.project([tiles])
-            sampled = pipeline.model.tokens(feature_map, True).sampled
-            assert sampled is not None
-            height, width, _ = feature_map.map_HWD.shape
-            seen.append((sampled.probs_MK, (height, width)))
+            seen += encoder.seen(encoder.project([tiles]))
         met = set_map_share(sampler, seen, share)
     stored = load_stage(checkpoint, "encoder")
     stored[BIAS] = sampler.selector.linear.bias.to(stored[BIAS].dtype)

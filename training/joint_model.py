@@ -11,9 +11,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from services.checkpoint.config import FocusLlavaConfig
-from services.encoder.model import EncodedImage, EncoderModel, ProjectedFeatureMap
+from services.encoder.model import EncodedImage, EncoderModel
 from services.sampler.balance import balance_loss
-from services.sampler.calibration import Seen, finer_for_share
+from services.sampler.calibration import finer_for_share
 from services.sampler.rivals.base import MapRival
 from services.sampler.rivals.layers import LayerRival, asking_tokens
 from training.branch_controls import BranchControl
@@ -140,7 +140,7 @@ class JointModel(nn.Module):
             return encode_with_rival(self.encoder, images, self.map_rival)
         if held and self.hold:
             maps = self.encoder.project(images)
-            finer = finer_for_share(self.encoder.vision_guided_sampler, self.seen(maps), self.hold.share)
+            finer = finer_for_share(self.encoder.vision_guided_sampler, self.encoder.seen(maps), self.hold.share)
             return [self.encoder.tokens(feature_map, True, finer=finer) for feature_map in maps]
         if not self.vision_sampler or self.branch_control is None:
             return self.encoder(images, [self.vision_sampler] * len(samples))
@@ -151,12 +151,6 @@ class JointModel(nn.Module):
             choose = self.branch_control.choice(rng, (height, width), window, sample.glyph_boxes)
             encoded.append(self.encoder.tokens(features, True, choose))
         return encoded
-
-    @torch.no_grad()
-    def seen(self, maps: Sequence[ProjectedFeatureMap]) -> Seen:
-        """What the selector says of these maps."""
-        encoded = [self.encoder.tokens(feature_map, True) for feature_map in maps]
-        return [(e.sampled.probs_MK, e.map_hw) for e in encoded if e.sampled]
 
     @torch.no_grad()
     def answer(self, samples: Sequence[Sample], rng: random.Random) -> Answers:

@@ -16,7 +16,7 @@ from services.checkpoint.store import load_stage, save_checkpoint
 from services.common.errors import InvalidInput
 from services.encoder.model import EncoderModel
 from services.llm.prompt import PromptRenderer
-from services.sampler.calibration import set_map_share
+from services.sampler.calibration import Seen, set_map_share
 from services.sampler.rivals.registry import layer_rival, map_rival
 from training.branch_controls import BranchControl
 from training.config import ConfigError, RunConfig, build
@@ -141,10 +141,11 @@ class JointTask:
     @torch.no_grad()
     def _set_share(self, share: float) -> None:
         """Sets the selector by itself to what it was held to, on batches that come after the last one."""
-        encoder, seen = self.module.encoder, []
+        encoder = self.module.encoder
+        seen: list[Seen] = []
         for step in range(self.run.steps, self.run.steps + SHARE_BATCHES):
             _, samples = self.batch(step, 0, 1)
-            seen += self.module.seen(encoder.project([sample.image for sample in samples]))
+            seen += encoder.seen(encoder.project([sample.image for sample in samples]))
         set_map_share(encoder.vision_guided_sampler, seen, share)
 
 

@@ -22,7 +22,7 @@ from evaluation.scenes import SEEDS, PosterSplit, asked_of
 from evaluation.scenes.scoring import GROUPS, Tally
 from evaluation.study.settings import Setting
 from services.encoder.anyres import tile_image
-from services.sampler.calibration import set_map_share
+from services.sampler.calibration import Seen, set_map_share
 from training.branch_controls import BranchControl, regions_touched
 from training.data.branches import Exchange
 from training.data.poster_boxes import content_boxes
@@ -82,13 +82,10 @@ def evaluate(task: JointTask, setting: Setting, split: PosterSplit, images: int,
 @torch.no_grad()
 def calibrate(task: JointTask, share: float) -> None:
     """Sets the selector to leave so much of the feature maps of validation images."""
-    encoder, seen = task.module.eval().encoder, []
+    encoder = task.module.eval().encoder
+    seen: list[Seen] = []
     for asked in benchmark_samples(task, "validation", CALIBRATION_IMAGES):
-        (feature_map,) = encoder.project([asked.sample.image])
-        sampled = encoder.tokens(feature_map, True).sampled
-        assert sampled is not None
-        height, width, _ = feature_map.map_HWD.shape
-        seen.append((sampled.probs_MK, (height, width)))
+        seen += encoder.seen(encoder.project([asked.sample.image]))
     set_map_share(encoder.vision_guided_sampler, seen, share)
 
 

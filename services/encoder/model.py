@@ -13,6 +13,7 @@ from services.common.types import ImageTiles, ProjectedFeatureMap
 from services.encoder.anyres import join_tiles
 from services.encoder.projector import Projector
 from services.encoder.vision_tower import build_vision_tower, patch_features
+from services.sampler.calibration import Seen
 from services.sampler.vision_guided import Choice, SampledMap, VisionGuidedSampler
 
 
@@ -95,6 +96,12 @@ class EncoderModel(nn.Module):
             uncompressed_tokens=feature_map.base_PD.shape[0] + height * (width + 1),
             sampled=sampled,
         )
+
+    @torch.no_grad()
+    def seen(self, maps: Sequence[ProjectedFeatureMap]) -> list[Seen]:
+        """What the vision-guided sampler's selector says of them, for `services.sampler.calibration`."""
+        encoded = [self.tokens(feature_map, True) for feature_map in maps]
+        return [(image.sampled.probs_MK, image.map_hw) for image in encoded if image.sampled]
 
     def forward(self, images: Sequence[ImageTiles], vision_sampler: Sequence[bool]) -> list[EncodedImage]:
         return [self.tokens(m, on) for m, on in zip(self.project(images), vision_sampler, strict=True)]

@@ -16,8 +16,8 @@ import torch
 from services.common.errors import InvalidInput
 from services.sampler.vision_guided import VisionGuidedSampler, pool, split_regions
 
-Seen = Sequence[tuple[torch.Tensor, tuple[int, int]]]
-"""What a selector says of images: p (float32 [M, K], `SampledMap.probs_MK`) and H, W of each."""
+Seen = tuple[torch.Tensor, tuple[int, int]]
+"""What a selector says of an image: p (float32 [M, K], `SampledMap.probs_MK`) and the map's H and W."""
 
 STEPS = 20
 """Halvings: to a ten-thousandth of a logit. Nearer to the last region that fits, rounding decides about it."""
@@ -31,7 +31,7 @@ def tokens_by_branch(map_hw: tuple[int, int], sampler: VisionGuidedSampler) -> t
     return torch.stack([pool(regions, real, kernel)[1].sum(1) for kernel in sampler.branches], dim=1)
 
 
-def finer_for_share(sampler: VisionGuidedSampler, seen: Seen, share: float) -> float:
+def finer_for_share(sampler: VisionGuidedSampler, seen: Sequence[Seen], share: float) -> float:
     """How far a selector has to be moved towards detail (`finer` of `VisionGuidedSampler.forward`) to leave at most
     `share` of the tokens of the feature maps seen, and nearly that. Raises InvalidInput as `set_map_share` does.
     """
@@ -40,7 +40,7 @@ def finer_for_share(sampler: VisionGuidedSampler, seen: Seen, share: float) -> f
 
 
 @torch.no_grad()
-def set_map_share(sampler: VisionGuidedSampler, seen: Seen, share: float) -> float:
+def set_map_share(sampler: VisionGuidedSampler, seen: Sequence[Seen], share: float) -> float:
     """Moves the selector's biases until it leaves at most `share` of the tokens of the feature maps seen.
 
     Returns the share met, the largest that is not above. Raises InvalidInput where even the coarsest branch everywhere
@@ -63,7 +63,7 @@ def set_map_share(sampler: VisionGuidedSampler, seen: Seen, share: float) -> flo
 
 @torch.no_grad()
 def _largest_within(
-    sampler: VisionGuidedSampler, seen: Seen, share: float, moved: Callable[[float], torch.Tensor]
+    sampler: VisionGuidedSampler, seen: Sequence[Seen], share: float, moved: Callable[[float], torch.Tensor]
 ) -> tuple[float, float]:
     """The largest move towards detail that leaves no more than `share`, and what it leaves.
 
