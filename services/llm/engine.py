@@ -13,10 +13,8 @@ import torch
 
 from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.store import fingerprint
-from services.common.dtypes import all_finite
-from services.common.errors import InternalError, InvalidInput, TooLarge, WrongFingerprint
+from services.common.errors import InternalError, InvalidInput
 from services.common.linear import Quantize
-from services.common.ranges import check_prune, check_sampling
 from services.common.types import (
     ChatTurn,
     FinishedEvent,
@@ -27,13 +25,12 @@ from services.common.types import (
     TokenEvent,
     Usage,
 )
-from services.llm.detokenizer import Detokenizer
+from services.llm.intake import Intake
 from services.llm.kv_cache import KVCache
 from services.llm.model import Decoder
 from services.llm.model_runner import ModelRunner
-from services.llm.prefix import block_keys
-from services.llm.prompt import Prompt, PromptRenderer
-from services.llm.sampling import new_generator, sample
+from services.llm.prompt import PromptRenderer
+from services.llm.sampling import sample
 from services.llm.scheduler import Scheduler
 from services.llm.sequence import Sequence, SequenceState
 
@@ -106,6 +103,7 @@ class Engine:
             block_size=block_size,
             prefix_reuse=prefix_reuse,
         )
+        self.intake = Intake(decoder, renderer, config, model_fingerprint, self.cache)
         self.scheduler = Scheduler(self.cache, max_batch_tokens=max_batch_tokens, max_running=max_running)
         self._sequences: dict[str, Sequence] = {}
         self.runner = ModelRunner(decoder, self.cache, self.prune_layer)
@@ -172,26 +170,7 @@ class Engine:
 
     def prepare(self, request: GenerateRequest) -> Sequence:
         """Everything that can be refused of a request, with no change to the engine. Thread-safe."""
-        received_at = time.monotonic()
-        check_sampling(request.sampling)
-        check_prune(request.prune)
-        visual_ND = self._visual_tokens(request)
-        prompt = self.renderer.render(request.turns, [len(image.tokens_ND) for image in request.images])
-        threshold, keep_ratio = self._pruning(request, prompt)
-        sequence = Sequence(
-            request=request,
-            prompt=prompt,
-            visual_ND=visual_ND,
-            threshold=threshold,
-            keep_ratio=keep_ratio,
-            max_new_tokens=min(request.sampling.max_tokens, self.decoder.context - len(prompt.input_ids)),
-            generator=new_generator(request.sampling),
-            detokenizer=Detokenizer(self.renderer.tokenizer, request.sampling.stop),
-            block_keys=block_keys(prompt, request.images, self.cache.block_size) if self.cache.prefix_reuse else (),
-            received_at=received_at,
-        )
-        self._check_room(sequence)
-        return sequence
+        return self.intake.sequence(request)
 
     def enqueue(self, sequence: Sequence) -> None:
         """Queues what `prepare` made. Raises InvalidInput when its id is in flight already."""
@@ -290,52 +269,6 @@ class Engine:
                 self._totals[name] += getattr(usage, name)
             self._totals["prompt_tokens_reused"] += sequence.reused_tokens
         return FinishedEvent(reason=reason, usage=usage)
-
-    # Checks and accounting.
-
-    def _pruning(self, request: GenerateRequest, prompt: Prompt) -> tuple[float | None, float | None]:
-        """The threshold or the keep ratio that decides; neither when every token goes on."""
-        asked, ours = request.prune, self.config.text_sampler
-        if not (asked.enabled and ours.enabled and prompt.visual_spans and prompt.instruction_positions):
-            return None, None
-        if asked.keep_ratio is not None:
-            return None, asked.keep_ratio if asked.keep_ratio < 1 else None
-        threshold = ours.threshold if asked.threshold is None else asked.threshold
-        return threshold if threshold < 1 else None, None
-
-    def _check_room(self, sequence: Sequence) -> None:
-        """Raises TooLarge for what could not run even if it had the whole KV cache."""
-        cache, (lower, upper) = self.cache, sequence.max_kv_lens
-        if cache.pages_needed(lower, upper) > cache.num_pages or cache.blocks(lower) > cache.num_slots:
-            needed = max(cache.blocks(lower) * cache.block_bytes, cache.pages_needed(lower, upper) * cache.page_bytes)
-            raise TooLarge(
-                f"a prompt of {sequence.prompt_len} tokens and up to {sequence.max_new_tokens} new ones need "
-                f"{needed} bytes of KV cache, this server has {cache.num_slots * cache.block_bytes}; "
-                "ask for fewer max_tokens or send smaller images",
-                field="request",
-            )
-
-    def _visual_tokens(self, request: GenerateRequest) -> torch.Tensor | None:
-        width, parts = self.decoder.config.hidden_size, []
-        for index, image in enumerate(request.images):
-            if image.model_fingerprint != self.fingerprint:
-                raise WrongFingerprint(
-                    f"is {image.model_fingerprint!r}, this stage runs {self.fingerprint!r}",
-                    field=f"images[{index}].model_fingerprint",
-                )
-            tokens, field = image.tokens_ND, f"images[{index}].tokens"
-            if tokens.ndim != 2 or tokens.shape[1] != width or not len(tokens) or not tokens.is_floating_point():
-                raise InvalidInput(
-                    f"is {tokens.dtype} {list(tokens.shape)}, expected floating point [1 or more, {width}]", field=field
-                )
-            parts.append(tokens.to(self.decoder.dtype))
-            if not all_finite(parts[-1]):
-                raise InvalidInput(f"has values that are not finite in {self.decoder.dtype}", field=field)
-        if not parts:
-            return None
-        visual_ND = torch.cat(parts) if len(parts) > 1 else parts[0]
-        # Pinned here, on any thread, the engine's own need not wait for the copy to a GPU.
-        return visual_ND.pin_memory() if self.decoder.device.type == "cuda" else visual_ND
 
     def _usage(self, sequence: Sequence) -> Usage:
         layers, k = self.decoder.num_layers, self.prune_layer
