@@ -13,7 +13,8 @@ import torch
 
 from benchmarks.workload import jpeg
 from services.checkpoint.config import FocusLlavaConfig
-from services.checkpoint.store import CheckpointWriter, load_stage
+from services.checkpoint.store import load_stage
+from services.checkpoint.writer import CheckpointWriter
 from services.common.types import ProjectedFeatureMap
 from services.encoder.model import EncoderModel
 from services.encoder.pipeline import EncoderPipeline

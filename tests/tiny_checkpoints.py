@@ -21,7 +21,8 @@ from transformers import (
 from transformers.models.auto import CONFIG_MAPPING
 
 from services.checkpoint.config import FocusLlavaConfig, TextSamplerConfig, VisionSamplerConfig
-from services.checkpoint.store import LLM_PREFIX, save_checkpoint
+from services.checkpoint.store import LLM_PREFIX
+from services.checkpoint.writer import save_checkpoint
 from services.encoder.model import EncoderModel
 
 FAMILIES = ("llama", "mistral", "qwen2")

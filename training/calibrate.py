@@ -14,7 +14,8 @@ import sys
 import torch
 
 from services.checkpoint.config import FocusLlavaConfig
-from services.checkpoint.store import CheckpointWriter, load_stage
+from services.checkpoint.store import load_stage
+from services.checkpoint.writer import CheckpointWriter
 from services.common.errors import FocusError, InvalidInput
 from services.encoder.pipeline import EncoderPipeline
 from services.sampler.calibration import Seen, set_map_share

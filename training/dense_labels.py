@@ -15,7 +15,8 @@ from torch import nn
 from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel
 
 from services.checkpoint.config import FocusLlavaConfig
-from services.checkpoint.store import load_stage, save_checkpoint
+from services.checkpoint.store import load_stage
+from services.checkpoint.writer import save_checkpoint
 from services.encoder.anyres import normalise
 from services.encoder.vision_tower import build_vision_tower, patch_features
 from training.config import RunConfig, build

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel
 
 from services.checkpoint.config import FocusLlavaConfig
-from services.checkpoint.store import load_stage, save_checkpoint
+from services.checkpoint.store import load_stage
+from services.checkpoint.writer import save_checkpoint
 from services.common.errors import InvalidInput
 from services.encoder.model import EncoderModel
 from services.llm.prompt import PromptRenderer

@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, CLIPVisionModel
 
 from services.checkpoint.config import FocusLlavaConfig, VisionSamplerConfig
 from services.checkpoint.hub_config import chat_template, convert_config, read_hub_config, read_json
-from services.checkpoint.store import LLM_PREFIX, LM_HEAD, MAX_SHARD_BYTES, CheckpointWriter, check_shapes
+from services.checkpoint.store import LLM_PREFIX, LM_HEAD, check_shapes
+from services.checkpoint.writer import MAX_SHARD_BYTES, CheckpointWriter
 from services.common.errors import InvalidInput
 from services.sampler.vision_guided import VisionGuidedSampler
 

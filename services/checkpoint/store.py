@@ -1,4 +1,4 @@
-"""One checkpoint folder: safetensors shards split by stage, written atomically and loaded a stage at a time.
+"""One checkpoint folder: safetensors shards split by stage, loaded a stage at a time. `writer.py` writes it.
 
 config.json  chat_template.jinja  tokenizer files  README.md
 encoder.safetensors.index.json  encoder-00001-of-0000n.safetensors ...
@@ -9,17 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pathlib
-import shutil
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from transformers import PreTrainedTokenizerBase
 
 from services.checkpoint.config import FocusLlavaConfig
 from services.common.errors import InvalidInput
@@ -35,160 +30,10 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", CHAT_TEMPLATE,
 )  # fmt: skip
-MAX_SHARD_BYTES = 2 * 1024**3
 
 
 def index_path(folder: str | pathlib.Path, stage: Stage) -> pathlib.Path:
     return pathlib.Path(folder) / f"{stage}.safetensors.index.json"
-
-
-class CheckpointWriter:
-    """Writes a checkpoint tensor by tensor, holding at most one shard a stage in memory.
-
-    Nothing appears at `folder` until `finish`: everything is written to a sibling folder that then takes its place (an
-    older checkpoint there is replaced). Leaving the `with` block without `finish` removes the sibling.
-    """
-
-    def __init__(self, folder: str | pathlib.Path, config: FocusLlavaConfig, *, max_shard_bytes: int = MAX_SHARD_BYTES):
-        if max_shard_bytes < 1:
-            raise InvalidInput(f"is {max_shard_bytes}, expected at least 1", field="max_shard_bytes")
-        self.folder = pathlib.Path(os.path.abspath(folder))
-        self.config = config
-        self.max_shard_bytes = max_shard_bytes
-        self.tied = bool(config.text_config.tie_word_embeddings)
-        if self.folder.exists() and not index_path(self.folder, "llm").is_file():
-            if not self.folder.is_dir() or any(self.folder.iterdir()):
-                raise InvalidInput("exists and is not a FocusLLaVA checkpoint: remove it first", field=str(folder))
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        self._temp = pathlib.Path(tempfile.mkdtemp(prefix=f".{self.folder.name}.", dir=self.folder.parent))
-        self._temp.chmod(0o755)
-        self._pending: dict[Stage, dict[str, torch.Tensor]] = {stage: {} for stage in STAGES}
-        self._shards: dict[Stage, list[list[str]]] = {stage: [] for stage in STAGES}
-        self._seen: set[str] = set()
-        self._linked: set[Stage] = set()
-        self.bytes_written = 0
-
-    def __enter__(self) -> CheckpointWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self._temp, ignore_errors=True)
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Takes one tensor of any float dtype; its stage follows from its name. A tied LM head is not stored."""
-        if name.startswith(LLM_PREFIX):
-            stage: Stage = "llm"
-        elif name.startswith(ENCODER_PREFIXES):
-            stage = "encoder"
-        else:
-            raise InvalidInput("belongs to neither stage", field=name)
-        if name in self._seen:
-            raise InvalidInput("is given twice", field=name)
-        self._seen.add(name)
-        if name == LM_HEAD and self.tied:
-            return
-        pending = self._pending[stage]
-        if pending and sum(t.nbytes for t in pending.values()) + tensor.nbytes > self.max_shard_bytes:
-            self._flush(stage)
-        # Storage that is shared (a view, a tied weight) cannot go into one safetensors file: it gets its own.
-        tensor = tensor.detach().cpu().contiguous()
-        pending[name] = tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
-
-    def link(self, stage: Stage, folder: str | pathlib.Path) -> None:
-        """Takes a stage of another checkpoint as it is; within a file system its shards are not copied."""
-        for shard in sorted(set(_read_index(pathlib.Path(folder), stage)["weight_map"].values())):
-            path = _shard_path(pathlib.Path(folder), shard)
-            try:
-                os.link(path, self._temp / shard)
-            except OSError:
-                shutil.copyfile(path, self._temp / shard)
-        shutil.copyfile(index_path(folder, stage), index_path(self._temp, stage))
-        self._linked.add(stage)
-
-    def _part(self, stage: Stage, number: int) -> pathlib.Path:
-        return self._temp / f"{stage}-{number:05d}.part"
-
-    def _flush(self, stage: Stage) -> None:
-        pending = self._pending[stage]
-        if not pending:
-            return
-        self._shards[stage].append(list(pending))
-        self.bytes_written += sum(t.nbytes for t in pending.values())
-        save_file(pending, self._part(stage, len(self._shards[stage])), metadata={"format": "pt"})
-        pending.clear()
-
-    def finish(
-        self,
-        tokenizer: PreTrainedTokenizerBase | str | pathlib.Path,
-        *,
-        chat_template: str | None = None,
-        readme: str | None = None,
-    ) -> str:
-        """Closes the shards, writes the small files, puts the folder in place and returns its fingerprint.
-
-        tokenizer: an object, or a folder whose tokenizer files are copied. chat_template replaces the tokenizer's.
-        """
-        for stage in STAGES:
-            if stage in self._linked:
-                assert not self._pending[stage] and not self._shards[stage], f"{stage} is linked, and given as well"
-            else:
-                self._flush(stage)
-                self._close_stage(stage)
-        self.config.save(self._temp)
-        _write_tokenizer(self._temp, tokenizer, chat_template)
-        (self._temp / "README.md").write_text(readme or f"# {self.folder.name}\n\nA FocusLLaVA checkpoint.\n", "utf8")
-        result = fingerprint(self._temp)
-        for path in self._temp.iterdir():
-            _sync(path)
-        self._replace()
-        return result
-
-    def _close_stage(self, stage: Stage) -> None:
-        weight_map: dict[str, str] = {}
-        hashes: dict[str, str] = {}
-        total = len(self._shards[stage])
-        size = 0
-        for number, names in enumerate(self._shards[stage], start=1):
-            part = self._part(stage, number)
-            shard = f"{stage}-{number:05d}-of-{total:05d}.safetensors"
-            hashes[shard] = _sha256(part)
-            size += part.stat().st_size
-            part.rename(self._temp / shard)
-            weight_map.update(dict.fromkeys(names, shard))
-        index = {"metadata": {"total_size": size, "shard_sha256": hashes}, "weight_map": weight_map}
-        index_path(self._temp, stage).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf8")
-
-    def _replace(self) -> None:
-        old = None
-        if self.folder.exists():
-            old = pathlib.Path(tempfile.mkdtemp(prefix=f".{self.folder.name}.old.", dir=self.folder.parent))
-            self.folder.rename(old / "old")
-        self._temp.rename(self.folder)
-        _sync(self.folder.parent)
-        if old:
-            shutil.rmtree(old)
-
-
-def save_checkpoint(
-    folder: str | pathlib.Path,
-    config: FocusLlavaConfig,
-    encoder_tensors: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]],
-    llm_tensors: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]],
-    tokenizer: PreTrainedTokenizerBase | str | pathlib.Path,
-    *,
-    chat_template: str | None = None,
-    readme: str | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> str:
-    """Writes a whole checkpoint atomically and returns its fingerprint.
-
-    Names as in `EncoderModel.state_dict()`, and `language_model.` + names of the causal LM's state dict.
-    """
-    with CheckpointWriter(folder, config, max_shard_bytes=max_shard_bytes) as writer:
-        for tensors in (encoder_tensors, llm_tensors):
-            for name, tensor in tensors.items() if isinstance(tensors, Mapping) else tensors:
-                writer.add(name, tensor)
-        return writer.finish(tokenizer, chat_template=chat_template, readme=readme)
 
 
 def load_stage(
@@ -201,10 +46,10 @@ def load_stage(
     missing, unknown, unreadable or wrong-shaped.
     """
     folder = pathlib.Path(folder)
-    weight_map = _read_index(folder, stage)["weight_map"]
+    weight_map = read_index(folder, stage)["weight_map"]
     tensors: dict[str, torch.Tensor] = {}
     for shard in sorted(set(weight_map.values())):
-        path = _shard_path(folder, shard)
+        path = shard_path(folder, shard)
         names = {name for name, where in weight_map.items() if where == shard}
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
@@ -262,7 +107,7 @@ def fingerprint(folder: str | pathlib.Path) -> str:
         if (folder / name).is_file():
             update(name, (folder / name).read_bytes())
     for stage in STAGES:
-        update(index_path(folder, stage).name, _canonical(_read_index(folder, stage)))
+        update(index_path(folder, stage).name, _canonical(read_index(folder, stage)))
     return digest.hexdigest()
 
 
@@ -270,13 +115,14 @@ def verify(folder: str | pathlib.Path) -> str:
     """Hashes every shard again and returns the fingerprint; raises InvalidInput naming the first corrupt shard."""
     folder = pathlib.Path(folder)
     for stage in STAGES:
-        for shard, expected in sorted(_read_index(folder, stage)["metadata"]["shard_sha256"].items()):
-            if _sha256(_shard_path(folder, shard)) != expected:
+        for shard, expected in sorted(read_index(folder, stage)["metadata"]["shard_sha256"].items()):
+            if file_sha256(shard_path(folder, shard)) != expected:
                 raise InvalidInput(f"is corrupt: its SHA-256 is not the one in {stage}'s index", field=shard)
     return fingerprint(folder)
 
 
-def _read_index(folder: pathlib.Path, stage: Stage) -> dict[str, Any]:
+def read_index(folder: pathlib.Path, stage: Stage) -> dict[str, Any]:
+    """Raises InvalidInput for an index that is missing, malformed or leads elsewhere."""
     path = index_path(folder, stage)
     try:
         index = json.loads(path.read_text("utf8"))
@@ -294,40 +140,19 @@ def _read_index(folder: pathlib.Path, stage: Stage) -> dict[str, Any]:
     return index
 
 
-def _shard_path(folder: pathlib.Path, shard: str) -> pathlib.Path:
+def shard_path(folder: pathlib.Path, shard: str) -> pathlib.Path:
+    """Raises InvalidInput where there is no such shard."""
     path = folder / shard
     if not path.is_file():
         raise InvalidInput(f"{folder} lacks this shard", field=shard)
     return path
 
 
-def _write_tokenizer(
-    folder: pathlib.Path, tokenizer: PreTrainedTokenizerBase | str | pathlib.Path, chat_template: str | None
-) -> None:
-    if isinstance(tokenizer, PreTrainedTokenizerBase):
-        tokenizer.save_pretrained(folder)
-    else:
-        found = [name for name in TOKENIZER_FILES if (pathlib.Path(tokenizer) / name).is_file()]
-        if "tokenizer.json" not in found and "tokenizer.model" not in found and "vocab.json" not in found:
-            raise InvalidInput(f"{tokenizer} has no tokenizer.json", field="tokenizer")
-        for name in found:
-            shutil.copyfile(pathlib.Path(tokenizer) / name, folder / name)
-    if chat_template is not None:
-        (folder / CHAT_TEMPLATE).write_text(chat_template, "utf8")
-
-
 def _canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def _sha256(path: pathlib.Path) -> str:
+def file_sha256(path: pathlib.Path) -> str:
+    """Hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: pathlib.Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,17 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from services.checkpoint.config import FocusLlavaConfig
-from services.checkpoint.store import (
-    EMBEDDINGS,
-    LLM_PREFIX,
-    LM_HEAD,
-    CheckpointWriter,
-    fingerprint,
-    index_path,
-    load_stage,
-    save_checkpoint,
-    verify,
-)
+from services.checkpoint.store import EMBEDDINGS, LLM_PREFIX, LM_HEAD, fingerprint, index_path, load_stage, verify
+from services.checkpoint.writer import CheckpointWriter, save_checkpoint
 from services.common.errors import InvalidInput
 from services.encoder.model import EncoderModel
 from services.encoder.pipeline import EncoderPipeline
