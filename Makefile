@@ -4,12 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TRITON := triton==3.7.1
+TRANSFORMERS ?= 5.20.0
 CHECKPOINT ?= checkpoints/focusllava-tiny
 PORT ?= 9000
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve stop test lint format protos bench lock clean
+.PHONY: help setup demo serve stop test compat lint format protos bench lock clean
 
 help: ## This list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-8s %s\n", $$1, $$2 }'
@@ -37,6 +38,9 @@ $(VENV)/.triton: $(STAMP)
 	@$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install -q --progress-bar off $(TRITON) || \
 		echo "test: $(TRITON) cannot be installed, tests of the GPU's decode kernels will be skipped"
 	@touch $@
+
+compat: $(STAMP) ## What leans on transformers' insides, with another version of it: TRANSFORMERS=5.20.0
+	@scripts/compat.sh $(BIN)/python $(TRANSFORMERS)
 
 lint: $(STAMP) ## ruff, mypy, import lines, generated code
 	@echo "lint: ruff" && $(BIN)/ruff check . && $(BIN)/ruff format --check .

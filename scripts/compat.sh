@@ -1,0 +1,13 @@
+#!/bin/sh
+# Runs the tests of what leans on transformers' insides with another version of it; the environment stays as it is.
+# Usage: scripts/compat.sh PYTHON VERSION
+set -eu
+python=$1 version=$2
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT INT TERM
+"$python" -m pip install -q --progress-bar off --no-deps --target "$folder" "transformers==$version"
+export PYTHONPATH=".:$folder"
+"$python" -c "import sys, transformers; sys.exit(transformers.__version__ != '$version')"
+echo "compat: transformers $version"
+"$python" -m pytest tests/contract tests/unit/test_encoder_*.py tests/unit/test_import_llava_next.py \
+    tests/unit/test_llm_prompt.py tests/unit/test_held_share.py
