@@ -171,7 +171,7 @@ FLOORS: tuple[Callable[[Sequence[Result]], Floor], ...] = (
     functools.partial(_both_near_off, ours=f"{OURS}{LONG}", length=LONG),
     functools.partial(_both_near_off, ours=f"{OURS}_more{LONG}", length=LONG),
     functools.partial(_both_near_off, ours=f"{OURS}_set{LONG}", length=LONG),
-    functools.partial(_both_near_off, ours=f"{OURS}_set_most{LONG}", length=LONG),
+    functools.partial(_both_near_off, ours=f"{OURS}_held{LONG}", length=LONG),
     _selector_beats_simple,
     _both_beats_rivals,
     _collapse_reproduced,

@@ -300,7 +300,10 @@ TABLES: dict[int, Table] = {
                 "Twice the steps, for all alike; the selector learns in the first 150 and rests. Where the whole "
                 "encoder rests then, learning ever slower for 50 steps before, what it chooses stays. What a selector "
                 "leaves differs from seed to seed (46, 57 and 65 % of the map), and the more the better the score; set "
-                "after training, on images of the validation split, all leave 60 %. That share and the text-guided "
+                "after training, on images of the validation split, all leave 60 %. Held, every batch after step 150 "
+                "leaves 66 %, without the balance loss; learning on from the task alone, the selector then gives up "
+                "4x4 for 2x2. On the validation split the held ones are 0.5 points behind full resolution, those set "
+                "afterwards 0.3. That share and the text-guided "
                 "sampler's thresholds were chosen on the validation split. Few regions at 4x4 were to help counting, "
                 "after the seed that had fewest of three counted best: they do not. Nor do more regions at 1x1 in "
                 "training, higher thresholds there, or a text-guided sampler a layer later (a seed each). Both "
@@ -316,6 +319,8 @@ TABLES: dict[int, Table] = {
                 Row(setting=f"{OURS}_more{LONG}", label="the same weights, threshold 0.995"),
                 Row(setting=f"{OURS}_set{LONG}", label="the same, set to 60 % of the map, threshold 0.995"),
                 Row(setting=f"{OURS}_set_most{LONG}", label="the same, set to 60 % of the map, threshold 0.999"),
+                Row(setting=f"{OURS}_held{LONG}", label="held at 66 % of the map, learning on, threshold 0.995"),
+                Row(setting=f"{OURS}_held_rest{LONG}", label="held at 66 % of the map, at rest, threshold 0.995"),
                 Row(setting=f"{OURS}_rest{LONG}", label="the encoder at rest, threshold 0.995"),
                 Row(setting=f"{OURS}_count{LONG}", label="few regions at 4x4, threshold 0.995"),
                 Row(setting=f"{OURS}_fine{LONG}", label="more regions at 1x1, threshold 0.995"),
@@ -332,6 +337,9 @@ TABLES: dict[int, Table] = {
                 Claim(better=f"{OURS}_more{LONG}", worse=f"off{LONG}", group="all", source="expected"),
                 Claim(better=f"{OURS}_set{LONG}", worse=f"{OURS}_more{LONG}", group="all", source="expected"),
                 Claim(better=f"{OURS}_set_most{LONG}", worse=f"off{LONG}", group="all", source="expected"),
+                Claim(better=f"{OURS}_held{LONG}", worse=f"off{LONG}", group="all", source="expected"),
+                Claim(better=f"{OURS}_held{LONG}", worse=f"{OURS}_set{LONG}", group="all", source="expected"),
+                Claim(better=f"{OURS}_held{LONG}", worse=f"{OURS}_held_rest{LONG}", group="all", source="expected"),
                 Claim(better=f"{OURS}_rest{LONG}", worse=f"{OURS}_more{LONG}", group="all", source="expected"),
                 Claim(better=f"{OURS}_count{LONG}", worse=f"{OURS}_more{LONG}", group="all", source="expected"),
                 Claim(better=f"{OURS}_count{LONG}", worse=f"off{LONG}", group="all", source="expected"),
