@@ -11,14 +11,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel
 
-from services.checkpoint.config import FocusLlavaConfig
+from services.checkpoint.config import FocusLlavaConfig, VisionSamplerConfig
 from services.checkpoint.store import load_stage
 from services.checkpoint.writer import save_checkpoint
 from services.common.errors import InvalidInput
 from services.encoder.model import EncoderModel
 from services.llm.prompt import PromptRenderer
-from services.sampler.calibration import Seen, set_map_share
+from services.sampler.calibration import Seen, least_share, set_map_share
 from services.sampler.rivals.registry import layer_rival, map_rival
+from services.sampler.vision_guided import DROP
 from training.branch_controls import BranchControl
 from training.config import ConfigError, RunConfig, build
 from training.data.branches import BranchBuilder
@@ -92,7 +93,7 @@ class JointTask:
             seed=run.seed,
             selector_steps=run.optimizer.selector_steps,
             encoder_steps=run.optimizer.encoder_steps,
-            hold=held_share(stage),
+            hold=held_share(stage, self.config.vision_sampler),
             **experiment(stage, self.config),
         )
         if whole and source:
@@ -147,16 +148,20 @@ class JointTask:
         for step in range(self.run.steps, self.run.steps + SHARE_BATCHES):
             _, samples = self.batch(step, 0, 1)
             seen += encoder.seen(encoder.project([sample.image for sample in samples]))
-        set_map_share(encoder.vision_guided_sampler, seen, share)
+        sampler = encoder.vision_guided_sampler
+        set_map_share(sampler, seen, max(share, least_share(sampler, seen)))
 
 
-def held_share(stage: JointStage) -> HeldShare | None:
+def held_share(stage: JointStage, sampler: VisionSamplerConfig) -> HeldShare | None:
     """None when there is nothing in `stage.hold`. Raises ConfigError for a share that is none, or nobody to hold."""
     if not stage.hold:
         return None
     held: HeldShare = build(HeldShare, stage.hold, "stage.hold.")
-    if not 0 < held.share <= 1:
-        raise ConfigError(f"stage.hold.share: {held.share} is not in (0, 1]")
+    least = min(1 / (height * width) if (height, width) != DROP else 0.0 for height, width in sampler.branches)
+    if not least <= held.share <= 1:
+        raise ConfigError(
+            f"stage.hold.share: {held.share} is not in [{least:g}, 1], 1 over the coarsest branch's tokens"
+        )
     if held.after < 0:
         raise ConfigError(f"stage.hold.after: {held.after} is not a number of steps")
     if not stage.vision_sampler or stage.branch_control:

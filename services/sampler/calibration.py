@@ -33,9 +33,9 @@ def tokens_by_branch(map_hw: tuple[int, int], sampler: VisionGuidedSampler) -> t
 
 def finer_for_share(sampler: VisionGuidedSampler, seen: Sequence[Seen], share: float) -> float:
     """How far a selector has to be moved towards detail (`finer` of `VisionGuidedSampler.forward`) to leave at most
-    `share` of the tokens of the feature maps seen, and nearly that. Raises InvalidInput as `set_map_share` does.
+    `share` of the tokens of the feature maps seen, and nearly that; or as few as their edges allow.
     """
-    coarseness_K = sampler.coarseness_K
+    coarseness_K, share = sampler.coarseness_K, max(share, least_share(sampler, seen))
     return _largest_within(sampler, seen, share, lambda finer: -finer * coarseness_K)[0]
 
 
@@ -46,6 +46,10 @@ def set_map_share(sampler: VisionGuidedSampler, seen: Sequence[Seen], share: flo
     Returns the share met, the largest that is not above. Raises InvalidInput where even the coarsest branch everywhere
     leaves more, or `share` is above 1.
     """
+    if not seen:
+        raise InvalidInput("is empty, expected the feature maps of one image or more", field="seen")
+    if not (least := least_share(sampler, seen)) <= share <= 1:
+        raise InvalidInput(f"is {share}, expected {least:.3f} to 1", field="share")
     linear, temperature = sampler.selector.linear, sampler.selector.temperature
     before_K, coarseness_K = linear.bias.clone(), sampler.coarseness_K.to(linear.bias.device)
 
@@ -61,6 +65,12 @@ def set_map_share(sampler: VisionGuidedSampler, seen: Sequence[Seen], share: flo
     return met
 
 
+def least_share(sampler: VisionGuidedSampler, seen: Sequence[Seen]) -> float:
+    """What the coarsest branch everywhere leaves: of partial regions more than of whole ones."""
+    least = sum(int(tokens_by_branch(map_hw, sampler).amin(1).sum()) for _, map_hw in seen)
+    return least / sum(height * width for _, (height, width) in seen)
+
+
 @torch.no_grad()
 def _largest_within(
     sampler: VisionGuidedSampler, seen: Sequence[Seen], share: float, moved: Callable[[float], torch.Tensor]
@@ -69,8 +79,6 @@ def _largest_within(
 
     moved: from a move to what it adds to the logits, float32 [K].
     """
-    if not seen:
-        raise InvalidInput("is empty, expected the feature maps of one image or more", field="seen")
     tokens_MK = torch.cat([tokens_by_branch(map_hw, sampler) for _, map_hw in seen])
     log_MK = torch.cat([probs_MK.detach().float().cpu() for probs_MK, _ in seen]).clamp_min(1e-30).log()
     cells = sum(height * width for _, (height, width) in seen)
@@ -80,8 +88,6 @@ def _largest_within(
         return float(tokens_MK.gather(1, chosen_M1).sum()) / cells
 
     low, high = -MOST, MOST
-    if not left(low) <= share <= 1:
-        raise InvalidInput(f"is {share}, expected {left(low):.3f} to 1", field="share")
     for _ in range(STEPS):
         middle = (low + high) / 2
         low, high = (middle, high) if left(middle) <= share else (low, middle)

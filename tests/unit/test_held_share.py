@@ -40,6 +40,15 @@ def test_a_batch_leaves_the_share_and_no_more(tmp_path, share):
     assert share_of(joint.encode(samples, random.Random(0)))[0] != left, "by itself the selector leaves another share"
 
 
+def test_where_partial_regions_leave_more_than_the_share_all_are_at_the_coarsest(tmp_path):
+    joint = (task := task_of(tmp_path, share=REGION**-1)).module
+    samples = [task.data.sample(index) for index in range(3)]
+    encoded = joint.encode(samples, random.Random(0), held=True)
+    assert all((image.sampled.branch_ids_M == 2).all() for image in encoded)
+    task.export(tmp_path / "made")
+    assert all((image.sampled.branch_ids_M == 2).all() for image in joint.encode(samples, random.Random(0)))
+
+
 def test_it_is_held_from_its_step_on_without_the_balance_loss(tmp_path):
     joint, batch = (task := task_of(tmp_path, share=SHARE, after=AFTER)).module.train(), task.batch(0, 0, 1)
     with torch.no_grad():
@@ -93,7 +102,8 @@ def test_nothing_is_held_without_the_setting(tmp_path):
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
-        ({"hold": {"share": 0}}, r"stage\.hold\.share: 0\.0 is not in \(0, 1\]"),
+        ({"hold": {"share": 0}}, r"stage\.hold\.share: 0\.0 is not in \[0\.0625, 1\]"),
+        ({"hold": {"share": 0.06}}, r"stage\.hold\.share: 0\.06 is not in"),
         ({"hold": {"share": 1.5}}, r"stage\.hold\.share: 1\.5"),
         ({"hold": {"share": float("nan")}}, r"stage\.hold\.share: nan"),
         ({"hold": {"after": 3}}, r"stage\.hold\.share: is missing"),
