@@ -71,7 +71,7 @@ def test_what_another_needs_stands_first():
             assert all(names.index(needed) < position for needed in SETTINGS[name].needs)
     assert [setting.name for setting in settings_of()][:2] == ["off", "vision"]
     with pytest.raises(InvalidInput, match="table"):
-        settings_of(12)
+        settings_of(max(TABLES) + 1)
 
 
 def test_a_match_fills_in_budgets_and_shares():
