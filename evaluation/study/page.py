@@ -20,9 +20,10 @@ from evaluation.study.figures import (
 from evaluation.study.floors import floors
 from evaluation.study.focus_figures import FOCUS_FIGURES, focus_figure
 from evaluation.study.results import Result, Spread, of_setting, spread
+from evaluation.study.rows import Row
+from evaluation.study.rows import Table as StudyTable
 from evaluation.study.settings import OURS, SETTINGS, Setting
-from evaluation.study.tables import TABLES, Row
-from evaluation.study.tables import Table as StudyTable
+from evaluation.study.tables import TABLES
 from evaluation.study.verdicts import (
     Finding,
     Outcome,

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from evaluation.study.results import Result, Spread, of_setting, spread
+from evaluation.study.rows import Claim
 from evaluation.study.settings import SETTINGS, Setting
-from evaluation.study.tables import TABLES, Claim
+from evaluation.study.tables import TABLES
 
 Outcome = Literal["agree", "disagree", "too close to call", "not run"]
 

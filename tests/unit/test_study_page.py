@@ -18,8 +18,9 @@ from evaluation.study.figures import draw_figure, load_image
 from evaluation.study.floors import Floor, best_learned, floors
 from evaluation.study.page import write_page
 from evaluation.study.results import Result, load_results
+from evaluation.study.rows import Claim
 from evaluation.study.settings import SETTINGS
-from evaluation.study.tables import TABLES, Claim
+from evaluation.study.tables import TABLES
 from evaluation.study.verdicts import collapsed, finding, findings, score
 from services.common.errors import InvalidInput
 
