@@ -19,8 +19,10 @@ OWN_TABLES = (
         rows=(
             Row(setting="off", label="full resolution"),
             Row(setting="vision", label="counterfactual gate, region"),
+            Row(setting="vision_held", label="counterfactual gate, region, held at 25 % of the map"),
             Row(setting="gate_counterfactual_base_tile", label="counterfactual gate, base tile"),
             Row(setting="gate_straight_through_region", label="straight-through gate, region"),
+            Row(setting="straight_through_held", label="straight-through gate, region, held at 25 % of the map"),
             Row(setting="gate_straight_through_base_tile", label="straight-through gate, base tile"),
             Row(setting="gate_paper_region", label="the paper's gate, region"),
             Row(setting="gate_paper_base_tile", label="the paper's gate, base tile"),
@@ -39,6 +41,9 @@ OWN_TABLES = (
                               "gate_straight_through_region")),
             Claim(better="gate_counterfactual_base_tile", worse="gate_paper_base_tile", group="fine",
                   source="expected"),
+            *(Claim(better=held, worse=worse, group="fine", source="expected") for held, worse in (
+                ("vision_held", "vision"), ("straight_through_held", "gate_straight_through_region"),
+                ("straight_through_held", "off"))),
         ),
     ),
     Table(

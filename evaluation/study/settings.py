@@ -184,6 +184,8 @@ MAP_SHARE = 0.6
 65. Of 0.6, 0.66, 0.72 and 0.8 it was as good as any on the validation split (0.995; two seeds, the last two of one)."""
 HOLD = {"share": 0.66, "after": SELECTOR_STEPS}
 """Of longer runs: with FIXED_PRUNE at TEXT_MORE about 42 % of the tokens, as the seed that lost least."""
+HOLD_VISION = {"share": RIVAL_BUDGET, "after": 100}
+"""Of the vision-guided sampler alone: as much of the map as 2x2 pooling leaves, to the token."""
 LONG = "_long"
 """After the name of a setting that is trained twice as long."""
 OURS = "both"
@@ -285,6 +287,9 @@ _ALL = (
               stage=_vision(gate, selector))
       for selector, title in (("base_tile", "similarity to the base tile"), ("region", "the region as its input"))
       for gate in ("paper", "straight_through", "counterfactual") if (gate, selector) != ("counterfactual", "region")),
+    *(Setting(name=f"{name}_held", title=f"{gate.replace('_', '-')} gate, the region, held at 25 % of the map",
+              stage={**_vision(gate), "hold": HOLD_VISION})
+      for name, gate in (("vision", "counterfactual"), ("straight_through", "straight_through"))),
     Setting(name="random_branches", title="random branches, shares of the learned selector",
             stage=_control("random"), match="vision"),
     Setting(name="uniform_branches", title="every region at 2x2", stage=_control("uniform", branch=1)),
