@@ -21,15 +21,11 @@ from services.sampler.rivals.tower import Source, attention_received
 from services.sampler.text_guided import apply_rotary
 
 
-def encode_with_rival(
-    encoder: EncoderModel, images: Sequence[ImageTiles], rival: MapRival, source: Source = "cls"
-) -> list[EncodedImage]:
-    """The encoder's forward pass with a rival where the vision-guided sampler would run.
-
-    source: whose attention in the tower is read, see `services.sampler.rivals.tower`.
-    """
+def encode_with_rival(encoder: EncoderModel, images: Sequence[ImageTiles], rival: MapRival) -> list[EncodedImage]:
+    """The encoder's forward pass with a rival where the vision-guided sampler would run."""
     config, newline_D = encoder.config, encoder.image_newline
     pixels = torch.cat([image.pixels_T3HW for image in images]).to(newline_D.device, newline_D.dtype)
+    source: Source = getattr(rival, "source", "cls")  # most rivals read no attention
     features, attention_TP, key_TPGd = _features_and_cues(
         encoder.vision_tower, pixels, config.vision_feature_layer, source
     )

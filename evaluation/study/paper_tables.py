@@ -29,7 +29,10 @@ PAPER_TABLES = (
         compared=(
             "Ways to spend fewer visual tokens. Rivals on the feature map leave a quarter of it, as 2x2 pooling "
             "does, and a newline for four of its rows, where both samplers have one for each row in which a token "
-            "begins; rivals inside the language model come out with the converted share of both samplers."
+            "begins; rivals inside the language model come out with the converted share of both samplers. The vision "
+            "tower here was trained on patches alone, so that its CLS token has not learned to look: PruMerge+ and "
+            "VisionZip, which read its attention, run a second time on that of the patches, as VisionZip does for "
+            "towers without such a token."
         ),
         columns=TEN,
         rows=(
@@ -44,6 +47,8 @@ PAPER_TABLES = (
             Row(setting="trim", label="TRIM",
                 paper=_figures(TEN, None, 69.1, 61.4, 85.3, 28.0, 58.7, 1461, None, 67.4, 54.9)),
             Row(setting="visionzip", label="VisionZip"),
+            Row(setting="prumerge_plus_patches", label="PruMerge+, attention of the patches"),
+            Row(setting="visionzip_patches", label="VisionZip, attention of the patches"),
             Row(setting="top_similarity", label="top similarity"),
             Row(setting="fastv", label="FastV"),
             Row(setting="pyramid_drop", label="PyramidDrop"),
@@ -53,7 +58,8 @@ PAPER_TABLES = (
             Claim(better=OURS, worse="off", group="all"),
             Claim(better=OURS, worse="prumerge_plus", group="all"),
             *(Claim(better=OURS, worse=rival, group="all", source="expected")
-              for rival in ("visionzip", "fastv", "pyramid_drop", "random", "uniform_mean", "uniform_max")),
+              for rival in ("visionzip", "visionzip_patches", "prumerge_plus_patches", "fastv", "pyramid_drop",
+                            "random", "uniform_mean", "uniform_max")),
         ),
     ),
     Table(

@@ -153,9 +153,9 @@ def _as_written(weight: float) -> dict[str, Any]:
     return {**stage, "loss": {"balance": weight}}
 
 
-def _map_rival(name: str, budget: float = RIVAL_BUDGET) -> dict[str, Any]:
+def _map_rival(name: str, budget: float = RIVAL_BUDGET, **options: Any) -> dict[str, Any]:
     # A newline for each row of regions, as the sampler alone pays; in rows, up to four.
-    return {"map_rival": {"name": name, "newline_rows": 4, "budget": budget}}
+    return {"map_rival": {"name": name, "newline_rows": 4, "budget": budget, **options}}
 
 
 def _control(name: str, **options: Any) -> dict[str, Any]:
@@ -223,6 +223,8 @@ _ALL = (
     *(Setting(name=f"{OURS}_set{name}{LONG}", weights_of=f"{OURS}{LONG}", text=(LAYER, threshold), map_share=MAP_SHARE,
               title=f"both samplers, twice the steps, set to 60 % of the map, threshold {threshold}")
       for name, threshold in (("", 0.995), ("_most", 0.999))),
+    Setting(name=f"{OURS}_held_most{LONG}", weights_of=f"{OURS}_held{LONG}", text=(LAYER, 0.999),
+            title="both samplers, twice the steps, held at 66 % of the map after 150 and learning on, threshold 0.999"),
     *(Setting(name=f"{OURS}_{name}{LONG}", times=2, title=f"both samplers, twice the steps, {title}, threshold 0.995",
               optimizer=rest, text=TEXT_MORE,
               stage=merged(_vision(shares=SHARES_BOTH, order="row"), {**FIXED_PRUNE, "hold": HOLD}))
@@ -249,6 +251,10 @@ _ALL = (
     Setting(name="uniform_max", title="2x2 max-pooling everywhere", stage=_map_rival("uniform_max")),
     Setting(name="visionzip", title="VisionZip", stage=_map_rival("visionzip")),
     Setting(name="prumerge_plus", title="PruMerge+", stage=_map_rival("prumerge_plus")),
+    # Of a tower trained on patches alone, CLS has not learned to look: both read the patches' own attention as well.
+    *(Setting(name=f"{name}_patches", title=f"{title}, attention of the patches",
+              stage=_map_rival(name, source="patches"))
+      for name, title in (("visionzip", "VisionZip"), ("prumerge_plus", "PruMerge+"))),
     Setting(name="top_similarity", title="top similarity to the base tile", stage=_map_rival("top_similarity")),
     Setting(name="fastv", title="FastV before layer 1 of 6 (2 of 32)",
             stage={"layer_rival": {"name": "fastv", "layer": 1}}, match=OURS),

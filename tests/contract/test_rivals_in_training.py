@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from services.common.errors import InvalidInput
 from services.sampler.rivals.registry import layer_rival, map_rival
 from tests.tiny_training import tiny_run
 from training.joint_stage import JointTask
@@ -105,3 +106,15 @@ def test_a_map_rival_trains(task, name):
     weight = joint.encoder.multi_modal_projector.linear_1.weight
     assert weight.grad.abs().sum() > 0 and 0.2 < metrics["sampled_share"] < 0.6
     joint.map_rival = None
+
+
+@pytest.mark.parametrize("name", ["visionzip", "prumerge_plus"])
+def test_a_rival_reads_the_attention_of_whom_it_is_told(task, name):
+    images = [task.data.sample(i).image for i in range(2)]
+    of_cls, of_patches = (
+        encode_with_rival(task.module.encoder, images, map_rival(name, source=source)) for source in ("cls", "patches")
+    )
+    assert [e.map_tokens for e in of_cls] == [e.map_tokens for e in of_patches]
+    assert any(not torch.equal(a.tokens_ND, b.tokens_ND) for a, b in zip(of_cls, of_patches, strict=True))
+    with pytest.raises(InvalidInput, match="'words', expected cls or patches"):
+        map_rival(name, source="words")

@@ -39,6 +39,7 @@ from services.sampler.rivals.base import (
     outliers,
     spread,
 )
+from services.sampler.rivals.tower import Source, check_source
 from services.sampler.text_guided import kept_by_ratio
 
 
@@ -48,11 +49,14 @@ class PruMergePlus:
     newline_rows: int = 1
     neighbour_share: float = 32 / 576
     """Of the map's tokens: how many dropped ones each kept one takes in."""
+    source: Source = "cls"
+    """Whose attention in the tower `RivalInput.attention_HW` has to be."""
 
     def __post_init__(self) -> None:
         check_share(self.budget)
         check_share(self.neighbour_share, "neighbour_share")
         check_newline_rows(self.newline_rows)
+        check_source(self.source)
 
     def __call__(self, image: RivalInput) -> ReducedMap:
         tokens_MD = image.map_HWD.flatten(0, 1)

@@ -14,13 +14,19 @@ Legend: T tiles, P tokens of a tile (CLS first), G heads, d head width.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from services.common.errors import InvalidInput
 
 Source = Literal["cls", "patches"]
+
+
+def check_source(source: str) -> None:
+    """Raises InvalidInput for what is no Source."""
+    if source not in get_args(Source):
+        raise InvalidInput(f"is {source!r}, expected {' or '.join(get_args(Source))}", field="source")
 
 
 @torch.no_grad()
@@ -34,8 +40,7 @@ def attention_received(
 
     Returns float32 [T, P - 1], in the order of the patches.
     """
-    if source not in ("cls", "patches"):
-        raise InvalidInput(f"is {source!r}, expected cls or patches", field="source")
+    check_source(source)
     asking = slice(0, 1) if source == "cls" else slice(1, None)
     query_TGQd = query_TPGd[:, asking].float().transpose(1, 2)
     key_TGdP = key_TPGd.float().permute(0, 2, 3, 1)

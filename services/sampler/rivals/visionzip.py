@@ -36,6 +36,7 @@ from services.sampler.rivals.base import (
     others,
     spread,
 )
+from services.sampler.rivals.tower import Source, check_source
 from services.sampler.text_guided import kept_by_ratio
 
 
@@ -45,10 +46,13 @@ class VisionZip:
     newline_rows: int = 1
     contextual_share: float = 10 / 64
     """Of the tokens that come out."""
+    source: Source = "cls"
+    """Whose attention in the tower `RivalInput.attention_HW` has to be."""
 
     def __post_init__(self) -> None:
         check_share(self.budget)
         check_newline_rows(self.newline_rows)
+        check_source(self.source)
         if not 0 <= self.contextual_share < 1:
             raise InvalidInput(f"is {self.contextual_share}, expected [0, 1)", field="contextual_share")
 
