@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from evaluation.scenes import (
     training_questions,
 )
 from services.common.dtypes import choose_dtype
+from services.common.errors import InvalidInput
+from services.common.ranges import check_prune
 from services.common.types import (
     ChatTurn,
     CompressedVisualTokens,
@@ -147,13 +150,27 @@ def table(results: Mapping[str, Mapping[str, Any]], columns: Sequence[str] = COL
     return "\n".join(lines)
 
 
+def _settings(text: str) -> list[Setting]:
+    known = {setting.name: setting for setting in SETTINGS}
+    for name in text.split(","):
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(known)}")
+    return [known[name] for name in text.split(",")]
+
+
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return int(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("checkpoint")
-    parser.add_argument("--images", type=int, default=300)
+    parser.add_argument("--images", type=_positive, default=300)
     parser.add_argument("--split", choices=tuple(SEEDS), default="test")
     parser.add_argument("--seed", type=int, help="the split's own when left out")
-    parser.add_argument("--settings", default="off,vision,text,both", help="comma-separated")
+    parser.add_argument("--settings", type=_settings, default="off,vision,text,both", help="comma-separated")
     parser.add_argument("--threshold", type=float, default=None, help="gamma of Eq. 9; the checkpoint's when left out")
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
     parser.add_argument("--device", default="cpu", help='"cuda" for a GPU')
@@ -161,14 +178,17 @@ def main() -> None:
     arguments = parser.parse_args()
     dtype = choose_dtype(arguments.dtype, arguments.device)
     place: dict[str, Any] = {"dtype": dtype, "device": arguments.device}
-    pipeline = EncoderPipeline.from_checkpoint(arguments.checkpoint, **place)
-    engine = Engine.from_checkpoint(arguments.checkpoint, **place, kv_cache_bytes=1 << 29)
+    try:
+        check_prune(PruneParams(enabled=True, threshold=arguments.threshold))
+        pipeline = EncoderPipeline.from_checkpoint(arguments.checkpoint, **place)
+        engine = Engine.from_checkpoint(arguments.checkpoint, **place, kv_cache_bytes=1 << 29)
+    except InvalidInput as error:
+        sys.exit(str(error))
     data = list(benchmark_images(arguments.split, arguments.images, arguments.seed))
     results: dict[str, dict[str, Any]] = {}
-    for setting in SETTINGS:
-        if setting.name in arguments.settings.split(","):
-            results[setting.name] = score(pipeline, engine, data, setting, arguments.threshold)
-            print(f"{setting.name}: {json.dumps(results[setting.name])}", flush=True)
+    for setting in arguments.settings:
+        results[setting.name] = score(pipeline, engine, data, setting, arguments.threshold)
+        print(f"{setting.name}: {json.dumps(results[setting.name])}", flush=True)
     results |= baseline_scores(data)
     print(f"\nbenchmark {benchmark_version()}, {arguments.images} {arguments.split} images, "
           f"model {pipeline.fingerprint[:12]}\n")  # fmt: skip

@@ -51,7 +51,7 @@ def _arguments() -> argparse.Namespace:
         "--table",
         type=int,
         help=f"{min(TABLES)} to {max(TABLES)}; the study's own are 9, the gate, 10, the order of tokens, "
-        "11 and 12, longer training",
+        "11 and 12, longer training, 13, keep or drop",
     )
     what.add_argument("--figure", type=int, help=f"{min(FIGURES)} to {max(FIGURES)}")
     what.add_argument("--all", action="store_true", help="the gate first, then the samplers and rivals, then the rest")

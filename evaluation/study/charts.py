@@ -250,7 +250,7 @@ def _style() -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise InvalidInput("is not installed; pip install 'focusllava[study]'", field="matplotlib") from error
+        raise InvalidInput("is not installed; pip install '.[study]' in the source tree", field="matplotlib") from error
     return matplotlib.rc_context(STYLE)
 
 

@@ -29,7 +29,7 @@ class Bullets:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """The first column names the row; `strong` are the indices of the rows that stand out."""
+    """The first column names the row; `strong` are the indices of the rows that stand out. A caption may be empty."""
 
     caption: str
     header: Sequence[str]
@@ -107,8 +107,9 @@ def _html(block: Block) -> str:
                 written = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
                 lines.append(f'<tr{kind}><th scope="row">{html.escape(name)}</th>{written}</tr>\n')
             # Focusable, so that a keyboard can scroll it.
+            told = f"<caption>{html.escape(caption)}</caption>\n" if caption else ""
             return (
-                f'<div class="scroll" tabindex="0">\n<table>\n<caption>{html.escape(caption)}</caption>\n'
+                f'<div class="scroll" tabindex="0">\n<table>\n{told}'
                 f"<thead><tr>{head}</tr></thead>\n<tbody>\n{''.join(lines)}</tbody>\n</table>\n</div>"
             )
 
@@ -127,7 +128,8 @@ def _markdown(block: Block) -> str:
             lines = [list(header), ["---", *["---:"] * (len(header) - 1)]]
             lines += [[f"**{cell}**" if n in strong and cell else cell for cell in map(_plain, row)]
                       for n, row in enumerate(rows)]  # fmt: skip
-            return f"{_plain(caption)}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            told = f"{_plain(caption)}\n\n" if caption else ""
+            return told + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _plain(text: str) -> str:

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+Source = Literal["paper", "expected"]
+"""Who says so: the paper's table, or the trials that this study follows up."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
@@ -25,13 +28,12 @@ class Claim:
     better: str
     worse: str
     group: Literal["all", "fine", "coarse"]
-    source: Literal["paper", "expected"] = "paper"
-    """Who says so: the paper's table, or the trials that this study follows up."""
+    source: Source = "paper"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table of the paper, or one of the study's own: 9 to 12."""
+    """A table of the paper, or one of the study's own: 9 to 13."""
 
     number: int
     title: str

@@ -184,27 +184,29 @@ MAP_SHARE = 0.6
 65. Of 0.6, 0.66, 0.72 and 0.8 it was as good as any on the validation split (0.995; two seeds, the last two of one)."""
 HOLD = {"share": 0.66, "after": SELECTOR_STEPS}
 """Of longer runs: with FIXED_PRUNE at TEXT_MORE about 42 % of the tokens, as the seed that lost least."""
-HOLD_VISION = {"share": RIVAL_BUDGET, "after": 100}
-"""Of the vision-guided sampler alone: as much of the map as 2x2 pooling leaves, to the token."""
 LONG = "_long"
 """After the name of a setting that is trained twice as long."""
 OURS = "both"
 """Both samplers: what the study is about."""
+KEEP: dict[str, Any] = {"window": 1, "branches": [[1, 1], [0, 0]]}
 BRANCHES_7 = [[1, 1], [2, 1], [1, 2], [2, 2], [4, 2], [2, 4], [4, 4]]
 SHARES_7 = (0.12, 0.04, 0.04, 0.1, 0.04, 0.04, 0.62)
 
 _ALL = (
-    Setting(name="off", title="no sampler: all visual tokens"),
-    Setting(name="vision", title="vision-guided sampler: counterfactual gate, the region as its input",
-            stage=_vision()),
-    Setting(name="text", title="text-guided sampler, layer and threshold drawn in training",
-            stage=RANDOM_PRUNE, text=TEXT),
+    Setting(name="off", title="no sampler"),
+    Setting(name="vision", title="vision-guided sampler", stage=_vision()),
+    Setting(name="text", title="text-guided sampler", stage=RANDOM_PRUNE, text=TEXT),
     Setting(name=OURS, title="both samplers",
             stage=merged(_vision(shares=SHARES_BOTH, order="row"), FIXED_PRUNE), text=TEXT),
     # The order of the tokens: rows where most of the map stays, as measured on the validation split.
     Setting(name="vision_row", title="vision-guided sampler, tokens row by row", stage=_vision(order="row")),
     Setting(name=f"{OURS}_region", title="both samplers, tokens region by region",
             stage=merged(_vision(shares=SHARES_BOTH), FIXED_PRUNE), text=TEXT),
+    # A window of one token, kept or dropped.
+    Setting(name=f"{OURS}_keep", title="both samplers, keep or drop",
+            stage=merged(_vision(**KEEP, shares=(0.5, 0.5), order="row"), FIXED_PRUNE), text=TEXT),
+    Setting(name=f"{OURS}_keep_more", title="both samplers, keep or drop, threshold 0.995", weights_of=f"{OURS}_keep",
+            text=TEXT_MORE),
     # Twice the steps.
     Setting(name=f"off{LONG}", title="no sampler, twice the steps", times=2),
     Setting(name=f"{OURS}{LONG}", title="both samplers, twice the steps, the selector at rest after 150", times=2,
@@ -223,8 +225,6 @@ _ALL = (
     *(Setting(name=f"{OURS}_set{name}{LONG}", weights_of=f"{OURS}{LONG}", text=(LAYER, threshold), map_share=MAP_SHARE,
               title=f"both samplers, twice the steps, set to 60 % of the map, threshold {threshold}")
       for name, threshold in (("", 0.995), ("_most", 0.999))),
-    Setting(name=f"{OURS}_held_most{LONG}", weights_of=f"{OURS}_held{LONG}", text=(LAYER, 0.999),
-            title="both samplers, twice the steps, held at 66 % of the map after 150 and learning on, threshold 0.999"),
     *(Setting(name=f"{OURS}_{name}{LONG}", times=2, title=f"both samplers, twice the steps, {title}, threshold 0.995",
               optimizer=rest, text=TEXT_MORE,
               stage=merged(_vision(shares=SHARES_BOTH, order="row"), {**FIXED_PRUNE, "hold": HOLD}))
@@ -266,7 +266,7 @@ _ALL = (
     Setting(name="branches_7", title="7 branches",
             stage=_vision(branches=BRANCHES_7, shares=SHARES_7)),
     Setting(name="window_1", title="1x1 window: keep or drop",
-            stage=_vision(window=1, branches=[[1, 1], [0, 0]], shares=(0.23, 0.77))),
+            stage=_vision(**KEEP, shares=(0.23, 0.77))),
     Setting(name="window_2", title="2x2 window: 1x1 and 2x2 only",
             stage=_vision(window=2, branches=[[1, 1], [2, 2]], shares=(0.1, 0.9))),
     Setting(name="window_8", title="8x8 window", stage=_vision(window=8)),
@@ -293,9 +293,6 @@ _ALL = (
               stage=_vision(gate, selector))
       for selector, title in (("base_tile", "similarity to the base tile"), ("region", "the region as its input"))
       for gate in ("paper", "straight_through", "counterfactual") if (gate, selector) != ("counterfactual", "region")),
-    *(Setting(name=f"{name}_held", title=f"{gate.replace('_', '-')} gate, the region, held at 25 % of the map",
-              stage={**_vision(gate), "hold": HOLD_VISION})
-      for name, gate in (("vision", "counterfactual"), ("straight_through", "straight_through"))),
     Setting(name="random_branches", title="random branches, shares of the learned selector",
             stage=_control("random"), match="vision"),
     Setting(name="uniform_branches", title="every region at 2x2", stage=_control("uniform", branch=1)),

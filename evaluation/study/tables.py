@@ -29,7 +29,7 @@ def settings_of(table: int | None = None, figure: int | None = None) -> list[Set
     if figure is not None and figure not in FIGURES:
         raise InvalidInput(f"is {figure}, expected {min(FIGURES)}..{max(FIGURES)}", field="figure")
     if table is None and figure is None:
-        names = [row.setting for number in (9, 2, 1, 10, 11, *range(3, 9), 12) for row in TABLES[number].rows]
+        names = [row.setting for number in (9, 2, 1, 10, 13, 11, *range(3, 9), 12) for row in TABLES[number].rows]
         names += [name for number in FIGURES for name in FIGURES[number]]
     else:
         names = [row.setting for row in TABLES[table].rows] if table is not None else []
