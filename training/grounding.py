@@ -101,7 +101,8 @@ def grounding_loss(
         predicts_QT &= ~compares_Q[grounded].unsqueeze(1)
         for looks_QT in (predicts_QT, text.instruction_BQT[b, grounded]):
             losses.append((lost_QT * looks_QT).sum(1) / looks_QT.sum(1).clamp(min=1))
-    return torch.cat(losses).mean()
+    lost = torch.cat(losses)
+    return lost.sum() / max(1, len(lost))  # a batch may have no evidence at all
 
 
 def reading_loss(attention: list[torch.Tensor], text: TextBatch, prefix: int) -> torch.Tensor:

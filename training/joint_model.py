@@ -17,6 +17,7 @@ from services.sampler.calibration import finer_for_share
 from services.sampler.rivals.base import MapRival
 from services.sampler.rivals.layers import LayerRival, asking_tokens
 from training.branch_controls import BranchControl
+from training.config import Amount, Steps
 from training.grounding import Evidence, branch_attention, evidence_tokens, grounding_loss, reading_loss
 from training.layout import ATTENTION_NAME, Sample, TextBatch, attention_mask, pack_text, positions
 from training.rivals import drop, encode_with_rival, stage_index
@@ -25,11 +26,11 @@ from training.stochastic_prune import PruneSchedule, decide, gather_index
 
 @dataclass(frozen=True, kw_only=True)
 class LossWeights:
-    balance: float = 0.1
+    balance: Amount = 0.1
     """alpha of Eq. 3."""
-    balance_warmup: int = 0
+    balance_warmup: Steps = 0
     """Steps in which alpha rises from 0 to `balance`: regions that need their detail are told from the others first."""
-    grounding: float = 0.0
+    grounding: Amount = 0.0
     """Weight of the grounding loss (from-scratch pre-training only; not in the paper)."""
     grounding_layers: tuple[int, ...] = ()
     reading_layers: tuple[int, ...] = ()

@@ -21,17 +21,22 @@ from services.sampler.calibration import Seen, least_share, set_map_share
 from services.sampler.rivals.registry import layer_rival, map_rival
 from services.sampler.vision_guided import DROP
 from training.branch_controls import BranchControl
-from training.config import ConfigError, RunConfig, build
+from training.config import ConfigError, Count, RunConfig, build
 from training.data.branches import BranchBuilder
 from training.data.conversations import ConversationBatches
+from training.data.poster_questions import POSTER_KINDS
 from training.data.posters import CONTENTS, PANELS
 from training.data.scene_batches import SOURCES, Curriculum, SceneBatches
 from training.data.tokenizer import build_tokenizer
+from training.data.vocabulary import KINDS
 from training.dense_labels import labelled_batch
 from training.joint_model import HeldShare, JointModel, LossWeights
 from training.layout import Sample
 from training.stochastic_prune import PruneSchedule
 
+WITH_EVIDENCE = ("scenes", "posters")
+"""Generators that know where an answer is seen."""
+KINDS_OF = {"scenes": KINDS, "posters": POSTER_KINDS}
 SHARE_BATCHES = 8
 """That a held selector is set on when it is exported."""
 
@@ -62,11 +67,11 @@ class JointStage:
     data: str = "scenes"
     """"scenes" or "posters" for a procedural generator, "easy_vqa" for that set's training split, or a JSON file of
     conversations in LLaVA's format."""
-    questions_per_image: int = 6
+    questions_per_image: Count = 6
     kind_weights: dict[str, float] = field(default_factory=dict)
-    """How much likelier a kind of question is asked than one of weight 1."""
+    """How much likelier a kind of question is asked than one of weight 1. Of generators, as the field before."""
     curriculum: dict[str, Any] = field(default_factory=dict)
-    """Fields of Curriculum (scenes only)."""
+    """Fields of Curriculum, of generators too."""
 
 
 class JointTask:
@@ -82,7 +87,8 @@ class JointTask:
         # From nothing, the model's words are those of the scenes.
         self.tokenizer = AutoTokenizer.from_pretrained(str(source)) if whole else build_tokenizer()
         self.config = model_config(base, stage.model, self.tokenizer)
-        weights: LossWeights = build(LossWeights, stage.loss, "stage.loss.")
+        weights = loss_weights(stage)
+        check_kinds(stage)
         schedule = prune_schedule(stage.prune, self.config.text_config.num_hidden_layers)
         self.module = JointModel(
             self.config,
@@ -150,6 +156,32 @@ class JointTask:
             seen += encoder.seen(encoder.project([sample.image for sample in samples]))
         sampler = encoder.vision_guided_sampler
         set_map_share(sampler, seen, max(share, least_share(sampler, seen)))
+
+
+def loss_weights(stage: JointStage) -> LossWeights:
+    """Raises ConfigError for a grounding loss that has nothing to look for."""
+    weights: LossWeights = build(LossWeights, stage.loss, "stage.loss.")
+    if weights.grounding:
+        why = ""
+        if stage.data not in WITH_EVIDENCE:
+            why = f"data {stage.data!r} does not say where its answers are, {' and '.join(WITH_EVIDENCE)} do"
+        elif stage.vision_sampler or stage.prune or stage.map_rival or stage.layer_rival:
+            why = "needs all visual tokens: vision_sampler false; prune, map_rival and layer_rival empty"
+        elif not weights.taught_layers:
+            why = "needs grounding_layers or reading_layers"
+        if why:
+            raise ConfigError(f"stage.loss.grounding: {weights.grounding} {why}; 0 turns it off")
+    return weights
+
+
+def check_kinds(stage: JointStage) -> None:
+    """Raises ConfigError for a weight of a kind that the generator does not ask, or one that is not positive."""
+    kinds = KINDS_OF.get(stage.data)
+    for kind, weight in stage.kind_weights.items():
+        if kinds and kind not in kinds:
+            raise ConfigError(f"stage.kind_weights.{kind}: {stage.data} asks {', '.join(kinds)}")
+        if weight <= 0:
+            raise ConfigError(f"stage.kind_weights.{kind}: {weight} is not positive")
 
 
 def held_share(stage: JointStage, sampler: VisionSamplerConfig) -> HeldShare | None:

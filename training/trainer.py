@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import json
 import os
 import pathlib
 import tempfile
@@ -85,9 +86,12 @@ def parameter_groups(module: nn.Module, run: RunConfig) -> list[dict[str, Any]]:
     """
     scales = {"selector": run.optimizer.selector_lr_scale, "vision_tower": run.optimizer.vision_lr_scale}
     rests = {"selector": run.optimizer.selector_steps, "encoder": run.optimizer.encoder_steps}
+    for prefix in run.optimizer.frozen:
+        if not any(name.startswith(prefix) for name, _ in module.named_parameters()):
+            raise ConfigError(f"optimizer.frozen: no parameter's name starts with {prefix!r}")
     groups: dict[tuple[int, float, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
-        if any(name.startswith(prefix) for prefix in run.optimizer.frozen):
+        if name.startswith(run.optimizer.frozen):
             parameter.requires_grad_(False)
         if parameter.requires_grad:
             parts = name.split(".")
@@ -113,12 +117,28 @@ def rate_before_rest(step: int, learns_for: int, cooldown: int) -> float:
     return min(1.0, left / max(1, cooldown))
 
 
+def what_it_is_made_of(run: RunConfig) -> dict[str, Any]:
+    """What a resumed run may not change, as JSON has it: another stage or data under an old name is another run."""
+    names = ("samples_per_worker", "init_from", "seed", "optimizer", "stage")
+    return json.loads(json.dumps({name: value for name, value in dataclasses.asdict(run).items() if name in names}))
+
+
+def check_resumed(name: str, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises ConfigError naming what differs between a checkpoint's run and the one that would go on with it."""
+    different = [
+        f"{field} was {before.get(field)!r}, is {value!r}" for field, value in now.items() if before.get(field) != value
+    ]
+    if different:
+        raise ConfigError(f"name: a run of other settings has the name {name!r}: {'; '.join(different)}")
+
+
 def train_worker(payload: dict[str, Any]) -> None:
     """Runs in each Ray Train worker."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if payload["run"].cluster.use_gpu else "cpu")
     import deepspeed
 
     run: RunConfig = payload["run"]
+    made_of: dict[str, Any] = payload["made_of"]
     torch.set_num_threads(run.cluster.threads_per_worker)
     if not run.cluster.use_gpu:
         keep_freed_memory()
@@ -142,6 +162,7 @@ def train_worker(payload: dict[str, Any]) -> None:
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
             _, state = engine.load_checkpoint(folder, tag="state")
+        check_resumed(run.name, state.get("made_of", made_of), made_of)
         start = int(state["step"])
         if rank == 0:
             print(f"resumed at step {start} of {run.steps}", flush=True)
@@ -161,7 +182,7 @@ def train_worker(payload: dict[str, Any]) -> None:
             _progress(run, done, start, began, means)
         if done % run.checkpoint_every == 0 or done == run.steps:
             with tempfile.TemporaryDirectory() as folder:
-                engine.save_checkpoint(folder, tag="state", client_state={"step": done})
+                engine.save_checkpoint(folder, tag="state", client_state={"step": done, "made_of": made_of})
                 ray.train.report({"step": done, **means}, checkpoint=ray.train.Checkpoint.from_directory(folder))
     if rank == 0:
         task.export(pathlib.Path(run.output))
@@ -186,6 +207,7 @@ def main(task: tuple[str, str], description: str) -> None:
         run = load(arguments.config, arguments.set)
     except (ConfigError, OSError) as error:
         raise SystemExit(f"{arguments.config}: {error}") from None
+    made_of = what_it_is_made_of(run)
     run = _absolute(run)
     if run.init_from and "://" not in run.init_from and not pathlib.Path(run.init_from).exists():
         raise SystemExit(f"init_from: {run.init_from} does not exist; run the stage before, or --set init_from=FOLDER")
@@ -195,7 +217,7 @@ def main(task: tuple[str, str], description: str) -> None:
     cluster = run.cluster
     result = TorchTrainer(
         train_worker,
-        train_loop_config={"run": run, "task": task},
+        train_loop_config={"run": run, "task": task, "made_of": made_of},
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.workers,
             use_gpu=cluster.use_gpu,
@@ -221,4 +243,9 @@ def _absolute(run: RunConfig) -> RunConfig:
         return path if not path or "://" in path else str(pathlib.Path(path).expanduser().resolve())
 
     cluster = dataclasses.replace(run.cluster, storage_path=absolute(run.cluster.storage_path))
-    return dataclasses.replace(run, output=absolute(run.output), init_from=absolute(run.init_from), cluster=cluster)
+    stage = dict(run.stage)
+    if isinstance(data := stage.get("data"), str) and ("/" in data or pathlib.Path(data).suffix):
+        stage["data"] = absolute(data)  # a file, not the name of a generator
+    return dataclasses.replace(
+        run, output=absolute(run.output), init_from=absolute(run.init_from), cluster=cluster, stage=stage
+    )

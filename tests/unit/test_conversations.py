@@ -64,6 +64,42 @@ def test_json_conversations_become_batches(builder, tmp_path):
     assert len(orders) > 1
 
 
-def test_a_broken_entry_is_named():
-    with pytest.raises(ConfigError, match=r"stage.data\[4\]"):
-        read_exchanges({"image": "a.png", "conversations": [{"from": "gpt", "value": "?"}]}, 4)
+ASKED = {"from": "human", "value": "?"}
+SAID = {"from": "gpt", "value": "!"}
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("a.png", r"stage.data\[4\]: a.png has no `image`"),
+        ({"conversations": [ASKED, SAID]}, r"stage.data\[4\]: .* has no `image`"),
+        ({"image": ["a.png"], "conversations": [ASKED, SAID]}, r"stage.data\[4\]: .* has no `image`"),
+        ({"image": "a.png", "conversations": [ASKED]}, r"stage.data\[4\].conversations: .* even number"),
+        ({"image": "a.png", "conversations": [SAID, ASKED]}, r"stage.data\[4\].conversations\[0\]: .*human"),
+        ({"image": "a.png", "conversations": [ASKED, {"from": "gpt"}]}, r"conversations\[1\]: .*gpt"),
+        ({"image": "a.png", "conversations": [ASKED, {"from": "gpt", "value": 7}]}, r"conversations\[1\]: .*7"),
+        ({"image": "a.png", "conversations": [{"from": "human", "value": "<image>"}, SAID]}, r"\[0\].value: '<image>'"),
+    ],
+)
+def test_a_broken_entry_is_named(entry, message):
+    with pytest.raises(ConfigError, match=message):
+        read_exchanges(entry, 4)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "nonsense"])
+def test_a_file_that_is_no_list_is_named(builder, tmp_path, text):
+    (tmp_path / "data.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"stage.data: .*data.json"):
+        ConversationBatches(builder.config, builder, tmp_path / "data.json", seed=0, images=1)
+
+
+def test_what_the_context_cannot_hold_is_named(builder, tmp_path):
+    Image.new("RGB", (40, 30)).save(tmp_path / "0.png")
+    turns = [ASKED, SAID, ASKED, {"from": "gpt", "value": "word " * 5000}]
+    (tmp_path / "data.json").write_text(json.dumps([{"image": "0.png", "conversations": turns}]))
+    batches = ConversationBatches(builder.config, builder, tmp_path / "data.json", seed=0, images=1)
+    with pytest.raises(ConfigError, match=r"stage.data\[0\].conversations\[2\]: \d+ tokens .* context is 4096"):
+        batches.sample(0)
+    (tmp_path / "0.png").write_bytes(b"nothing")
+    with pytest.raises(ConfigError, match=r"stage.data\[0\].image"):
+        batches.sample(0)

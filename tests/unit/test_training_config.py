@@ -9,7 +9,7 @@ from services.common.dtypes import dtype_name
 from training import trainer
 from training.config import ClusterConfig, ConfigError, RunConfig, build, load
 from training.dense_labels import DenseModel, labelled_batch, scale_features
-from training.joint_stage import prune_schedule
+from training.joint_stage import JointStage, check_kinds, loss_weights, prune_schedule
 from training.trainer import parameter_groups
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[2] / "training/configs").glob("*.yaml"))
@@ -29,10 +29,23 @@ def test_shipped_configurations_load(path):
         ({"steps": "many"}, "steps: 'many' is not of type int"),
         ({"optimizer": {"learning_rate": "fast"}}, "optimizer.learning_rate: 'fast' is not a number"),
         ({"cluster": {"gpus": 8}}, "cluster.gpus: unknown field"),
+        ({"steps": 0}, "steps: 0 is less than 1"),
+        ({"steps": True}, "steps: True is not of type int"),
+        ({"log_every": 0}, "log_every: 0 is less than 1"),
+        ({"optimizer": 5}, "optimizer: 5 is not a mapping"),
+        ({"optimizer": None}, "optimizer: None is not a mapping"),
+        ({"optimizer": {"learning_rate": float("nan")}}, "optimizer.learning_rate: nan is not a number"),
+        ({"optimizer": {"learning_rate": True}}, "optimizer.learning_rate: True is not a number"),
+        ({"optimizer": {"learning_rate": -1}}, "optimizer.learning_rate: -1.0 is less than 0"),
+        ({"optimizer": {"betas": 0.9}}, "optimizer.betas: 0.9 is not a list"),
+        ({"optimizer": {"betas": [0.9]}}, r"optimizer.betas: \[0.9\] has 1 entries, expected 2"),
+        ({"optimizer": {"frozen": "encoder"}}, "optimizer.frozen: 'encoder' is not a list"),
+        ({"optimizer": {"frozen": [1]}}, r"optimizer.frozen\[0\]: 1 is not of type str"),
+        ({"stage": ["a"]}, r"stage: \['a'\] is not a mapping"),
     ],
 )
 def test_mistakes_are_named(change, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=f"^{message}"):
         build(RunConfig, {"name": "n", "steps": 1, "samples_per_worker": 1, "output": "o", **change})
 
 
@@ -57,6 +70,65 @@ def test_missing_field_and_bad_override_are_named():
         build(RunConfig, {"name": "n", "steps": 1, "samples_per_worker": 1})
     with pytest.raises(ConfigError, match="expected name=value"):
         load(CONFIGS[0], ["steps"])
+    with pytest.raises(ConfigError, match="--set steps.x=5: steps is not a mapping"):
+        load(CONFIGS[0], ["steps.x=5"])
+
+
+def test_an_empty_file_is_refused(tmp_path):
+    (tmp_path / "run.yaml").write_text("")
+    with pytest.raises(ConfigError, match="the configuration: None is not a mapping"):
+        load(tmp_path / "run.yaml")
+
+
+def test_what_is_frozen_must_be_there():
+    run = {"name": "n", "steps": 1, "samples_per_worker": 1, "output": "o", "optimizer": {"frozen": ["visoin_tower"]}}
+    with pytest.raises(ConfigError, match="optimizer.frozen: no parameter's name starts with 'visoin_tower'"):
+        parameter_groups(torch.nn.ModuleDict({"vision_tower": torch.nn.Linear(2, 2)}), build(RunConfig, run))
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ({"data": "mine.json"}, "stage.loss.grounding: 0.6 data 'mine.json' does not say where its answers are"),
+        ({"prune": {"layers": [1, 2]}}, "stage.loss.grounding: 0.6 needs all visual tokens"),
+        ({"vision_sampler": True}, "stage.loss.grounding: 0.6 needs all visual tokens"),
+        ({"loss": {"grounding": 0.6}}, "stage.loss.grounding: 0.6 needs grounding_layers or reading_layers"),
+    ],
+)
+def test_a_grounding_loss_that_has_nothing_to_look_for_is_refused(stage, message):
+    base = {"data": "posters", "vision_sampler": False, "loss": {"grounding": 0.6, "grounding_layers": [1]}}
+    loss_weights(build(JointStage, base))
+    with pytest.raises(ConfigError, match=message):
+        loss_weights(build(JointStage, {**base, **stage}))
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [({"colur": 9}, "stage.kind_weights.colur: posters asks number"), ({"count": 0}, "count: 0.0 is not positive")],
+)
+def test_a_weight_of_a_kind_that_nobody_asks_is_refused(weights, message):
+    with pytest.raises(ConfigError, match=message):
+        check_kinds(build(JointStage, {"data": "posters", "kind_weights": weights}))
+
+
+def test_own_data_is_found_from_any_folder():
+    run = {"name": "n", "steps": 1, "samples_per_worker": 1, "output": "o"}
+    found = {
+        data: trainer._absolute(build(RunConfig, {**run, "stage": {"data": data}})).stage["data"]
+        for data in ("posters", "d.json", "~/d.json", "/data/d")
+    }
+    here, home = pathlib.Path.cwd(), pathlib.Path.home()
+    assert list(found.values()) == ["posters", f"{here}/d.json", f"{home}/d.json", "/data/d"]
+
+
+def test_a_run_of_other_settings_is_not_gone_on_with():
+    def made_of(**changes):
+        run = {"name": "n", "steps": 1, "samples_per_worker": 1, "output": "o", **changes}
+        return trainer.what_it_is_made_of(build(RunConfig, run))
+
+    trainer.check_resumed("n", made_of(), made_of(steps=9, output="elsewhere"))
+    with pytest.raises(ConfigError, match="has the name 'n': seed was 0, is 1; stage was {}, is {'data': 'mine.json'}"):
+        trainer.check_resumed("n", made_of(), made_of(seed=1, stage={"data": "mine.json"}))
 
 
 def test_scaling_features_scales_them_exactly():

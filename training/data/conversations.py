@@ -9,11 +9,12 @@ from functools import lru_cache
 from typing import Any
 
 from services.checkpoint.config import FocusLlavaConfig
+from services.common.errors import FocusError
 from services.common.media import open_image
 from services.encoder.anyres import tile_image
 from training.config import ConfigError
 from training.data.branches import BranchBuilder, Exchange
-from training.layout import Sample
+from training.layout import Branch, Sample
 
 IMAGE_MARK = "<image>"
 
@@ -26,11 +27,11 @@ class ConversationBatches:
         self.seed, self.images = seed, images
         try:
             self.entries: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf8"))
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise ConfigError(f"stage.data: {path} cannot be read: {error}") from None
+        if not isinstance(self.entries, list) or not self.entries:
+            raise ConfigError(f"stage.data: {path} is not a list of conversations")
         self.exchanges = [read_exchanges(entry, index) for index, entry in enumerate(self.entries)]
-        if not self.exchanges:
-            raise ConfigError(f"stage.data: {path} is empty")
         self._order = lru_cache(maxsize=2)(self._shuffled)
 
     def batch(self, step: int, rank: int, world_size: int) -> list[Sample]:
@@ -41,7 +42,7 @@ class ConversationBatches:
         path = self.folder / self.entries[index]["image"]
         try:
             image = open_image(path.read_bytes(), field=str(path)).image
-        except OSError as error:
+        except (OSError, FocusError) as error:
             raise ConfigError(f"stage.data[{index}].image: {error}") from None
         config = self.config
         tiles = tile_image(
@@ -51,9 +52,18 @@ class ConversationBatches:
             mean=config.image_mean,
             std=config.image_std,
         )
-        exchanges = self.exchanges[index]
-        built = [self.builder.build(exchange, exchanges[:n]) for n, exchange in enumerate(exchanges)]
+        built = [self._branch(index, turn) for turn in range(len(self.exchanges[index]))]
         return Sample(image=tiles, prefix_ids=built[0][0], branches=tuple(branch for _, branch in built))
+
+    def _branch(self, index: int, turn: int) -> tuple[tuple[int, ...], Branch]:
+        exchanges, field = self.exchanges[index], f"stage.data[{index}].conversations[{2 * turn}]"
+        try:
+            words, branch = self.builder.build(exchanges[turn], exchanges[:turn])
+        except FocusError as error:
+            raise ConfigError(f"{field}: {error}") from None
+        if (tokens := len(words) + len(branch.token_ids)) >= (context := self.builder.renderer.context):
+            raise ConfigError(f"{field}: {tokens} tokens with its answer, the model's context is {context}")
+        return words, branch
 
     def _at(self, position: int) -> int:
         epoch, within = divmod(position, len(self.entries))
@@ -65,15 +75,20 @@ class ConversationBatches:
         return order
 
 
-def read_exchanges(entry: dict[str, Any], index: int) -> list[Exchange]:
-    """Human and assistant turns in pairs; raises ConfigError naming the entry."""
+def read_exchanges(entry: Any, index: int) -> list[Exchange]:
+    """Human and assistant turns in pairs; raises ConfigError naming the entry and what is wrong with it."""
+    field = f"stage.data[{index}]"
+    if not isinstance(entry, dict) or not isinstance(entry.get("image"), str) or not entry["image"]:
+        raise ConfigError(f"{field}: {str(entry)[:60]} has no `image`, the path of one")
     turns = entry.get("conversations")
-    if not entry.get("image") or not isinstance(turns, list) or not turns or len(turns) % 2:
-        raise ConfigError(f"stage.data[{index}]: expected an image and an even number of conversation turns")
-    exchanges = []
-    for human, model in zip(turns[::2], turns[1::2], strict=True):
-        if human.get("from") != "human" or model.get("from") != "gpt":
-            raise ConfigError(f"stage.data[{index}]: turns must alternate between 'human' and 'gpt'")
-        question = human["value"].replace(IMAGE_MARK, "").strip()
-        exchanges.append(Exchange(question=question, answer=model["value"].strip()))
-    return exchanges
+    if not isinstance(turns, list) or not turns or len(turns) % 2:
+        raise ConfigError(f"{field}.conversations: {str(turns)[:60]} is not an even number of turns")
+    said = []
+    for n, turn in enumerate(turns):
+        who = ("human", "gpt")[n % 2]
+        if not isinstance(turn, dict) or turn.get("from") != who or not isinstance(turn.get("value"), str):
+            raise ConfigError(f"{field}.conversations[{n}]: {str(turn)[:60]} is not {{from: {who}, value: words}}")
+        said.append(turn["value"].replace(IMAGE_MARK, "").strip() if who == "human" else turn["value"].strip())
+        if not said[-1]:
+            raise ConfigError(f"{field}.conversations[{n}].value: {turn['value']!r} has no words")
+    return [Exchange(question=ask, answer=answer) for ask, answer in zip(said[::2], said[1::2], strict=True)]
