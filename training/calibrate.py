@@ -41,9 +41,12 @@ def calibrate(checkpoint: pathlib.Path, output: pathlib.Path, images: list[pathl
             except FocusError as error:
                 raise InvalidInput(f"{path.name}: {error}", field="--images") from None
             seen += encoder.seen(encoder.project([tiles]))
-        met = set_map_share(sampler, seen, share)
     stored = load_stage(checkpoint, "encoder")
-    stored[BIAS] = sampler.selector.linear.bias.to(stored[BIAS].dtype)
+    # In the dtype that it is stored in, which need not be the one computed in: what is met is then what is left.
+    bias = sampler.selector.linear.bias
+    bias.data = bias.data.to(stored[BIAS].dtype)
+    met = set_map_share(sampler, seen, share)
+    stored[BIAS] = bias.data
     readme = checkpoint / "README.md"
     with CheckpointWriter(output, FocusLlavaConfig.load(checkpoint)) as writer:
         for name, tensor in stored.items():

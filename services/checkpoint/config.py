@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPVisionConfig, PreTrainedConfig
 from transformers.models.auto import CONFIG_MAPPING
 
 from services.common.errors import InvalidInput
+from services.common.settings import require
 
 MODEL_TYPE = "focusllava"
 FORMAT_VERSION = 1
@@ -30,7 +34,7 @@ class VisionSamplerConfig:
     """Pooling kernel (height, width) of each branch, finest first; each must divide the window. (0, 0) drops the region
     (window 1 of Tab. 4)."""
     base_grid: tuple[int, int] = (24, 24)
-    """Patches of the base tile; N of the context is their product."""
+    """Patches of the base tile, (rows, columns): a record, the model takes them from `vision`."""
     similarity: Literal["inner_product", "normalized"] = "inner_product"
     region_pool: Literal["mean", "max"] = "mean"
     selector_input: Literal["base_tile", "region"] = "base_tile"
@@ -45,8 +49,9 @@ class VisionSamplerConfig:
 
     def module_options(self) -> dict[str, Any]:
         """Options of `services.sampler.vision_guided.VisionGuidedSampler`."""
-        names = ("window", "branches", "similarity", "region_pool", "selector_input", "probability_gate", "token_order")
-        return {**{name: getattr(self, name) for name in names}, "selector_temperature": self.selector_temperature}
+        names = ("window", "branches", "similarity", "region_pool", "selector_input", "probability_gate",
+                 "selector_temperature", "token_order")  # fmt: skip
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,47 +92,52 @@ class FocusLlavaConfig:
     """The dtype the weights are stored in."""
 
     def __post_init__(self) -> None:
+        _check_types(self, "")
         family = self.text.get("model_type")
-        if family not in TEXT_FAMILIES:
-            raise InvalidInput(f"is {family!r}, expected one of {', '.join(TEXT_FAMILIES)}", field="text.model_type")
-        sampler, layers = self.vision_sampler, self.text_config.num_hidden_layers
-        if not 0 < self.text_sampler.layer < layers:
-            raise InvalidInput(f"is {self.text_sampler.layer}, expected 1..{layers - 1}", field="text_sampler.layer")
-        if not 0 < self.text_sampler.threshold <= 1:
-            raise InvalidInput(f"is {self.text_sampler.threshold}, expected (0, 1]", field="text_sampler.threshold")
-        if len(sampler.balance_coefficients) != len(sampler.branches):
-            raise InvalidInput(
-                f"has {len(sampler.balance_coefficients)} values for {len(sampler.branches)} branches",
-                field="vision_sampler.balance_coefficients",
-            )
-        if sampler.window < 1:
-            raise InvalidInput(f"is {sampler.window}, expected 1 or more", field="vision_sampler.window")
-        if not sampler.branches:
-            raise InvalidInput("is empty", field="vision_sampler.branches")
-        if min(sampler.balance_coefficients) < 0 or not sum(sampler.balance_coefficients):
-            raise InvalidInput(
-                f"is {sampler.balance_coefficients}, expected none below 0 and one above",
-                field="vision_sampler.balance_coefficients",
-            )
-        if sampler.selector_temperature <= 0:
-            raise InvalidInput(
-                f"is {sampler.selector_temperature}, expected above 0", field="vision_sampler.selector_temperature"
-            )
-        for height, width in sampler.branches:
-            if (height, width) == (0, 0):  # drops the region
-                continue
-            if height < 1 or width < 1:
-                raise InvalidInput(f"has {(height, width)}, expected 1 or more", field="vision_sampler.branches")
-            if sampler.window % height or sampler.window % width:
+        require(family in TEXT_FAMILIES, "text.model_type", family, f"one of {', '.join(TEXT_FAMILIES)}")
+        for name in ("image_size", "patch_size"):
+            size: Any = self.vision.get(name)
+            require(_fits(size, int) and size > 0, f"vision.{name}", size, "a whole number above 0")
+        require(self.patches_per_side > 0, "vision.patch_size", self.vision["patch_size"], f"at most {self.tile_px}")
+        layers = _layers("text", lambda: self.text_config)
+        layer, threshold = self.text_sampler.layer, self.text_sampler.threshold
+        require(0 < layer < layers, "text_sampler.layer", layer, f"1..{layers - 1}")
+        require(0 < threshold <= 1, "text_sampler.threshold", threshold, "(0, 1]")
+        layers = _layers("vision", lambda: self.vision_config)
+        layer = self.vision_feature_layer
+        require(-layers - 1 <= layer <= layers, "vision_feature_layer", layer, f"{-layers - 1}..{layers}")
+        require(self.image_token_id >= 0, "image_token_id", self.image_token_id, "0 or more")
+        require(min(self.image_std) > 0, "image_std", self.image_std, "all above 0")
+        require(bool(self.image_grid_pinpoints), "image_grid_pinpoints", self.image_grid_pinpoints, "one or more")
+        for size_hw in self.image_grid_pinpoints:
+            if min(size_hw) < 1 or any(side % self.tile_px for side in size_hw):
                 raise InvalidInput(
-                    f"has {(height, width)}, which does not divide the window of {sampler.window}",
-                    field="vision_sampler.branches",
+                    f"has {size_hw}, not a multiple of the tile's {self.tile_px} px", field="image_grid_pinpoints"
                 )
-        for height, width in self.image_grid_pinpoints:
-            if height % self.tile_px or width % self.tile_px:
+        self._check_vision_sampler()
+
+    def _check_vision_sampler(self) -> None:
+        sampler, prefix = self.vision_sampler, "vision_sampler."
+        coefficients, temperature = sampler.balance_coefficients, sampler.selector_temperature
+        require(sampler.window > 0, prefix + "window", sampler.window, "1 or more")
+        require(temperature > 0, prefix + "selector_temperature", temperature, "above 0")
+        if not sampler.branches:
+            raise InvalidInput("is empty", field=prefix + "branches")
+        if len(coefficients) != len(sampler.branches):
+            raise InvalidInput(
+                f"has {len(coefficients)} values for {len(sampler.branches)} branches",
+                field=prefix + "balance_coefficients",
+            )
+        uses = min(coefficients) >= 0 and sum(coefficients) > 0
+        require(uses, prefix + "balance_coefficients", coefficients, "none below 0 and one above")
+        for kernel in sampler.branches:
+            if kernel == (0, 0):  # drops the region
+                continue
+            if min(kernel) < 1:
+                raise InvalidInput(f"has {kernel}, expected 1 or more", field=prefix + "branches")
+            if any(sampler.window % side for side in kernel):
                 raise InvalidInput(
-                    f"has {(height, width)}, not a multiple of the tile's {self.tile_px} px",
-                    field="image_grid_pinpoints",
+                    f"has {kernel}, which does not divide the window of {sampler.window}", field=prefix + "branches"
                 )
 
     @property
@@ -158,9 +168,10 @@ class FocusLlavaConfig:
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> FocusLlavaConfig:
         """Raises InvalidInput naming the first field that is unknown, missing or of the wrong value."""
+        require(isinstance(raw, dict), "config.json", raw, "an object")
         raw = dict(raw)
-        if raw.pop("model_type", None) != MODEL_TYPE:
-            raise InvalidInput(f"expected {MODEL_TYPE!r}: is this a FocusLLaVA checkpoint?", field="model_type")
+        family = raw.pop("model_type", None)
+        require(family == MODEL_TYPE, "model_type", family, f"{MODEL_TYPE!r}: is this a FocusLLaVA checkpoint?")
         version = raw.pop("format_version", None)
         if version != FORMAT_VERSION:
             raise InvalidInput(f"is {version!r}, this program reads {FORMAT_VERSION}", field="format_version")
@@ -173,7 +184,7 @@ class FocusLlavaConfig:
             return cls.from_dict(json.loads(path.read_text(encoding="utf8")))
         except FileNotFoundError:
             raise InvalidInput(f"{folder} has no config.json", field="checkpoint") from None
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise InvalidInput(f"{path} is not JSON: {error}", field="checkpoint") from None
 
     def save(self, folder: str | pathlib.Path) -> None:
@@ -181,11 +192,13 @@ class FocusLlavaConfig:
         path.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf8")
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+def as_tuples(value: Any) -> Any:
+    """JSON's lists, which our fields hold as tuples."""
+    return tuple(map(as_tuples, value)) if isinstance(value, list | tuple) else value
 
 
-def _build(cls: type, raw: dict[str, Any], prefix: str) -> Any:
+def _build(cls: type, raw: Any, prefix: str) -> Any:
+    require(isinstance(raw, dict), prefix.rstrip("."), raw, "an object")
     hints = get_type_hints(cls)
     known = {f.name: f for f in dataclasses.fields(cls)}
     for name in raw:
@@ -193,17 +206,43 @@ def _build(cls: type, raw: dict[str, Any], prefix: str) -> Any:
             raise InvalidInput(f"unknown field with value {raw[name]!r}", field=f"{prefix}{name}")
     values: dict[str, Any] = {}
     for name, spec in known.items():
-        if name not in raw:
-            if spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
-                raise InvalidInput("is missing", field=f"{prefix}{name}")
-            continue
-        value, hint = raw[name], hints[name]
-        if dataclasses.is_dataclass(hint):
-            value = _build(hint, value, f"{prefix}{name}.")  # type: ignore[arg-type]
-        elif hint not in (dict[str, Any],):
-            value = _tuples(value)
-        choices = get_args(hint) if getattr(hint, "__origin__", None) is Literal else ()
-        if choices and value not in choices:
-            raise InvalidInput(f"is {value!r}, expected one of {', '.join(choices)}", field=f"{prefix}{name}")
-        values[name] = value
+        if name in raw:
+            nested = dataclasses.is_dataclass(hints[name])
+            values[name] = _build(hints[name], raw[name], f"{prefix}{name}.") if nested else as_tuples(raw[name])
+        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+            raise InvalidInput("is missing", field=f"{prefix}{name}")
     return cls(**values)
+
+
+def _check_types(config: Any, prefix: str) -> None:
+    """Checks and converts nothing: a number that became 3.0 would be another fingerprint."""
+    hints = get_type_hints(type(config))
+    for spec in dataclasses.fields(config):
+        value, hint = getattr(config, spec.name), hints[spec.name]
+        if dataclasses.is_dataclass(value) and isinstance(value, hint):
+            _check_types(value, f"{prefix}{spec.name}.")
+        else:
+            choices = f"one of {', '.join(get_args(hint))}" if get_origin(hint) is Literal else str(spec.type)
+            require(_fits(value, hint), f"{prefix}{spec.name}", value, choices)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    kind, args = get_origin(hint) or hint, get_args(hint)
+    if kind is Literal:
+        return value in args
+    if kind is tuple:
+        long_enough = args[-1] is Ellipsis or isinstance(value, tuple) and len(value) == len(args)
+        return isinstance(value, tuple) and long_enough and all(_fits(item, args[0]) for item in value)
+    if isinstance(value, bool):
+        return kind is bool
+    if kind is float:  # or a whole number that is one; not NaN
+        return isinstance(value, int | float) and abs(value) <= sys.float_info.max
+    return isinstance(value, kind)
+
+
+def _layers(field: str, build: Callable[[], Any]) -> int:
+    """Of a part whose fields transformers checks, and names."""
+    try:
+        return build().num_hidden_layers
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+        raise InvalidInput(f"is no config of its family: {' '.join(str(error).split())}", field=field) from None

@@ -9,7 +9,13 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, LlavaNextConfig
 
-from services.checkpoint.config import TEXT_FAMILIES, FocusLlavaConfig, TextSamplerConfig, VisionSamplerConfig
+from services.checkpoint.config import (
+    TEXT_FAMILIES,
+    FocusLlavaConfig,
+    TextSamplerConfig,
+    VisionSamplerConfig,
+    as_tuples,
+)
 from services.common.errors import InvalidInput
 
 PREPROCESSING = {
@@ -20,12 +26,16 @@ _LIBRARY_FIELDS = ("transformers_version", "architectures", "dtype", "use_cache"
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Raises InvalidInput for what is not there or holds no object."""
     try:
-        return json.loads(path.read_text("utf8"))
+        value = json.loads(path.read_text("utf8"))
     except FileNotFoundError:
         raise InvalidInput(f"{path.parent} has no {path.name}", field="source") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InvalidInput(f"{path} is not JSON: {error}", field="source") from None
+    if not isinstance(value, dict):
+        raise InvalidInput(f"{path} holds {value!r:.80}, expected an object", field="source")
+    return value
 
 
 def read_hub_config(src: pathlib.Path) -> Any:
@@ -33,9 +43,13 @@ def read_hub_config(src: pathlib.Path) -> Any:
     raw = read_json(src / "config.json")
     if raw.get("model_type") != "llava_next":
         raise InvalidInput(f"is {raw.get('model_type')!r}, expected 'llava_next'", field="config.json model_type")
+    for part in (raw, raw.get("text_config"), raw.get("vision_config")):
+        for name in ("dtype", "torch_dtype"):
+            if isinstance(part, dict) and part.get(name) == "auto":
+                del part[name]  # says no more than the tensors do
     try:
         hub: Any = LlavaNextConfig.from_dict(raw)
-    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InvalidInput(f"is not a LLaVA-NeXT config: {error}", field="config.json") from None
     text, vision = hub.text_config, hub.vision_config
     supported: dict[str, tuple[Any, tuple[Any, ...]]] = {
@@ -62,22 +76,47 @@ def read_hub_config(src: pathlib.Path) -> Any:
 
 
 def _preprocessing(src: pathlib.Path, hub: Any) -> dict[str, Any]:
-    """The image processor's settings; refuses what our tiling does not do."""
-    path = src / "preprocessor_config.json"
-    raw = read_json(path) if path.is_file() else read_json(src / "processor_config.json").get("image_processor", {})
+    """The image processor's settings, null ones left out; refuses what our tiling does not do."""
+    raw, where = _processor(src)
+    raw = {name: value for name, value in raw.items() if value is not None}
     for name, value in PREPROCESSING.items():
-        if abs(raw.get(name, value) - value) > 1e-9:
-            raise InvalidInput(f"is {raw[name]!r}, supported: {value!r}", field=f"{path.name} {name}")
+        found = raw.get(name, value)
+        if not isinstance(found, int | float) or not abs(found - value) <= 1e-9:
+            raise InvalidInput(f"is {found!r}, supported: {value!r}", field=f"{where} {name}")
     tile = hub.vision_config.image_size
-    sizes = {*raw.get("size", {}).values(), *raw.get("crop_size", {}).values()}
-    if sizes - {tile}:
-        raise InvalidInput(f"has {sorted(sizes)}, the vision tower takes {tile} px", field=f"{path.name} size")
+    for name in ("size", "crop_size"):
+        size = raw.get(name, tile)
+        edges = size.values() if isinstance(size, dict) else size if isinstance(size, list) else [size]
+        if any(edge not in (tile, None) for edge in edges):
+            raise InvalidInput(f"is {size!r}, the vision tower takes {tile} px", field=f"{where} {name}")
     pinpoints = raw.get("image_grid_pinpoints", hub.image_grid_pinpoints)
-    if sorted(map(tuple, pinpoints)) != sorted(map(tuple, hub.image_grid_pinpoints)):
-        raise InvalidInput("differs from config.json's", field=f"{path.name} image_grid_pinpoints")
-    if not {"image_mean", "image_std"} <= raw.keys():
-        raise InvalidInput("lacks image_mean or image_std", field=path.name)
+    if _sorted(pinpoints) != _sorted(hub.image_grid_pinpoints):
+        found = f"is {pinpoints!r}, config.json has {hub.image_grid_pinpoints!r}"
+        raise InvalidInput(found, field=f"{where} image_grid_pinpoints")
+    for name in ("image_mean", "image_std"):
+        if name not in raw:
+            raise InvalidInput("is missing", field=f"{where} {name}")
     return raw
+
+
+def _processor(src: pathlib.Path) -> tuple[dict[str, Any], str]:
+    """The image processor's settings as they stand, and the file that holds them.
+
+    As transformers does: what is nested in the processor's file comes first. Its save_pretrained writes that one, and
+    leaves the older file of a folder as it was.
+    """
+    path = src / "processor_config.json"
+    nested = read_json(path).get("image_processor") if path.is_file() else None
+    if nested is None:
+        path = src / "preprocessor_config.json"
+        return read_json(path), path.name
+    if not isinstance(nested, dict):
+        raise InvalidInput(f"is {nested!r:.80}, expected an object", field=f"{path.name} image_processor")
+    return nested, f"{path.name} image_processor"
+
+
+def _sorted(pinpoints: Any) -> Any:
+    return sorted(map(json.dumps, pinpoints)) if isinstance(pinpoints, list | tuple) else pinpoints
 
 
 def convert_config(
@@ -98,16 +137,17 @@ def convert_config(
         vision.pop(name, None)
     layers = hub.text_config.num_hidden_layers
     side = hub.vision_config.image_size // hub.vision_config.patch_size
+    vision |= {"image_size": hub.vision_config.image_size, "patch_size": hub.vision_config.patch_size}
     dtype = str(hub.dtype or hub.text_config.dtype or stored_dtype).removeprefix("torch.")
     return FocusLlavaConfig(
         vision=vision,
         text=text,
         image_token_id=hub.image_token_index,
-        image_grid_pinpoints=tuple((height, width) for height, width in hub.image_grid_pinpoints),
+        image_grid_pinpoints=as_tuples(hub.image_grid_pinpoints),
         vision_feature_layer=hub.vision_feature_layer,
         projector_bias=hub.multimodal_projector_bias,
-        image_mean=tuple(preprocessing["image_mean"]),
-        image_std=tuple(preprocessing["image_std"]),
+        image_mean=as_tuples(preprocessing["image_mean"]),
+        image_std=as_tuples(preprocessing["image_std"]),
         eos_token_ids=_eos_token_ids(src, hub),
         vision_sampler=vision_sampler or VisionSamplerConfig(enabled=False, base_grid=(side, side)),
         text_sampler=TextSamplerConfig(
@@ -122,26 +162,40 @@ def _eos_token_ids(src: pathlib.Path, hub: Any) -> tuple[int, ...]:
     """Of the generation config (else the text config) and of the tokenizer, whose end-of-turn token may be another."""
     if not (src / "tokenizer.json").is_file():
         raise InvalidInput(f"{src} has no tokenizer.json: save it with a fast tokenizer first", field="source")
-    tokenizer = AutoTokenizer.from_pretrained(str(src), local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(src), config=hub, local_files_only=True)
+    except Exception as error:  # of any kind: tokenizers raises the bare class
+        raise InvalidInput(f"cannot be read: {type(error).__name__}: {error}", field="tokenizer.json") from None
     index = hub.image_token_index
     image_token = tokenizer.convert_ids_to_tokens(index) if index < len(tokenizer) else None
     if image_token is None or tokenizer(image_token, add_special_tokens=False).input_ids != [index]:
         raise InvalidInput(f"is {index}, which the tokenizer does not know", field="config.json image_token_index")
     path = src / "generation_config.json"
     declared = read_json(path).get("eos_token_id") if path.is_file() else None
+    field = "config.json text_config.eos_token_id" if declared is None else f"{path.name} eos_token_id"
     declared = hub.text_config.eos_token_id if declared is None else declared
     ids = [*(declared if isinstance(declared, list) else [declared]), tokenizer.eos_token_id]
-    return tuple(sorted({int(i) for i in ids if i is not None}))
+    if any(not isinstance(i, int | None) for i in ids):
+        raise InvalidInput(f"is {declared!r}, expected a token id or several", field=field)
+    return tuple(sorted({i for i in ids if i is not None}))
 
 
 def chat_template(src: pathlib.Path) -> str:
     """The processor's template comes before the tokenizer's, which may know nothing of images."""
     if (src / "chat_template.json").is_file():
         template = read_json(src / "chat_template.json").get("chat_template")
-    elif (src / "chat_template.jinja").is_file():
-        template = (src / "chat_template.jinja").read_text("utf8")
+    elif (path := src / "chat_template.jinja").is_file():
+        try:
+            template = path.read_text("utf8")
+        except UnicodeDecodeError as error:
+            raise InvalidInput(f"is not UTF-8: {error}", field=path.name) from None
     else:
         template = read_json(src / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):  # several, by name
+        defaults = [e.get("template") for e in template if isinstance(e, dict) and e.get("name") == "default"]
+        if not defaults:
+            raise InvalidInput(f"is {template!r:.80}, expected one of them named default", field="chat_template")
+        template = defaults[0]
     if not isinstance(template, str) or not template:
         raise InvalidInput(
             "is in none of chat_template.json, chat_template.jinja, tokenizer_config.json", field="template"

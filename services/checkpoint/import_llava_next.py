@@ -196,7 +196,7 @@ def _map_names(src: pathlib.Path) -> tuple[dict[str, _Source], list[str]]:
 
 def _shards(src: pathlib.Path) -> list[pathlib.Path]:
     index = src / "model.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    names = _indexed(index) if index.is_file() else ["model.safetensors"]
     for name in names:
         if pathlib.PurePath(name).name != name:
             raise InvalidInput(f"names a shard {name!r} outside its folder", field=index.name)
@@ -208,6 +208,17 @@ def _shards(src: pathlib.Path) -> list[pathlib.Path]:
                 )
             raise InvalidInput(f"{src} lacks this file", field=name)
     return [src / name for name in names]
+
+
+def _indexed(index: pathlib.Path) -> list[str]:
+    """The files that an index names."""
+    weight_map, field = read_json(index).get("weight_map"), f"{index.name} weight_map"
+    if not isinstance(weight_map, dict):
+        raise InvalidInput(f"is {weight_map!r:.80}, expected an object", field=field)
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str):
+            raise InvalidInput(f"has {file!r:.80} for {tensor}, expected the name of a file", field=field)
+    return sorted(set(weight_map.values()))
 
 
 def _existing_parent(path: pathlib.Path) -> pathlib.Path:

@@ -126,11 +126,13 @@ def read_index(folder: pathlib.Path, stage: Stage) -> dict[str, Any]:
     path = index_path(folder, stage)
     try:
         index = json.loads(path.read_text("utf8"))
-        shards, hashes = set(index["weight_map"].values()), set(index["metadata"]["shard_sha256"])
+        shards, hashes = set(index["weight_map"].values()), set(index["metadata"]["shard_sha256"].keys())
     except FileNotFoundError:
         raise InvalidInput(f"{folder} has no {path.name}", field="checkpoint") from None
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise InvalidInput(f"{path} is not a checkpoint index: {error!r}", field="checkpoint") from None
+    if odd := [shard for shard in shards if not isinstance(shard, str)]:
+        raise InvalidInput(f"names a shard {odd[0]!r}, expected the name of a file", field=str(path))
     if shards != hashes:
         raise InvalidInput(f"has hashes for other shards than it names: {sorted(shards ^ hashes)}", field=str(path))
     for shard in shards:

@@ -36,8 +36,9 @@ MAX_SHARD_BYTES = 2 * 1024**3
 class CheckpointWriter:
     """Writes a checkpoint tensor by tensor, holding at most one shard a stage in memory.
 
-    Nothing appears at `folder` until `finish`: everything is written to a sibling folder that then takes its place (an
-    older checkpoint there is replaced). Leaving the `with` block without `finish` removes the sibling.
+    Nothing appears at `folder` until `finish`: everything is written to a sibling folder that then takes its place. An
+    older checkpoint there is moved away first, so that for an instant a reader finds neither; where the new one then
+    cannot take its place it is moved back. Leaving the `with` block without `finish` removes the sibling.
     """
 
     def __init__(self, folder: str | pathlib.Path, config: FocusLlavaConfig, *, max_shard_bytes: int = MAX_SHARD_BYTES):
@@ -83,7 +84,10 @@ class CheckpointWriter:
             self._flush(stage)
         # Storage that is shared (a view, a tied weight) cannot go into one safetensors file: it gets its own.
         tensor = tensor.detach().cpu().contiguous()
-        pending[name] = tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
+        storage = tensor.untyped_storage()
+        held = {other.untyped_storage().data_ptr() for other in pending.values()}
+        shared = storage.nbytes() != tensor.nbytes or storage.data_ptr() in held
+        pending[name] = tensor.clone() if shared else tensor
 
     def link(self, stage: Stage, folder: str | pathlib.Path) -> None:
         """Takes a stage of another checkpoint as it is; within a file system its shards are not copied."""
@@ -154,7 +158,13 @@ class CheckpointWriter:
         if self.folder.exists():
             old = pathlib.Path(tempfile.mkdtemp(prefix=f".{self.folder.name}.old.", dir=self.folder.parent))
             self.folder.rename(old / "old")
-        self._temp.rename(self.folder)
+        try:
+            self._temp.rename(self.folder)
+        except OSError:
+            if old:
+                (old / "old").rename(self.folder)
+                old.rmdir()
+            raise
         _sync(self.folder.parent)
         if old:
             shutil.rmtree(old)

@@ -9,6 +9,7 @@ Legend: M regions, K branches, H x W feature map.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,12 +18,13 @@ from services.common.errors import InvalidInput
 from services.sampler.vision_guided import VisionGuidedSampler, pool, split_regions
 
 Seen = tuple[torch.Tensor, tuple[int, int]]
-"""What a selector says of an image: p (float32 [M, K], `SampledMap.probs_MK`) and the map's H and W."""
+"""What a selector says of an image: logits (float32 [M, K], `SampledMap.logits_MK`) and the map's H and W. Not p: where
+the softmax is saturated it is zero, and says no more of how far a region is from another branch."""
 
 STEPS = 20
-"""Halvings: to a ten-thousandth of a logit. Nearer to the last region that fits, rounding decides about it."""
+"""Halvings of MOST: to a ten-thousandth of a logit. Nearer to the last region that fits, rounding decides about it."""
 MOST = 64.0
-"""Of a logit a halving of resolution: far past the last region that changes."""
+"""Of a logit a halving of resolution: past the last region that changes, unless logits lie farther apart."""
 
 
 def tokens_by_branch(map_hw: tuple[int, int], sampler: VisionGuidedSampler) -> torch.Tensor:
@@ -80,15 +82,25 @@ def _largest_within(
     moved: from a move to what it adds to the logits, float32 [K].
     """
     tokens_MK = torch.cat([tokens_by_branch(map_hw, sampler) for _, map_hw in seen])
-    log_MK = torch.cat([probs_MK.detach().float().cpu() for probs_MK, _ in seen]).clamp_min(1e-30).log()
+    logits_MK = torch.cat([logits_MK.detach().float().cpu() for logits_MK, _ in seen])
     cells = sum(height * width for _, (height, width) in seen)
 
     def left(finer: float) -> float:
-        chosen_M1 = (log_MK + moved(finer)).argmax(1, keepdim=True)
+        chosen_M1 = (logits_MK + moved(finer)).argmax(1, keepdim=True)
         return float(tokens_MK.gather(1, chosen_M1).sum()) / cells
 
-    low, high = -MOST, MOST
-    for _ in range(STEPS):
+    doublings = math.ceil(math.log2(max(1.0, _farthest(sampler, logits_MK) / MOST)))
+    low, high = -MOST * 2**doublings, MOST * 2**doublings
+    for _ in range(STEPS + doublings):
         middle = (low + high) / 2
         low, high = (middle, high) if left(middle) <= share else (low, middle)
     return low, left(low)
+
+
+def _farthest(sampler: VisionGuidedSampler, logits_MK: torch.Tensor) -> float:
+    """The largest move, a halving of resolution, that any region seen may need to change its branch."""
+    steps = sampler.coarseness_K.unique().diff()
+    if not len(steps) or not len(logits_MK):
+        return 0.0  # branches that are all alike, or maps without tokens
+    # Twice as far: biases that are stored in bfloat16 fall short of where they are moved.
+    return 2 * float((logits_MK.amax(1) - logits_MK.amin(1)).max() / steps.min())

@@ -41,6 +41,8 @@ class SampledMap:
     """int64 [M]: the branch that each region chose."""
     probs_MK: torch.Tensor
     """float32 [M, K]: the selector's distribution."""
+    logits_MK: torch.Tensor
+    """float32 [M, K]: what it is the softmax of. Where p has underflowed to zero, these still tell regions apart."""
     region_grid: tuple[int, int]
     """Rows and columns of regions."""
 
@@ -218,18 +220,22 @@ class VisionGuidedSampler(nn.Module):
             probs_MK = logits_MK.softmax(dim=-1)
         branch_ids_M = choose(probs_MK, grid) if choose else probs_MK.argmax(dim=1)
         gated = self.training and torch.is_grad_enabled() and choose is None
-        pooled = []
-        for branch, kernel in enumerate(self.branches):
-            cells, real_cells = pool(regions, real, kernel)
-            pooled.append((self._gate(cells, regions, real, probs_MK, branch) if gated else cells, real_cells))
+        pooled = [pool(regions, real, kernel) for kernel in self.branches]
+        if gated:
+            cells = [cells_MCD for cells_MCD, _ in pooled]
+            pooled = [(self._gate(cells, real, probs_MK, k), real_cells) for k, (_, real_cells) in enumerate(pooled)]
         tokens_ND, newlines = emit(pooled, self.branches, branch_ids_M, newline_D, grid=grid, window=self.window,
                                    order=self.token_order)  # fmt: skip
         return SampledMap(tokens_ND=tokens_ND, newlines=newlines, branch_ids_M=branch_ids_M, probs_MK=probs_MK,
-                          region_grid=grid)  # fmt: skip
+                          logits_MK=logits_MK, region_grid=grid)  # fmt: skip
 
-    def _gate(self, pooled_MCD: torch.Tensor, regions: torch.Tensor, real: torch.Tensor, probs_MK: torch.Tensor,
+    def _gate(self, cells: Sequence[torch.Tensor], real: torch.Tensor, probs_MK: torch.Tensor,
               branch: int) -> torch.Tensor:  # fmt: skip
-        """Gives the cells of one branch the selector's gradient; see docs/method.md for the three gates."""
+        """Gives the cells of one branch the selector's gradient; see docs/method.md for the three gates.
+
+        cells: [M, C, D] of every branch, as pooled.
+        """
+        pooled_MCD = cells[branch]
         probs_MK = probs_MK.to(pooled_MCD.dtype)
         prob_M11 = probs_MK[:, branch, None, None]
         if self.probability_gate == "paper":
@@ -238,8 +244,8 @@ class VisionGuidedSampler(nn.Module):
             # 1 + (p - sg(p)), since p / sg(p) is 0/0 once p underflows; the difference first, for it is exactly zero.
             return pooled_MCD * (1 + (prob_M11 - prob_M11.detach()))
         with torch.no_grad():
-            others = [self._resize(pool(regions, real, kernel)[0], real, kernel, self.branches[branch])
-                      for kernel in self.branches]  # fmt: skip
+            others = [self._resize(other_MCD, real, kernel, self.branches[branch])
+                      for other_MCD, kernel in zip(cells, self.branches, strict=True)]  # fmt: skip
         surplus_MK = probs_MK - probs_MK.detach()
         return pooled_MCD + torch.einsum("mk,kmcd->mcd", surplus_MK, torch.stack(others))
 

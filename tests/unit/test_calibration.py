@@ -12,14 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from services.checkpoint.config import FocusLlavaConfig
+from services.checkpoint.config import FocusLlavaConfig, VisionSamplerConfig
 from services.checkpoint.store import load_stage, verify
 from services.common.errors import InvalidInput
 from services.encoder.pipeline import EncoderPipeline
 from services.sampler.calibration import finer_for_share, set_map_share, tokens_by_branch
 from services.sampler.vision_guided import VisionGuidedSampler
 from tests.tiny_checkpoints import make_random_checkpoint
-from training.calibrate import main
+from training.calibrate import calibrate, main
 
 WIDTH = 8
 SIZES = ((24, 24), (9, 14))
@@ -30,13 +30,13 @@ BRANCHES = {
 }
 
 
-def built(branches: str) -> VisionGuidedSampler:
+def built(branches: str, std: float = 0.3) -> VisionGuidedSampler:
     torch.manual_seed(0)
     window = 1 if branches == "keep or drop" else 4
     sampler = VisionGuidedSampler(
         WIDTH, 4, window=window, branches=BRANCHES[branches], selector_input="region", selector_temperature=3.0
     )
-    torch.nn.init.normal_(sampler.selector.linear.weight, std=0.3)
+    torch.nn.init.normal_(sampler.selector.linear.weight, std=std)
     return sampler
 
 
@@ -45,15 +45,16 @@ def looks(sampler: VisionGuidedSampler) -> list[tuple[torch.Tensor, tuple[int, i
     generator = torch.Generator().manual_seed(1)
     maps = [torch.randn(*size, WIDTH, generator=generator) for size in SIZES]
     with torch.no_grad():
-        return [(sampler(m, torch.zeros(4, WIDTH), torch.zeros(WIDTH)).probs_MK, m.shape[:2]) for m in maps]
+        return [(sampler(m, torch.zeros(4, WIDTH), torch.zeros(WIDTH)).logits_MK, m.shape[:2]) for m in maps]
 
 
-def emitted(sampler: VisionGuidedSampler) -> int:
+def emitted(sampler: VisionGuidedSampler, **options: float) -> int:
     """Tokens that it makes of the same maps, newlines not counted."""
     generator = torch.Generator().manual_seed(1)
     total = 0
+    rest = torch.zeros(4, WIDTH), torch.zeros(WIDTH)
     for size in SIZES:
-        sampled = sampler(torch.randn(*size, WIDTH, generator=generator), torch.zeros(4, WIDTH), torch.zeros(WIDTH))
+        sampled = sampler(torch.randn(*size, WIDTH, generator=generator), *rest, **options)
         total += len(sampled.tokens_ND) - sampled.newlines
     return total
 
@@ -81,6 +82,20 @@ def test_moved_for_one_batch_it_chooses_as_with_its_biases_set(branches: str) ->
     assert torch.equal(moved.branch_ids_M, after.branch_ids_M)
     assert not torch.equal(moved.branch_ids_M, as_it_is.branch_ids_M)
     torch.testing.assert_close(moved.probs_MK, after.probs_MK, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("branches", BRANCHES)
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.5, 0.8, 1.0])
+def test_a_saturated_selector_is_set_like_another(branches: str, share: float) -> None:
+    """Its p are zeros and ones, and its logits farther apart than any fixed range of biases."""
+    sampler, cells = built(branches, std=50.0), sum(height * width for height, width in SIZES)
+    assert all((logits_MK.softmax(1) == 0).any() for logits_MK, _ in looks(sampler))
+    finer = finer_for_share(sampler, looks(sampler), share)
+    with torch.no_grad():
+        held = emitted(sampler, finer=finer) / cells
+        met = set_map_share(sampler, looks(sampler), share)
+        assert share - 0.05 < met <= share and share - 0.05 < held <= share
+        assert emitted(sampler) / cells == pytest.approx(met, abs=16 / cells), "one region may lie on the line"
 
 
 def test_regions_keep_their_order() -> None:
@@ -147,6 +162,25 @@ def test_a_checkpoint_is_set_by_one_command(
     assert sampled < sum(image.uncompressed_tokens for image in images)
     shutil.rmtree(source)
     assert verify(made)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_the_share_reported_is_what_the_stored_biases_leave(
+    share: float, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where weights are stored in bfloat16 and this machine computes in float32."""
+    monkeypatch.setattr("services.encoder.pipeline.dtype_of_stored", lambda *_: torch.float32)
+    sampler = VisionSamplerConfig(base_grid=(4, 4))  # raw inner products, which saturate
+    make_random_checkpoint(tmp_path / "checkpoint", dtype="bfloat16", vision_sampler=sampler)
+    images = [tmp_path / f"{seed}.png" for seed in range(3)]
+    for seed, image in enumerate(images):
+        image.write_bytes(picture(seed))
+    met = calibrate(tmp_path / "checkpoint", tmp_path / "made", images, share)
+    pipeline = EncoderPipeline.from_checkpoint(tmp_path / "made")
+    with torch.inference_mode():
+        encoded = pipeline.model([pipeline.prepare(image.read_bytes()).tiles for image in images], [True] * 3)
+    cells = sum(image.map_hw[0] * image.map_hw[1] for image in encoded)
+    assert sum(image.map_tokens for image in encoded) / cells == pytest.approx(met) and met <= share
 
 
 def test_what_cannot_be_calibrated_is_named(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,6 +176,23 @@ def test_damage_is_named(folder: pathlib.Path) -> None:
     refuse(shard.name, "llm")
 
 
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (b"\xff\xfe{}", "not a checkpoint index: UnicodeDecodeError"),
+        (b'{"weight_map": {"a": 5}, "metadata": {"shard_sha256": {"5": "x"}}}', "names a shard 5, expected the name"),
+        (b'{"weight_map": {"a": null}, "metadata": {"shard_sha256": {}}}', "names a shard None, expected the name"),
+        (b'{"weight_map": {}, "metadata": {"shard_sha256": []}}', "not a checkpoint index"),
+        (b"[]", "not a checkpoint index"),
+    ],
+)
+def test_an_index_that_is_none_is_refused(index: bytes, message: str, folder: pathlib.Path) -> None:
+    index_path(folder, "llm").write_bytes(index)
+    for read in (fingerprint, verify, lambda folder: load_stage(folder, "llm")):
+        with pytest.raises(InvalidInput, match=message):
+            read(folder)
+
+
 def test_an_index_cannot_lead_out_of_its_folder_or_stage(folder: pathlib.Path) -> None:
     encoder_shard = next(folder.glob("encoder-*")).name
     for shard in ("../tiny/" + encoder_shard, encoder_shard):
@@ -203,6 +220,24 @@ def test_a_failed_save_leaves_the_old_checkpoint_and_nothing_else(folder: pathli
     assert [path.name for path in folder.parent.iterdir()] == ["tiny"]
     after = make_random_checkpoint(folder, seed=5)
     assert verify(folder) == after != before
+    assert [path.name for path in folder.parent.iterdir()] == ["tiny"]
+
+
+def test_where_the_new_checkpoint_cannot_take_its_place_the_old_one_comes_back(
+    folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, rename = verify(folder), pathlib.Path.rename
+
+    def fail(self: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
+        # The old one is the only thing whose name is old.
+        if target == folder and self.name != "old":
+            raise OSError("no space left")
+        return rename(self, target)
+
+    monkeypatch.setattr(pathlib.Path, "rename", fail)
+    with pytest.raises(OSError, match="no space left"):
+        make_random_checkpoint(folder, seed=5)
+    assert verify(folder) == before
     assert [path.name for path in folder.parent.iterdir()] == ["tiny"]
 
 
@@ -247,3 +282,11 @@ def test_views_and_bfloat16_are_stored_as_they_look(original: pathlib.Path, tmp_
     loaded = load_stage(tmp_path / "c", "encoder")
     for name, view in views.items():
         assert loaded[name].dtype == torch.bfloat16 and torch.equal(loaded[name], view)
+
+
+def test_one_tensor_under_two_names_is_stored_twice(original: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    shared = torch.randn(4, 4)
+    names = ["multi_modal_projector.linear_1.weight", "multi_modal_projector.linear_2.weight"]
+    save_checkpoint(tmp_path / "c", FocusLlavaConfig.load(original), dict.fromkeys(names, shared), {}, make_tokenizer())
+    loaded = load_stage(tmp_path / "c", "encoder")
+    assert loaded.keys() == set(names) and all(torch.equal(tensor, shared) for tensor in loaded.values())

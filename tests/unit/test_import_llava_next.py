@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoProcessor
 
 from services.checkpoint.config import FocusLlavaConfig, VisionSamplerConfig
 from services.checkpoint.import_llava_next import expected_shapes, import_llava_next
@@ -23,6 +24,7 @@ from services.llm.engine import Engine
 from tests.tiny_checkpoints import CHAT_TEMPLATES, EOS, FAMILIES, make_hub_checkpoint, make_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[2]
+INDEX = "model.safetensors.index.json"
 
 
 def hub_tensors(folder: pathlib.Path) -> dict[str, torch.Tensor]:
@@ -143,6 +145,77 @@ def test_chat_template_is_found(file: str, tmp_path: pathlib.Path) -> None:
     assert engine.renderer.tokenizer.chat_template == CHAT_TEMPLATES["llama"]
 
 
+def _several_templates(hub: pathlib.Path, *names: str) -> None:
+    """As older tokenizers were saved."""
+    named = [{"name": name, "template": CHAT_TEMPLATES["llama"] if name == "default" else "other"} for name in names]
+    edit_json(hub / "tokenizer_config.json", chat_template=named)
+
+
+def test_of_several_chat_templates_the_default_is_taken(tmp_path: pathlib.Path) -> None:
+    hub = make_hub_checkpoint(tmp_path / "hub", chat_template_in="tokenizer_config.json")
+    _several_templates(hub, "rag", "default")
+    import_llava_next(hub, tmp_path / "ours")
+    engine = Engine.from_checkpoint(tmp_path / "ours", kv_cache_bytes=2**20)
+    assert engine.renderer.tokenizer.chat_template == CHAT_TEMPLATES["llama"]
+    _several_templates(hub, "rag", "tool_use")
+    with pytest.raises(InvalidInput, match=r"chat_template: is \[\{'name': 'rag'.* expected one of them named default"):
+        import_llava_next(hub, tmp_path / "ours")
+
+
+def test_a_processor_saved_by_transformers_into_an_old_folder_is_read_as_transformers_reads_it(
+    tmp_path: pathlib.Path,
+) -> None:
+    """It nests the image processor in processor_config.json, and the older file stays beside it."""
+    hub = make_hub_checkpoint(tmp_path / "hub")
+    processor = AutoProcessor.from_pretrained(hub)
+    processor.image_processor.image_mean, processor.image_processor.image_std = [0.5, 0.25, 0.125], [0.3, 0.2, 0.1]
+    processor.save_pretrained(hub)
+    assert "image_processor" in json.loads((hub / "processor_config.json").read_text())
+    theirs = AutoProcessor.from_pretrained(hub).image_processor
+    for older in (True, False):
+        if not older:
+            (hub / "preprocessor_config.json").unlink()
+        import_llava_next(hub, tmp_path / "ours")
+        config = FocusLlavaConfig.load(tmp_path / "ours")
+        assert config.image_mean == tuple(theirs.image_mean) == (0.5, 0.25, 0.125)
+        assert config.image_std == tuple(theirs.image_std) == (0.3, 0.2, 0.1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict.fromkeys(("do_convert_rgb", "do_center_crop", "resample", "size", "crop_size", "image_grid_pinpoints")),
+        {"size": 28, "crop_size": 28},
+        {"size": {"longest_edge": None, "shortest_edge": 28}, "crop_size": [28, 28]},
+    ],
+    ids=["null", "whole numbers", "partly null"],
+)
+def test_null_settings_are_absent_and_sizes_have_many_forms(settings: dict[str, Any], tmp_path: pathlib.Path) -> None:
+    hub = make_hub_checkpoint(tmp_path / "hub")
+    edit_json(hub / "preprocessor_config.json", **settings)
+    import_llava_next(hub, tmp_path / "ours")
+    assert FocusLlavaConfig.load(tmp_path / "ours").tile_px == 28
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_a_dtype_of_auto_is_that_of_the_tensors(name: str, tmp_path: pathlib.Path) -> None:
+    hub = make_hub_checkpoint(tmp_path / "hub", dtype="float16")
+    raw = json.loads((hub / "config.json").read_text())
+    for part in (raw, raw["text_config"], raw["vision_config"]):
+        part.pop("dtype", None)
+        part[name] = "auto"
+    (hub / "config.json").write_text(json.dumps(raw))
+    import_llava_next(hub, tmp_path / "ours")
+    assert FocusLlavaConfig.load(tmp_path / "ours").dtype == "float16"
+
+
+def test_sizes_that_are_the_librarys_defaults_are_written_all_the_same(tmp_path: pathlib.Path) -> None:
+    hub = make_hub_checkpoint(tmp_path / "hub", tile_px=224, patch_px=32)
+    import_llava_next(hub, tmp_path / "ours")
+    config = FocusLlavaConfig.load(tmp_path / "ours")
+    assert (config.tile_px, config.patches_per_side) == (224, 7)
+
+
 def test_what_is_not_used_is_reported(tmp_path: pathlib.Path) -> None:
     hub = make_hub_checkpoint(tmp_path / "hub", max_shard_bytes=10**9)
     buffers = {
@@ -198,6 +271,10 @@ def _file(name: str, **changes: Any) -> Callable[[pathlib.Path], None]:
     return lambda hub: edit_json(hub / name, **changes)
 
 
+def _written(name: str, text: str) -> Callable[[pathlib.Path], object]:
+    return lambda hub: (hub / name).write_text(text)
+
+
 def _pickled(hub: pathlib.Path) -> None:
     (hub / "model.safetensors").rename(hub / "pytorch_model.bin")
 
@@ -231,7 +308,30 @@ def _quantized(hub: pathlib.Path) -> None:
         (_file("preprocessor_config.json", resample=2), "resample: is 2"),
         (_file("preprocessor_config.json", rescale_factor=1.0), "rescale_factor: is 1.0"),
         (_file("preprocessor_config.json", size={"shortest_edge": 56}), "the vision tower takes 28 px"),
-        (_file("preprocessor_config.json", image_grid_pinpoints=[[28, 28]]), "image_grid_pinpoints"),
+        (
+            _file("preprocessor_config.json", image_grid_pinpoints=[[28, 28]]),
+            "preprocessor_config.json image_grid_pinpoints: is [[28, 28]], config.json has [[28, 56], [56, 28]",
+        ),
+        (_file("preprocessor_config.json", image_grid_pinpoints=28), "image_grid_pinpoints: is 28, config.json has"),
+        (_file("preprocessor_config.json", image_mean=None), "preprocessor_config.json image_mean: is missing"),
+        (_file("preprocessor_config.json", image_std=0.5), "image_std: is 0.5, expected"),
+        (_file("preprocessor_config.json", image_mean=[0.5]), "image_mean: is (0.5,), expected"),
+        (_file("preprocessor_config.json", rescale_factor="x"), "rescale_factor: is 'x'"),
+        (_file("preprocessor_config.json", rescale_factor=float("nan")), "rescale_factor: is nan"),
+        (_file("processor_config.json", image_processor=[1]), "processor_config.json image_processor: is [1]"),
+        (
+            _file("processor_config.json", image_processor={"do_resize": False}),
+            "processor_config.json image_processor do_resize: is False",
+        ),
+        (_file("config.json", vision_feature_layer=-5), "vision_feature_layer: is -5, expected -4..3"),
+        (_file("config.json", vision_feature_layer=4), "vision_feature_layer: is 4, expected -4..3"),
+        (_file("generation_config.json", eos_token_id=["x"]), "generation_config.json eos_token_id: is ['x']"),
+        (_written("generation_config.json", "[1]"), "generation_config.json holds [1], expected an object"),
+        (_written("config.json", "[1]"), "config.json holds [1], expected an object"),
+        (_written("tokenizer.json", "{}"), "tokenizer.json: cannot be read"),
+        (_written("tokenizer.json", "{"), "tokenizer.json: cannot be read"),
+        (_written(INDEX, "{}"), f"{INDEX} weight_map: is None, expected an object"),
+        (_written(INDEX, '{"weight_map": {"a": 5}}'), f"{INDEX} weight_map: has 5 for a, expected the name"),
         (_file("chat_template.json", chat_template=None), "template"),
         (lambda hub: (hub / "tokenizer.json").unlink(), "no tokenizer.json"),
         (lambda hub: (hub / "config.json").unlink(), "no config.json"),

@@ -71,6 +71,7 @@ def test_tokens_equal_the_naive_loop(size, window_and_branches, order):
     close(out.tokens_ND, expected, rtol=0, atol=0)
     assert out.newlines == expected.count(newline.tolist())
     assert chosen == oracle.likeliest(out.probs_MK.tolist())
+    assert torch.equal(out.logits_MK.softmax(-1), out.probs_MK)
     assert out.region_grid == (-(-size[0] // window), -(-size[1] // window))
 
 
