@@ -33,7 +33,7 @@ def started(cached: bool = False, images: int = 1) -> focus_pb2.ChatResponse:
         cached=cached,
         visual_tokens_uncompressed=100,
         visual_tokens_sampled=50,
-        notes=["animated image: first of 3 frames used"],
+        notes=["animated image: first frame used"],
     )
     return focus_pb2.ChatResponse(started=focus_pb2.ChatStarted(request_id="r1", images=[image] * images))
 

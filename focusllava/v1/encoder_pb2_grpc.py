@@ -47,7 +47,8 @@ class EncoderServiceServicer:
     """
 
     def Encode(self, request, context):
-        """Encodes one image. INVALID_ARGUMENT: not a readable image or over a limit. FAILED_PRECONDITION: another model.
+        """Encodes one image. INVALID_ARGUMENT: not a readable image, or too narrow. RESOURCE_EXHAUSTED: over a limit of bytes
+        or pixels. FAILED_PRECONDITION: another model.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

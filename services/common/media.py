@@ -5,18 +5,28 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from services.common.errors import InvalidInput, TooLarge
+from services.common.errors import FocusError, InvalidInput, TooLarge
+from services.common.settings import require
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """The only decoders that are ever tried. Pillow opens a phone's multi-picture JPEG with its JPEG plug-in too."""
 _JPEG = ("JPEG", "MPO")
 FORMATS_TEXT = "JPEG, PNG, WebP, GIF, BMP or TIFF"
+
+HEADER_READS = 2**16
+"""Reads of the file until its header is parsed; the usual one takes some tens of them."""
+BYTES_PER_READ = 32
+"""Decoding may take one more read for each so many bytes. The most that honest files need is a GIF's, one in 128."""
+_ON_WHITE = "transparent image: drawn on white"
+_BLOCK_PIXELS = 2**20
+"""Wide grey values are scaled so many at a time, in 8 bytes each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +38,13 @@ class MediaLimits:
     max_side: int = 16_384
     """Pixels. The first two leave room for long pages; this bounds one row."""
     max_aspect_ratio: float = 100.0
-    """Longer side over shorter side. Beyond it the shorter side would vanish in the feature map."""
+    """Longer side over shorter side. What is narrow may lose its feature map before that, by the checkpoint's grid: the
+    encoder says so in a note (`EncoderPipeline.prepare`)."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_bytes", "max_pixels", "max_side", "max_aspect_ratio"):
+            value = getattr(self, name)
+            require(value >= 1, name, value, "1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +64,12 @@ def content_hash(data: bytes) -> str:
 
 
 def check_image(data: bytes, limits: MediaLimits | None = None, field: str = "image") -> None:
-    """Refuses what the header alone shows to be unusable: microseconds, no pixel is decoded.
+    """Refuses what the header alone shows to be unusable; no pixel is decoded.
+
+    Microseconds, and some hundredths of a second for a header made to take long (`HEADER_READS`).
 
     Raises:
-        InvalidInput: empty, not one of our formats, a broken header, no pixels, or too narrow.
+        InvalidInput: empty, not one of our formats, a broken or an endless header, no pixels, or too narrow.
         TooLarge: more bytes or pixels than `limits`, or than Pillow's own decompression-bomb limit.
     """
     _open_header(data, limits or MediaLimits(), field).close()
@@ -79,19 +97,46 @@ def open_image(
     with _open_header(data, limits, field) as image:
         notes = _frame_notes(image)
         stored_hw = _reduce(image, enough_hw) if enough_hw and image.format in _JPEG else None
-        try:
+        with _pillow(f"is a truncated or damaged {image.format or 'image'} file", limits, field):
             image.load()
-        except MemoryError:
-            raise TooLarge("does not fit in memory when decoded", field=field) from None
-        except Exception as error:  # decoders raise almost anything on damaged data
-            raise InvalidInput(f"is a truncated or damaged {_name(image)} file", field=field) from error
         _check_size(image, limits, field)  # TIFF and GIF may change their size while loading
-        upright = _upright(image)
-        try:
-            rgb, more = _to_rgb(upright, field)
-        except (ValueError, OSError) as error:
-            raise InvalidInput(f"has pixels of mode {image.mode}, which cannot be read", field=field) from error
+        with contextlib.suppress(Exception):  # unreadable EXIF says nothing of the pixels
+            ImageOps.exif_transpose(image, in_place=True)
+        with _pillow(f"has pixels of mode {image.mode}, which cannot be read", limits, field):
+            rgb, more = _to_rgb(image, field)
     return OpenedImage(image=rgb, size_hw=stored_hw or (rgb.height, rgb.width), notes=(*notes, *more))
+
+
+@contextlib.contextmanager
+def _pillow(otherwise: str, limits: MediaLimits, field: str) -> Iterator[None]:
+    """Makes our errors of Pillow's, which are of almost any type on damaged data; `otherwise` says what went wrong."""
+    try:
+        yield
+    except FocusError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise TooLarge(f"has more pixels than the limit of {limits.max_pixels}", field=field) from None
+    except MemoryError:
+        raise TooLarge("does not fit in memory when decoded", field=field) from None
+    except Exception as error:
+        raise InvalidInput(otherwise, field=field) from error
+
+
+class _CountedReads(io.BytesIO):
+    """A file that ends a parser's work once it has read often enough.
+
+    Pillow's parsers are Python, a microsecond a read, and hold the GIL: 20 MB of empty chunks would take them seconds.
+    """
+
+    def __init__(self, data: bytes, field: str):
+        super().__init__(data)
+        self.left, self._field = HEADER_READS, field
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.left -= 1
+        if self.left < 0:
+            raise InvalidInput("is made of too many parts, each of a few bytes", field=self._field)
+        return super().read(size)
 
 
 def _reduce(image: Image.Image, enough_hw: Callable[[tuple[int, int]], tuple[int, int]]) -> tuple[int, int]:
@@ -106,10 +151,9 @@ def _reduce(image: Image.Image, enough_hw: Callable[[tuple[int, int]], tuple[int
 
 def _is_turned(image: Image.Image) -> bool:
     """Whether EXIF has it stored on its side."""
-    try:
+    with contextlib.suppress(Exception):  # as in `open_image`
         return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-    except Exception:  # as in `_upright`
-        return False
+    return False
 
 
 def _open_header(data: bytes, limits: MediaLimits, field: str) -> Image.Image:
@@ -117,12 +161,10 @@ def _open_header(data: bytes, limits: MediaLimits, field: str) -> Image.Image:
         raise InvalidInput("has 0 bytes", field=field)
     if len(data) > limits.max_bytes:
         raise TooLarge(f"has {len(data)} bytes, the limit is {limits.max_bytes}", field=field)
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise TooLarge(f"has more pixels than the limit of {limits.max_pixels}", field=field) from None
-    except Exception as error:  # decoders raise almost anything on damaged data
-        raise InvalidInput(f"is not a readable image; send {FORMATS_TEXT}", field=field) from error
+    file = _CountedReads(data, field)
+    with _pillow(f"is not a readable image; send {FORMATS_TEXT}", limits, field):
+        image = Image.open(file, formats=FORMATS)
+    file.left += len(data) // BYTES_PER_READ
     try:
         _check_size(image, limits, field)
     except BaseException:
@@ -145,61 +187,62 @@ def _check_size(image: Image.Image, limits: MediaLimits, field: str) -> None:
         )
 
 
-def _name(image: Image.Image) -> str:
-    return image.format or "image"
-
-
 def _frame_notes(image: Image.Image) -> tuple[str, ...]:
+    """Says no number: to count frames Pillow reads all of them, of a TIFF in time that grows with their square."""
     if image.format == "MPO":  # a phone's JPEG with a preview or depth map behind it: the first picture is the photo
         return ()
-    try:
-        frames = getattr(image, "n_frames", 1)
+    several = False
+    with contextlib.suppress(Exception):  # a broken later frame: the first one decides
+        several = getattr(image, "is_animated", False)
+    with contextlib.suppress(Exception):
         image.seek(0)
-    except Exception:  # a broken later frame: the first one decides below
-        with contextlib.suppress(Exception):
-            image.seek(0)
+    if not several:
         return ()
-    if frames <= 1:
-        return ()
-    if image.format == "TIFF":
-        return (f"file of several pages: first of {frames} pages used",)
-    return (f"animated image: first of {frames} frames used",)
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # unreadable EXIF says nothing of the pixels
-        return image.copy()
+    return ("file of several pages: first one used" if image.format == "TIFF" else "animated image: first frame used",)
 
 
 def _to_rgb(image: Image.Image, field: str) -> tuple[Image.Image, tuple[str, ...]]:
+    """The image itself where it is RGB: a copy of a large one is another quarter of a gigabyte."""
     if image.mode.startswith("I") or image.mode == "F":
         return _wide_to_rgb(image, field)
-    if image.has_transparency_data:
-        with_alpha = image.convert("RGBA")
-        lowest = with_alpha.getchannel("A").getextrema()[0]
-        if lowest == 255:
-            return with_alpha.convert("RGB"), ()
-        canvas = Image.new("RGBA", with_alpha.size, (255, 255, 255, 255))
-        canvas.alpha_composite(with_alpha)
-        return canvas.convert("RGB"), ("transparent image: drawn on white",)
-    return image.convert("RGB"), ()
+    if image.mode == "P" and image.palette is None:
+        image = image.copy()  # which gives it an empty one, and Pillow asks for one
+    if not image.has_transparency_data:
+        return image if image.mode == "RGB" else image.convert("RGB"), ()
+    with_alpha = image if image.mode == "RGBA" else image.convert("RGBA")
+    if with_alpha.getchannel("A").getextrema()[0] == 255:
+        return with_alpha.convert("RGB"), ()
+    on_white = Image.alpha_composite(Image.new("RGBA", with_alpha.size, (255, 255, 255, 255)), with_alpha)
+    return on_white.convert("RGB"), (_ON_WHITE,)
 
 
 def _wide_to_rgb(image: Image.Image, field: str) -> tuple[Image.Image, tuple[str, ...]]:
-    """16-bit, 32-bit and float grey. Pillow's own convert would clip at 255."""
-    values_HW = np.asarray(image).astype(np.float64)
-    if not np.isfinite(values_HW).all():
-        raise InvalidInput("has pixels that are not finite numbers", field=field)
+    """16-bit, 32-bit and float grey. Pillow's own convert would clip at 255, and knows no transparent 16-bit level."""
+    values_HW = np.asarray(image)
     low, high = float(values_HW.min()), float(values_HW.max())
+    if not (math.isfinite(low) and math.isfinite(high)):  # NaN is the least and the greatest of what holds it
+        raise InvalidInput("has pixels that are not finite numbers", field=field)
     notes: tuple[str, ...] = ()
+    subtract, multiply, divide = 0.0, 1.0, 1.0
     if image.mode.startswith("I;16") or (image.mode == "I" and low >= 0 and 255 < high <= 65535):
-        values_HW = values_HW / 257
+        divide = 257.0
     elif image.mode == "F" and low >= 0 and high <= 1:
-        values_HW = values_HW * 255
+        multiply = 255.0
     elif low < 0 or high > 255:
-        values_HW = (values_HW - low) * (255 / max(high - low, 1e-12))
+        subtract, multiply = low, 255 / max(high - low, 1e-12)
         notes = (f"grey values from {low:g} to {high:g}: stretched to 0..255",)
-    grey = Image.fromarray(np.clip(np.rint(values_HW), 0, 255).astype(np.uint8))
-    return grey.convert("RGB"), notes
+    clear = image.info.get("transparency")
+    grey_HW = np.empty(values_HW.shape, np.uint8)
+    rows = max(1, _BLOCK_PIXELS // image.width)
+    drawn = False
+    for top in range(0, image.height, rows):
+        block_HW = values_HW[top : top + rows]
+        scaled_HW = (block_HW.astype(np.float64) - subtract) * multiply / divide
+        grey_HW[top : top + rows] = np.clip(np.rint(scaled_HW), 0, 255)
+        if isinstance(clear, int):
+            is_clear_HW = block_HW == clear
+            grey_HW[top : top + rows][is_clear_HW] = 255
+            drawn |= bool(is_clear_HW.any())
+    if drawn:
+        notes = (*notes, _ON_WHITE)
+    return Image.fromarray(grey_HW).convert("RGB"), notes

@@ -35,7 +35,8 @@ class CompressedVisualTokens:
     """What the encoder stage hands to the LLM stage for one image."""
 
     tokens_ND: torch.Tensor
-    """Base-tile tokens, then each row of regions closed by one newline embedding."""
+    """Base-tile tokens, then those of the map with a newline embedding closing each row: of regions in the vision
+    sampler's `token_order` "region", of the map in "row" and with the sampler off."""
     branch_ids_M: torch.Tensor
     """uint8 [M]: the branch that each region chose, regions in raster order; empty with the vision sampler off."""
     map_hw: tuple[int, int]
@@ -46,7 +47,7 @@ class CompressedVisualTokens:
     """SHA-256 (hex) of the image bytes."""
     model_fingerprint: str
     notes: tuple[str, ...] = ()
-    """What the user should know of how the image was read, such as "animated image: first of 12 frames used"."""
+    """What the user should know of how the image was read, such as "animated image: first frame used"."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -79,8 +79,15 @@ def normalise(pixels_THW3: np.ndarray, mean: Sequence[float], std: Sequence[floa
     return torch.from_numpy(out_T3HW)
 
 
+def any_map_left(image: ImageTiles, patches_per_side: int) -> bool:
+    """Whether any of the map is not padding: as in Hugging Face, an image much narrower than its grid keeps none."""
+    rows, cols = (along * patches_per_side for along in image.grid_hw)
+    top, bottom, left, right = unpadded_hw(image.image_size_hw, (rows, cols))
+    return top < bottom and left < right
+
+
 def unpadded_hw(size_hw: tuple[int, int], map_hw: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Top, bottom, left, right of the map's part that is not padding."""
+    """Top, bottom, left, right of the map's part that is not padding: no row or no column of a very narrow image."""
     height, width = map_hw
     if size_hw[1] / size_hw[0] > width / height:
         inner = int(round(size_hw[0] * (width / size_hw[1]), 7))

@@ -14,7 +14,8 @@ from services.common.kernels import native
 
 
 def attend(qkv_TN3C: torch.Tensor, heads: int, scaling: float) -> torch.Tensor:
-    """Attention inside each tile, no mask, no gradient in bf16. A tile's result does not depend on its batch.
+    """Attention inside each tile, no mask, no gradient in bf16. A tile's result does not depend on its batch;
+    what it is computed from may, in the last bits, with a convolutional stem in fp32 (`vision_tower.ConvStem`).
 
     qkv_TN3C: queries, keys and values side by side, [T, N, 3 * C]. Returns [T, N, C].
     """

@@ -50,6 +50,7 @@ class TileBatcher:
         self._room = asyncio.Event()
         self._room.set()
         self._loop_task: asyncio.Task[None] | None = None
+        self._closed = False
 
     @property
     def waiting(self) -> int:
@@ -57,15 +58,17 @@ class TileBatcher:
         return len(self._ready)
 
     async def encode(self, image: bytes, vision_sampler: bool) -> CompressedVisualTokens:
-        """Raises what `EncoderPipeline.prepare` raises; a bad image never reaches a batch."""
+        """Raises what `EncoderPipeline.prepare` raises; a bad image never reaches a batch. Cancelled by `close`."""
         loop = asyncio.get_running_loop()
-        if self._loop_task is None or self._loop_task.done():
-            self._loop_task = loop.create_task(self._run())
         self._coming += 1
         try:
             async with self._decoders:  # its waiters are served in order
                 await self._room.wait()
-                prepared = await loop.run_in_executor(self._decode, self.pipeline.prepare, image)
+                self._check_open()
+                if self._loop_task is None or self._loop_task.done():
+                    self._loop_task = loop.create_task(self._run())
+                prepared = await loop.run_in_executor(self._decode, self.pipeline.prepare, image, vision_sampler)
+                self._check_open()
                 waiting = _Waiting(prepared, vision_sampler, loop.create_future())
                 self._ready.append(waiting)
                 self._count(waiting.tiles)
@@ -75,12 +78,22 @@ class TileBatcher:
         return await waiting.result
 
     async def close(self) -> None:
+        """Cancels the callers that still wait."""
+        self._closed = True
         if self._loop_task:
             self._loop_task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._loop_task
+        for waiting in self._ready:
+            waiting.result.cancel()
+        self._ready.clear()
+        self._count(-self._ready_tiles)  # those that wait for room find it closed
         self._decode.shutdown(wait=False)
         self._encode.shutdown(wait=False)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise asyncio.CancelledError("the batcher is closed")
 
     def _count(self, tiles: int) -> None:
         self._ready_tiles += tiles
@@ -95,12 +108,16 @@ class TileBatcher:
             batch = await self._next_batch()
             if not batch:
                 continue
-            if self._on_batch:
-                self._on_batch(sum(w.tiles for w in batch))
             try:
+                if self._on_batch:
+                    self._on_batch(sum(w.tiles for w in batch))
                 results = await loop.run_in_executor(
                     self._encode, self.pipeline.encode, [w.image for w in batch], [w.vision_sampler for w in batch]
                 )
+            except asyncio.CancelledError:
+                for waiting in batch:
+                    waiting.result.cancel()
+                raise
             except Exception as error:
                 for waiting in batch:
                     if not waiting.result.done():

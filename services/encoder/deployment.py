@@ -14,11 +14,14 @@ from ray.serve.grpc_util import RayServegRPCContext
 
 from focusllava.v1 import encoder_pb2
 from services.common import wire
+from services.common.dtypes import all_finite, dtype_name
+from services.common.errors import InternalError
 from services.common.grpc_status import check_fingerprint, refuse
 from services.common.media import MediaLimits
 from services.common.replica import ModelSettings, Reporter
 from services.common.settings import require
 from services.common.telemetry import Metrics
+from services.common.types import CompressedVisualTokens
 from services.encoder.batcher import TileBatcher
 from services.encoder.pipeline import EncoderPipeline
 
@@ -41,9 +44,27 @@ class EncoderSettings(ModelSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(_is_device(self.device), "device", self.device, "auto, cpu, cuda or another device of torch")
         require(self.max_tiles >= 1, "max_tiles", self.max_tiles, "1 or more")
         require(self.max_wait_s >= 0, "max_wait_s", self.max_wait_s, "0 or more seconds")
         require(self.decode_threads >= 1, "decode_threads", self.decode_threads, "1 or more")
+
+
+def _is_device(name: str) -> bool:
+    try:
+        return name == "auto" or bool(torch.device(name).type)
+    except RuntimeError:  # torch's words for a name that it does not know
+        return False
+
+
+def in_wire_dtype(tokens: CompressedVisualTokens, dtype: torch.dtype) -> CompressedVisualTokens:
+    """As they are sent. Raises InternalError where the LLM stage would refuse them as if its caller had made them."""
+    sent_ND = tokens.tokens_ND.to(dtype)
+    if not sent_ND.numel():
+        raise InternalError("none is left of this image by the vision-guided sampler", field="visual tokens")
+    if not all_finite(sent_ND):
+        raise InternalError(f"hold NaN, or values beyond the range of {dtype_name(dtype)}", field="visual tokens")
+    return dataclasses.replace(tokens, tokens_ND=sent_ND)
 
 
 @serve.deployment(name="Encoder")
@@ -78,8 +99,7 @@ class Encoder:
         try:
             check_fingerprint(request.model_fingerprint, self._pipeline.fingerprint)
             tokens = await self._batcher.encode(request.image, request.vision_sampler)
-            tokens = dataclasses.replace(tokens, tokens_ND=tokens.tokens_ND.to(self._wire_dtype))
-            message = wire.tokens_to_proto(tokens)
+            message = wire.tokens_to_proto(in_wire_dtype(tokens, self._wire_dtype))
             outcome = "ok"
             return encoder_pb2.EncodeResponse(visual_tokens=message)
         except Exception as error:

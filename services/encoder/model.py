@@ -81,7 +81,7 @@ class EncoderModel(nn.Module):
             if mode == "sample":
                 side = self.config.patches_per_side
                 base_PD = self.vision_guided_sampler(
-                    base_PD.view(side, side, depth), base_PD, self.image_newline
+                    base_PD.view(side, side, depth), base_PD, self.image_newline, finer=finer
                 ).tokens_ND
             elif mode == "drop":
                 base_PD = base_PD[:0]
@@ -101,7 +101,7 @@ class EncoderModel(nn.Module):
     def seen(self, maps: Sequence[ProjectedFeatureMap]) -> list[Seen]:
         """What the vision-guided sampler's selector says of them, for `services.sampler.calibration`."""
         encoded = [self.tokens(feature_map, True) for feature_map in maps]
-        return [(image.sampled.probs_MK, image.map_hw) for image in encoded if image.sampled]
+        return [(image.sampled.logits_MK, image.map_hw) for image in encoded if image.sampled]
 
     def forward(self, images: Sequence[ImageTiles], vision_sampler: Sequence[bool]) -> list[EncodedImage]:
         return [self.tokens(m, on) for m, on in zip(self.project(images), vision_sampler, strict=True)]

@@ -12,10 +12,11 @@ import torch
 from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.store import fingerprint, load_stage
 from services.common.dtypes import dtype_of_stored
+from services.common.errors import InvalidInput
 from services.common.linear import can_pack
 from services.common.media import MediaLimits, content_hash, open_image
 from services.common.types import CompressedVisualTokens, ImageTiles
-from services.encoder.anyres import decoded_hw, tile_image
+from services.encoder.anyres import any_map_left, decoded_hw, tile_image
 from services.encoder.model import EncoderModel
 from services.encoder.packed import pack_encoder
 
@@ -61,8 +62,11 @@ class EncoderPipeline:
             pack_encoder(model)
         return cls(model, fingerprint(folder), limits, reduced_jpeg=reduced_jpeg)
 
-    def prepare(self, image: bytes) -> PreparedImage:
-        """Decodes and tiles an image file. Raises InvalidInput or TooLarge naming what is wrong with it."""
+    def prepare(self, image: bytes, vision_sampler: bool = True) -> PreparedImage:
+        """Decodes and tiles an image file, to be encoded with or without the vision sampler.
+
+        Raises InvalidInput or TooLarge naming what is wrong with it.
+        """
         tile_px, pinpoints = self.config.tile_px, self.config.image_grid_pinpoints
         enough = partial(decoded_hw, tile_px=tile_px, pinpoints=pinpoints) if self.reduced_jpeg else None
         opened = open_image(image, self.limits, enough_hw=enough)
@@ -74,7 +78,18 @@ class EncoderPipeline:
             mean=self.config.image_mean,
             std=self.config.image_std,
         )
-        return PreparedImage(tiles=tiles, content_hash=content_hash(image), notes=opened.notes)
+        notes = (*opened.notes, *self._narrow_notes(tiles, vision_sampler))
+        return PreparedImage(tiles=tiles, content_hash=content_hash(image), notes=notes)
+
+    def _narrow_notes(self, tiles: ImageTiles, vision_sampler: bool) -> tuple[str, ...]:
+        if any_map_left(tiles, self.config.patches_per_side):
+            return ()
+        sampler = self.config.vision_sampler
+        if vision_sampler and sampler.enabled and sampler.base_tile == "drop":
+            height, width = tiles.image_size_hw
+            found = f"is {width} x {height} pixels, too narrow for this checkpoint's grid: no visual token is left"
+            raise InvalidInput(found, field="image")
+        return ("too narrow for the grid: only the thumbnail is seen",)
 
     @torch.inference_mode()
     def encode(self, images: Sequence[PreparedImage], vision_sampler: Sequence[bool]) -> list[CompressedVisualTokens]:

@@ -7,10 +7,15 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from services.common.errors import InvalidInput
+from services.common.settings import require
 
 
 class ConvStem(nn.Sequential):
-    """3x3 convolutions in place of one patch convolution: learns edges from few images. Total stride = patch size."""
+    """3x3 convolutions in place of one patch convolution: learns edges from few images. Total stride = patch size.
+
+    In fp32 torch may sum them in another order for another number of tiles: on one thread a tile's features then differ
+    by about 1e-5 with its batch.
+    """
 
     def __init__(self, width: int, patch_size: int):
         strides = _factors(patch_size)
@@ -48,12 +53,21 @@ def build_vision_tower(config: CLIPVisionConfig, stem: str = "patch") -> CLIPVis
     return tower
 
 
+def feature_depth(layers: int, feature_layer: int) -> int:
+    """How many of `layers` run for the hidden state `feature_layer`; negative ones count from the last (-1: all run).
+
+    Raises InvalidInput for a hidden state that there is not.
+    """
+    in_range = -layers - 1 <= feature_layer <= layers
+    require(in_range, "vision_feature_layer", feature_layer, f"{-layers - 1} to {layers} for {layers} layers")
+    return feature_layer if feature_layer >= 0 else layers + 1 + feature_layer
+
+
 def patch_features(tower: CLIPVisionModel, pixels_T3HW: torch.Tensor, feature_layer: int) -> torch.Tensor:
     """Features [T, P, C] of one hidden layer (-2: the last but one), CLS dropped."""
-    layers = tower.encoder.layers
-    depth = feature_layer if feature_layer >= 0 else len(layers) + 1 + feature_layer
+    depth = feature_depth(len(tower.encoder.layers), feature_layer)
     hidden = tower.pre_layrnorm(tower.embeddings(pixels_T3HW))
-    for layer in layers[:depth]:
+    for layer in tower.encoder.layers[:depth]:
         # Layers past the feature layer are never run.
         hidden = layer(hidden, attention_mask=None)
     return hidden[:, 1:]

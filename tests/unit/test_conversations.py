@@ -100,6 +100,9 @@ def test_what_the_context_cannot_hold_is_named(builder, tmp_path):
     batches = ConversationBatches(builder.config, builder, tmp_path / "data.json", seed=0, images=1)
     with pytest.raises(ConfigError, match=r"stage.data\[0\].conversations\[2\]: \d+ tokens .* context is 4096"):
         batches.sample(0)
+    Image.new("RGB", (4000, 41)).save(tmp_path / "0.png")
+    with pytest.raises(ConfigError, match=r"stage.data\[0\].image: .*0.png is 4000 x 41 pixels, too narrow"):
+        batches.sample(0)
     (tmp_path / "0.png").write_bytes(b"nothing")
     with pytest.raises(ConfigError, match=r"stage.data\[0\].image"):
         batches.sample(0)

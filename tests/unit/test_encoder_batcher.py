@@ -25,7 +25,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> EncoderPipeline:
 
 
 class Recorded(EncoderPipeline):
-    """A real pipeline that remembers its batches and, while `gate` is cleared, holds the encoding thread."""
+    """A real pipeline that remembers its batches and, while `gate` or `decode_gate` is cleared, holds its threads."""
 
     def __init__(self, inner: EncoderPipeline):
         super().__init__(inner.model, inner.fingerprint, inner.limits)
@@ -33,11 +33,16 @@ class Recorded(EncoderPipeline):
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Event()
+        self.decode_gate = threading.Event()
+        self.decode_gate.set()
+        self.decoding = threading.Event()
         self.prepared = 0
 
-    def prepare(self, image):
+    def prepare(self, image, vision_sampler=True):
         self.prepared += 1
-        return super().prepare(image)
+        self.decoding.set()
+        self.decode_gate.wait()
+        return super().prepare(image, vision_sampler)
 
     def encode(self, images, vision_sampler):
         self.batches.append([image.content_hash for image in images])
@@ -154,3 +159,49 @@ async def test_the_event_loop_goes_on_while_an_image_is_encoded(pipeline):
     recorded.gate.set()
     await call
     await batcher.close()
+
+
+async def test_a_metric_that_fails_is_an_answer_and_not_the_end(pipeline):
+    calls = []
+
+    def hear(tiles: int) -> None:
+        calls.append(tiles)
+        if len(calls) == 1:
+            raise RuntimeError("no metrics")
+
+    batcher = TileBatcher(pipeline, on_batch=hear)
+    async with asyncio.timeout(60):
+        with pytest.raises(RuntimeError, match="no metrics"):
+            await batcher.encode(png(0), True)
+        assert (await batcher.encode(png(0), True)).tokens_ND.numel()
+    await batcher.close()
+
+
+async def test_closing_leaves_no_caller_waiting(pipeline):
+    recorded = Recorded(pipeline)
+    recorded.gate.clear()
+    batcher = TileBatcher(recorded, max_tiles=5, decode_threads=1)
+    # One is in the model, two are ready, three wait until there is room for what they decode to.
+    calls = [asyncio.create_task(batcher.encode(png(seed), False)) for seed in range(6)]
+    await until(recorded.entered.is_set)
+    await until(lambda: batcher.waiting == 2)
+    await batcher.close()
+    async with asyncio.timeout(30):
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        late = await asyncio.gather(batcher.encode(png(0), False), return_exceptions=True)
+    recorded.gate.set()
+    assert all(isinstance(result, asyncio.CancelledError) for result in (*results, *late))
+    assert batcher.waiting == 0 and recorded.prepared == 3
+
+
+async def test_closing_ends_the_wait_of_what_is_being_decoded(pipeline):
+    recorded = Recorded(pipeline)
+    recorded.decode_gate.clear()
+    batcher = TileBatcher(recorded)
+    call = asyncio.create_task(batcher.encode(png(0), False))
+    await until(recorded.decoding.is_set)
+    await batcher.close()
+    recorded.decode_gate.set()
+    async with asyncio.timeout(30):
+        assert isinstance((await asyncio.gather(call, return_exceptions=True))[0], asyncio.CancelledError)
+    assert batcher.waiting == 0

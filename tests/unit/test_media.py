@@ -6,12 +6,14 @@ import hashlib
 import io
 import struct
 import time
+import tracemalloc
 import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from services.common import media
 from services.common.errors import InvalidInput, TooLarge
 from services.common.media import FORMATS, MediaLimits, check_image, content_hash, open_image
 
@@ -24,14 +26,28 @@ def file_of(image: Image.Image, format: str = "PNG", **options) -> bytes:
     return buffer.getvalue()
 
 
+def chunk(kind: bytes, body: bytes = b"") -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png_of(width: int, height: int, bits: int, colours: int, pixels: bytes, *between: bytes) -> bytes:
+    """colours: 0 grey, 3 palette. between: chunks before the pixels."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colours, 0, 0, 0)) + b"".join(between)
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND")
+
+
 def png_header(width: int, height: int) -> bytes:
     """A PNG that promises width x height grey pixels and holds none."""
+    return png_of(width, height, 8, 0, b"\0")
 
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+def tiff_of_pages(count: int) -> bytes:
+    """Pages of one strip of 16 x 16 pixels that they all share."""
+    tags = [(256, 3, 1, 16), (257, 3, 1, 16), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, 1, 8), (279, 4, 1, 256)]
+    page = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    ends = [264 + (len(page) + 4) * (index + 1) for index in range(count - 1)] + [0]
+    file = b"II*\0" + struct.pack("<I", 264) + bytes(256)
+    return file + b"".join(page + struct.pack("<I", end) for end in ends)
 
 
 def pixel(data: bytes, x: int = 0, y: int = 0) -> tuple[int, int, int]:
@@ -107,6 +123,14 @@ def test_sizes_at_the_limits_are_accepted():
     assert open_image(file_of(Image.new("L", (1, 1)))).image.size == (1, 1)
 
 
+@pytest.mark.parametrize(
+    "name, value", [("max_bytes", 0), ("max_pixels", -1), ("max_side", 0), ("max_aspect_ratio", 0.5)]
+)
+def test_limits_that_admit_nothing_are_refused(name, value):
+    with pytest.raises(InvalidInput, match=f"^{name}: is {value}, expected 1 or more"):
+        MediaLimits(**{name: value})
+
+
 def test_byte_limit():
     data = file_of(Image.new("RGB", (8, 8)))
     check_image(data, MediaLimits(max_bytes=len(data)))
@@ -119,7 +143,8 @@ def test_animation_uses_the_first_frame_and_says_so(format):
     frames = [Image.new("RGB", (20, 20), colour) for colour in ((250, 0, 0), (0, 250, 0), (0, 0, 250))]
     data = file_of(frames[0], format, save_all=True, append_images=frames[1:])
     opened = open_image(data)
-    assert opened.notes == ("animated image: first of 3 frames used",)
+    assert opened.notes == ("animated image: first frame used",)
+    assert opened.image.resize((5, 5)).size == (5, 5)  # its file is closed
     red, green, blue = opened.image.getpixel((10, 10))
     assert red > 240 and green < 10 and blue < 10
 
@@ -127,8 +152,49 @@ def test_animation_uses_the_first_frame_and_says_so(format):
 def test_multi_page_tiff_says_so():
     pages = [Image.new("L", (20, 20), level) for level in (10, 20)]
     opened = open_image(file_of(pages[0], "TIFF", save_all=True, append_images=pages[1:]))
-    assert opened.notes == ("file of several pages: first of 2 pages used",)
+    assert opened.notes == ("file of several pages: first one used",)
     assert opened.image.getpixel((0, 0)) == (10, 10, 10)
+
+
+def test_pages_are_not_counted():
+    data = tiff_of_pages(40_000)
+    started = time.process_time()
+    assert open_image(data).notes == ("file of several pages: first one used",)
+    assert time.process_time() - started < 2  # counting them takes 9 s, and four times that for twice as many
+
+
+def many_parts(count: int) -> dict[str, bytes]:
+    small = Image.new("RGB", (16, 16))
+    jpeg, gif, pixels = file_of(small, "JPEG"), file_of(small.convert("L"), "GIF"), b"\0" * 17 * 16
+    palette_end = 13 + 3 * 2 ** ((gif[10] & 7) + 1)
+    return {
+        "PNG": png_of(16, 16, 8, 0, pixels, chunk(b"abCd") * count),
+        "JPEG": jpeg[:2] + b"\xff\xfe\0\2" * count + jpeg[2:],
+        "GIF": gif[:palette_end] + b"\x21\xfe\0" * count + gif[palette_end:],
+    }
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF"])
+def test_a_header_of_very_many_parts_is_refused_before_it_takes_long(format):
+    check_image(many_parts(1000)[format])
+    assert open_image(many_parts(1000)[format]).image.size == (16, 16)
+    for read in (check_image, open_image):
+        with pytest.raises(InvalidInput, match="^turns: is made of too many parts"):
+            read(many_parts(100_000)[format], field="turns")
+
+
+def test_very_many_parts_behind_the_pixels_are_refused_too():
+    data = png_of(16, 16, 8, 0, b"\0" * 17 * 16)[:-12] + chunk(b"abCd") * 100_000 + chunk(b"IEND")
+    check_image(data)
+    with pytest.raises(InvalidInput, match="too many parts"):
+        open_image(data)
+
+
+def test_honest_files_of_many_parts_are_read():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1500, 2000), dtype=np.uint8))
+    assert open_image(file_of(noise, "GIF")).image.size == (2000, 1500)  # blocks of 255 bytes
+    strips = file_of(noise.resize((170, 16_384)), "TIFF", tiffinfo={278: 1})  # a strip a row
+    assert open_image(strips).image.size == (170, 16_384)
 
 
 def test_cmyk():
@@ -146,6 +212,55 @@ def test_16_bit_grey_is_scaled_not_clipped(dtype):
         opened = open_image(file_of(image, format))
         levels = np.asarray(opened.image)[0, :, 0].astype(int)
         assert (np.abs(levels - np.arange(256)) <= 1).all() and opened.notes == ()
+
+
+def test_wide_grey_is_scaled_in_blocks_as_it_would_be_at_once(monkeypatch):
+    monkeypatch.setattr(media, "_BLOCK_PIXELS", 1000)  # three rows of 300
+    levels_HW = np.arange(65_700, dtype=np.uint32).clip(0, 65_535).astype(np.uint16).reshape(219, 300)
+    found_HW = np.asarray(open_image(file_of(Image.fromarray(levels_HW))).image)[..., 0]
+    assert (found_HW == np.rint(levels_HW / 257)).all()
+    assert (found_HW == (levels_HW.astype(np.uint32) + 128) // 257).all()
+    signed_HW = np.random.default_rng(0).uniform(-7, 3, (101, 300)).astype(np.float32)
+    low, high = float(signed_HW.min()), float(signed_HW.max())
+    stretched_HW = np.rint((signed_HW.astype(np.float64) - low) * (255 / (high - low)))
+    assert (np.asarray(open_image(file_of(Image.fromarray(signed_HW), "TIFF")).image)[..., 2] == stretched_HW).all()
+
+
+def test_wide_grey_takes_few_bytes_a_pixel(monkeypatch):
+    monkeypatch.setattr(media, "_BLOCK_PIXELS", 2**14)
+    data = file_of(Image.fromarray(np.zeros((2000, 2000), np.uint16)))
+    tracemalloc.start()
+    try:
+        open_image(data)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 * 2000 * 2000  # numpy's and Python's; as float64 all at once it is 24 and more
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_rgb_is_not_copied(orientation, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = file_of(Image.new("RGB", (40, 20), (1, 2, 3)), exif=exif)
+    for name in ("copy", "convert"):
+        monkeypatch.setattr(Image.Image, name, None)  # a copy of the largest image is 256 MB
+    opened = open_image(data)
+    assert opened.image.size == ((40, 20) if orientation == 1 else (20, 40))
+    assert opened.image.getpixel((0, 0)) == (1, 2, 3)
+
+
+def test_a_transparent_level_of_16_bit_grey_is_drawn_on_white():
+    rows = b"".join(b"\0" + struct.pack(">3H", 40_000, 40_001, 0) for _ in range(2))
+    opened = open_image(png_of(3, 2, 16, 0, rows, chunk(b"tRNS", struct.pack(">H", 40_000))))
+    assert [opened.image.getpixel((x, 1))[0] for x in range(3)] == [255, 156, 0]
+    assert opened.notes == ("transparent image: drawn on white",)
+    absent = open_image(png_of(3, 2, 16, 0, rows, chunk(b"tRNS", struct.pack(">H", 7))))
+    assert absent.image.getpixel((0, 0)) == (156, 156, 156) and absent.notes == ()
+
+
+def test_a_palette_that_is_missing_is_black():
+    assert pixel(png_of(2, 1, 8, 3, b"\0\1\1")) == (0, 0, 0)
 
 
 def test_32_bit_and_float_grey():

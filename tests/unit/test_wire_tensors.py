@@ -23,7 +23,7 @@ def visual_tokens(dtype: torch.dtype = torch.bfloat16, **changes: object) -> Com
         uncompressed_tokens=56,
         content_hash="0f" * 32,
         model_fingerprint=FINGERPRINT,
-        notes=("animated image: first of 12 frames used", "ü"),
+        notes=("animated image: first frame used", "ü"),
     )
     return dataclasses.replace(tokens, **changes)
 

@@ -11,7 +11,7 @@ from typing import Any
 from services.checkpoint.config import FocusLlavaConfig
 from services.common.errors import FocusError
 from services.common.media import open_image
-from services.encoder.anyres import tile_image
+from services.encoder.anyres import any_map_left, tile_image
 from training.config import ConfigError
 from training.data.branches import BranchBuilder, Exchange
 from training.layout import Branch, Sample
@@ -52,6 +52,9 @@ class ConversationBatches:
             mean=config.image_mean,
             std=config.image_std,
         )
+        if not any_map_left(tiles, config.patches_per_side):
+            height, width = tiles.image_size_hw
+            raise ConfigError(f"stage.data[{index}].image: {path} is {width} x {height} pixels, too narrow a strip")
         built = [self._branch(index, turn) for turn in range(len(self.exchanges[index]))]
         return Sample(image=tiles, prefix_ids=built[0][0], branches=tuple(branch for _, branch in built))
 
