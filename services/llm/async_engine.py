@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import queue
 import threading
@@ -13,6 +14,10 @@ from services.common.errors import FocusError, InternalError, StageUnavailable
 from services.common.types import FinishedEvent, GenerateRequest
 from services.llm.engine import Engine, EngineStats, Event, StepFailed
 from services.llm.sequence import Sequence
+
+MOST_FAILED_STEPS = 3
+"""After more than these, with no request that ended well between, a replica is unwell. It fails requests faster than
+others answer theirs, so it would get most of the traffic."""
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +31,10 @@ class _Stream:
 
 
 class AsyncEngine:
-    """Owns the engine: nobody else may call it (but for `prepare` and `stats`)."""
+    """Owns the engine: nobody else may call it (but for `prepare` and `stats`).
+
+    The thread outlives every failure: a request whose end is not told would wait for ever.
+    """
 
     def __init__(self, engine: Engine):
         self.engine = engine
@@ -62,6 +70,14 @@ class AsyncEngine:
     def stats(self) -> EngineStats:
         return self.engine.stats()
 
+    def check(self) -> None:
+        """Raises RuntimeError when no request can be answered: the thread is gone, or step after step fails."""
+        if not self._thread.is_alive():
+            raise RuntimeError("the engine's thread has ended")
+        failed = self.stats().failed_steps
+        if failed > MOST_FAILED_STEPS:
+            raise RuntimeError(f"{failed} steps failed since a request last ended well")
+
     def close(self) -> None:
         """Ends every request with StageUnavailable and joins the thread."""
         with self._inbox_lock:
@@ -80,25 +96,35 @@ class AsyncEngine:
     def _run(self) -> None:
         while not self._closing:
             try:
-                if not self.engine.has_work():
-                    self._inbox.get()()
-                while not self._inbox.empty():
-                    self._inbox.get()()
-                self._deliver(self.engine.step())
-            except StepFailed as error:
-                logger.exception("a pass failed; its requests end with an error")
-                self._deliver([(request_id, error) for request_id in error.request_ids])
+                self._turn()
             except Exception:
                 logger.exception("the engine failed outside of a pass; every request ends with an error")
-                self._end_all(InternalError("the language model failed on this request; try again"))
+                self._end_all(_failed())
+        while not self._inbox.empty():  # what has just arrived ends as well
+            self._guarded(self._inbox.get())
         self._end_all(_shutting_down())
+
+    def _turn(self) -> None:
+        if not self.engine.has_work():
+            self._inbox.get()()
+        while not self._inbox.empty():
+            self._inbox.get()()
+        try:
+            self._deliver(self.engine.step())
+        except StepFailed as error:
+            logger.exception("a step failed; requests %s end with an error", ", ".join(error.request_ids))
+            self._deliver([*error.events, *((request_id, error) for request_id in error.request_ids)])
 
     def _enqueue(self, sequence: Sequence, stream: _Stream) -> None:
         try:
             self.engine.enqueue(sequence)
-            self._streams[sequence.request_id] = stream
         except FocusError as error:
             self._send({stream: [error]})
+        except Exception:
+            logger.exception("request %s could not be queued", sequence.request_id)
+            self._send({stream: [_failed()]})
+        else:
+            self._streams[sequence.request_id] = stream
 
     def _abort(self, request_id: str, stream: _Stream) -> None:
         # Another request may bear this id by now, or may have been refused for bearing it.
@@ -107,11 +133,18 @@ class AsyncEngine:
             self.engine.abort(request_id)
 
     def _end_all(self, error: FocusError) -> None:
-        while not self._inbox.empty():
-            self._inbox.get()()
-        for request_id in list(self._streams):
-            self.engine.abort(request_id)
-            self._deliver([(request_id, error)])
+        """Raises nothing: it is the last resort. The requests are told first, for what follows may fail as well."""
+        request_ids = list(self._streams)
+        self._deliver([(request_id, error) for request_id in request_ids])
+        for request_id in request_ids:
+            # A step that was planned and not carried out has named blocks that hold nothing: nobody may find them.
+            self._guarded(functools.partial(self.engine.abort, request_id, broken=True))
+
+    def _guarded(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except Exception:
+            logger.exception("the engine could not clean up after a request")
 
     def _deliver(self, events: Seq[tuple[str, Event | FocusError]]) -> None:
         by_stream: dict[_Stream, list[Event | FocusError]] = {}
@@ -134,7 +167,11 @@ class AsyncEngine:
             except RuntimeError:  # the loop is closed: nobody listens any more
                 for request_id in [r for r, s in self._streams.items() if s.loop is loop]:
                     del self._streams[request_id]
-                    self.engine.abort(request_id)
+                    self._guarded(functools.partial(self.engine.abort, request_id))
+
+
+def _failed() -> InternalError:
+    return InternalError("the language model failed on this request; try again, and see the server's log")
 
 
 def _shutting_down() -> StageUnavailable:

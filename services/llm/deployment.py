@@ -69,7 +69,8 @@ class LanguageModel:
         self._engine = AsyncEngine(self._model)
         self._metrics = Metrics("llm", ray.serve.metrics)
         self._stall_s = settings.stall_s
-        self._progress = (0, time.monotonic())  # passes so far, and when that last changed or nothing ran
+        self._progress = (0, time.monotonic())  # passes so far, and when that last changed or there was nothing to do
+        self._counted: dict[str, int] = {}  # what the counters of `_report` were last told
         self._token_texts = TokenTexts(self._model.renderer.tokenizer)
         self._reporter = Reporter(self._report)
 
@@ -103,15 +104,22 @@ class LanguageModel:
     def check_health(self) -> None:
         """Called by Serve; raising has the replica replaced."""
         self._reporter.check()
+        self._engine.check()
         if time.monotonic() - self._progress[1] > self._stall_s:
-            raise RuntimeError("requests are running, but no pass has ended")
+            raise RuntimeError("requests wait or run, but no pass has ended")
 
     def _report(self) -> None:
         stats = self._engine.stats()
         passes = stats.prefill_passes + stats.decode_passes
-        if passes != self._progress[0] or not stats.running:
+        if passes != self._progress[0] or not (stats.running or stats.waiting):
             self._progress = (passes, time.monotonic())
         self._metrics.set("focusllava_running_requests", stats.running)
         self._metrics.set("focusllava_waiting_requests", stats.waiting)
         self._metrics.set("focusllava_kv_blocks_used", stats.kv_blocks_used)
         self._metrics.set("focusllava_kv_blocks_total", stats.kv_blocks_total)
+        self._count_to("focusllava_preemptions", stats.preemptions)
+        self._count_to("focusllava_prompt_tokens_reused", stats.prompt_tokens_reused)
+
+    def _count_to(self, name: str, total: int) -> None:
+        self._metrics.count(name, total - self._counted.get(name, 0))
+        self._counted[name] = total

@@ -31,18 +31,21 @@ from services.llm.model import Decoder
 from services.llm.model_runner import ModelRunner
 from services.llm.prompt import PromptRenderer
 from services.llm.sampling import sample
-from services.llm.scheduler import Scheduler
+from services.llm.scheduler import Scheduler, Step
 from services.llm.sequence import Sequence, SequenceState
 
 Event = TokenEvent | FinishedEvent
 
 
 class StepFailed(InternalError):
-    """A pass failed; its requests are gone and their pages free, the engine goes on."""
+    """A step failed for these requests, which are gone and their pages free; the engine goes on.
 
-    def __init__(self, request_ids: tuple[str, ...]):
+    events: what the step brought those beside them, none when the pass itself failed.
+    """
+
+    def __init__(self, request_ids: tuple[str, ...], events: tuple[tuple[str, Event], ...] = ()):
         super().__init__("the language model failed on this request; try again, and see the server's log")
-        self.request_ids = request_ids
+        self.request_ids, self.events = request_ids, events
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +58,15 @@ class EngineStats:
     kv_blocks_cached: int
     """Pages that no request holds, kept for a later request with the same beginning; not among those used."""
     kv_block_bytes: int
+    failed_steps: int
+    """Steps that failed and brought nobody anything, since a request last ended well."""
     prompt_tokens: int
-    """This and the following: totals since the start."""
+    """This and the following: totals since the start; a request's tokens count at its end, if its prefill ended."""
     completion_tokens: int
     visual_tokens_sampled: int
     visual_tokens_kept: int
     prompt_tokens_reused: int
-    """Prompt tokens whose lower layers an earlier request had computed."""
+    """Prompt tokens whose lower layers an earlier request had computed; not what a preempted one finds of its own."""
     prefill_passes: int
     """Steps that computed prefill chunks; a step may count here and below."""
     decode_passes: int
@@ -107,6 +112,7 @@ class Engine:
         self.scheduler = Scheduler(self.cache, max_batch_tokens=max_batch_tokens, max_running=max_running)
         self._sequences: dict[str, Sequence] = {}
         self.runner = ModelRunner(decoder, self.cache, self.prune_layer)
+        self._failed_steps = 0
         self._totals = dict.fromkeys(
             ("prompt_tokens", "completion_tokens", "visual_tokens_sampled", "visual_tokens_kept",
              "prompt_tokens_reused", "prefill_passes", "decode_passes"), 0,
@@ -176,13 +182,15 @@ class Engine:
         """Queues what `prepare` made. Raises InvalidInput when its id is in flight already."""
         if sequence.request_id in self._sequences:
             raise InvalidInput(f"{sequence.request_id!r} is in flight already", field="request_id")
-        self._sequences[sequence.request_id] = sequence
         self.scheduler.add(sequence)
+        self._sequences[sequence.request_id] = sequence
 
-    def abort(self, request_id: str) -> FinishedEvent | None:
-        """Ends a request in any state and frees its pages at once; None when it is not in flight."""
+    def abort(self, request_id: str, *, broken: bool = False) -> FinishedEvent | None:
+        """Ends a request in any state and frees its pages at once; None when it is not in flight.
+
+        broken: nobody may find what it computed, for a step was planned and not carried out."""
         sequence = self._sequences.get(request_id)
-        return self._finish(sequence, "abort") if sequence else None
+        return self._finish(sequence, "abort", broken=broken) if sequence else None
 
     def has_work(self) -> bool:
         return self.scheduler.has_work()
@@ -195,6 +203,7 @@ class Engine:
             kv_blocks_total=self.cache.num_pages,
             kv_blocks_cached=self.cache.idle_pages,
             kv_block_bytes=self.cache.page_bytes,
+            failed_steps=self._failed_steps,
             preemptions=self.scheduler.preemptions,
             **self._totals,
         )
@@ -209,9 +218,15 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[tuple[str, Event]]:
         """One packed pass: a token of every answer that runs, and prefill; returns its events. Raises StepFailed."""
-        step = self.scheduler.schedule()
-        if not step.sequences:
-            return []
+        try:
+            step = self.scheduler.schedule()
+            return self._pass(step) if step.sequences else []
+        except Exception as error:
+            # Where others got on, the fault is a request's and not the engine's.
+            self._failed_steps += not (isinstance(error, StepFailed) and error.events)
+            raise
+
+    def _pass(self, step: Step) -> list[tuple[str, Event]]:
         try:
             if step.only_decodes:
                 logits_mV, sequences = self.runner.decode(step), step.decode
@@ -230,15 +245,25 @@ class Engine:
                 [s.prompt.input_ids for s in sequences],
                 [s.output_ids for s in sequences],
             )
-            events: list[tuple[str, Event]] = []
-            for sequence, token in zip(sequences, tokens, strict=True):
-                events += [(sequence.request_id, event) for event in self._accept(sequence, token)]
-            return events
         except Exception as error:
-            failed = step.sequences
-            for sequence in failed:
+            for sequence in step.sequences:
                 self._finish(sequence, "abort", broken=True)
-            raise StepFailed(tuple(sequence.request_id for sequence in failed)) from error
+            raise StepFailed(tuple(sequence.request_id for sequence in step.sequences)) from error
+        return self._accept_all(sequences, tokens)
+
+    def _accept_all(self, sequences: list[Sequence], tokens: list[SampledToken]) -> list[tuple[str, Event]]:
+        """Every sequence's events; raises StepFailed for those that could not take their token, and for no other."""
+        events: list[tuple[str, Event]] = []
+        failed: dict[str, Exception] = {}
+        for sequence, token in zip(sequences, tokens, strict=True):
+            try:
+                events += [(sequence.request_id, event) for event in self._accept(sequence, token)]
+            except Exception as error:
+                self._finish(sequence, "abort")
+                failed[sequence.request_id] = error
+        if failed:
+            raise StepFailed(tuple(failed), tuple(events)) from next(iter(failed.values()))
+        return events
 
     def _accept(self, sequence: Sequence, sampled: SampledToken) -> list[Event]:
         """A new token's events, the end of the sequence included."""
@@ -258,16 +283,20 @@ class Engine:
         events: list[Event] = [
             TokenEvent(text=new, token_ids=(token,), logprobs=(sampled.logprob,) if sampled.logprob else ())
         ]
-        return [*events, self._finish(sequence, reason)] if reason else events
+        if reason:
+            events.append(self._finish(sequence, reason))
+            self._failed_steps = 0
+        return events
 
     def _finish(self, sequence: Sequence, reason: str, *, broken: bool = False) -> FinishedEvent:
         usage = self._usage(sequence)
         if sequence.state is not SequenceState.FINISHED:
+            del self._sequences[sequence.request_id]  # first: its id is free even if the rest fails
+            if sequence.first_token_at is not None:  # its prefill ended
+                for name in ("prompt_tokens", "completion_tokens", "visual_tokens_sampled", "visual_tokens_kept"):
+                    self._totals[name] += getattr(usage, name)
+                self._totals["prompt_tokens_reused"] += sequence.reused_tokens
             self.scheduler.finish(sequence, broken=broken)
-            del self._sequences[sequence.request_id]
-            for name in ("prompt_tokens", "completion_tokens", "visual_tokens_sampled", "visual_tokens_kept"):
-                self._totals[name] += getattr(usage, name)
-            self._totals["prompt_tokens_reused"] += sequence.reused_tokens
         return FinishedEvent(reason=reason, usage=usage)
 
     def _usage(self, sequence: Sequence) -> Usage:

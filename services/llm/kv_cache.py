@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from services.common.errors import InvalidInput
 from services.llm.block_pool import Block, BlockPool
 
 LOWER, UPPER = 0, 1
@@ -59,7 +60,9 @@ class KVCache:
         block_size: int = 16,
         prefix_reuse: bool = True,
     ):
-        """kv_cache_bytes pays for pages and slots together; prefix_reuse False lets no block be known."""
+        """kv_cache_bytes pays for pages and slots together; prefix_reuse False lets no block be known.
+
+        Raises InvalidInput where there is no room for one block."""
         self.groups = (
             CacheGroup(first_layer=0, num_layers=prune_layer),
             CacheGroup(first_layer=prune_layer, num_layers=num_layers - prune_layer),
@@ -73,6 +76,11 @@ class KVCache:
         slot_bytes = block_size * hidden_size * dtype.itemsize
         self.block_bytes = sum(self.pages_a_block) * self.page_bytes + slot_bytes
         self.num_slots = kv_cache_bytes // self.block_bytes
+        if not self.num_slots:
+            raise InvalidInput(
+                f"is {kv_cache_bytes}, expected {self.block_bytes} or more: a block has {block_size} tokens",
+                field="kv_cache_bytes",
+            )
         self.num_pages = (kv_cache_bytes - self.num_slots * slot_bytes) // self.page_bytes
         self.pool = BlockPool(num_pages=self.num_pages, num_slots=self.num_slots)
         # The last page belongs to nobody and stays zero: padded block tables point at it.

@@ -91,7 +91,10 @@ def _penalise(
     seen_K = torch.cat([answers_K, prompts_K])
     repetition_K, seen_K = per_token("repetition_penalty", seen_K), seen_K.to(device)
     score_K = flat_scores[seen_K]
-    flat_scores[seen_K] = torch.where(score_K > 0, score_K / repetition_K, score_K * repetition_K)
+    # A penalty near 0 overflows, and a difference of infinities is no number: every token then has probability NaN.
+    most = torch.finfo(score_K.dtype).max
+    repeated_K = torch.where(score_K > 0, score_K / repetition_K, score_K * repetition_K)
+    flat_scores[seen_K] = repeated_K.clamp(-most, most)
 
     answers_K, count_K = answers_K.unique(return_counts=True)
     penalty_K = per_token("frequency_penalty", answers_K) * count_K.to(device) + per_token(
@@ -158,7 +161,7 @@ def _draw_limited(
     width = value_mC.shape[1]
     cumulative = value_mC.cumsum(-1, dtype=torch.float64)
 
-    top_k = torch.tensor([p.top_k or vocabulary for p in params], device=device)[:, None]
+    top_k = torch.tensor([min(p.top_k or vocabulary, vocabulary) for p in params], device=device)[:, None]
     # top_p is a share of what top_k left; with no top_k that is 1.
     left = cumulative.gather(1, top_k.clamp(max=width) - 1).where(top_k < vocabulary, 1.0)
     nucleus = _column([p.top_p if p.top_p < 1 else torch.inf for p in params], device) * left

@@ -78,8 +78,9 @@ class Scheduler:
             if sequence.state is SequenceState.RUNNING:  # not preempted by an older one just now
                 self._plan(sequence, step)
         while self.waiting and len(self.running) < self.max_running and step.budget >= least and self._has_room():
-            sequence = self.waiting.popleft()
-            self.cache.open(sequence.request_id)
+            sequence = self.waiting[0]
+            self.cache.open(sequence.request_id)  # it may fail, and the sequence must be in a queue then
+            self.waiting.popleft()
             sequence.start()
             self.running.append(sequence)
             self._plan(sequence, step)
@@ -94,13 +95,12 @@ class Scheduler:
 
     def finish(self, sequence: Sequence, *, broken: bool = False) -> None:
         """Takes a sequence out, in whatever state it is, and frees its pages. broken: its KV cache may be wrong."""
-        if sequence.state is SequenceState.WAITING:
+        state, sequence.state, sequence.visual_ND = sequence.state, SequenceState.FINISHED, None
+        if state is SequenceState.WAITING:
             self.waiting.remove(sequence)
-        elif sequence.state is SequenceState.RUNNING:
+        elif state is SequenceState.RUNNING:
             self.running.remove(sequence)
             self.cache.free(sequence.request_id, broken=broken)
-        sequence.state = SequenceState.FINISHED
-        sequence.visual_ND = None
 
     def check_integrity(self) -> None:
         """Asserts that pages are held by the running sequences only, enough for what each holds."""
@@ -124,7 +124,8 @@ class Scheduler:
         request_id, held = sequence.request_id, sequence.kv_lens
         # Also what another sequence computes in this very step: layer by layer, keys are stored before they are read.
         adopted = self.cache.adopt(request_id, sequence.block_keys)
-        sequence.reused_tokens += adopted
+        if not sequence.preempted:  # later it finds its own blocks
+            sequence.reused_tokens += adopted
         held[LOWER] += adopted
         left = sequence.prefill_len - held[LOWER]
         count = min(left, step.budget // self._layers[LOWER])

@@ -55,6 +55,8 @@ class Sequence:
     decision: PruneDecision | None = None
     reused_tokens: int = 0
     """Prompt tokens whose lower layers an earlier request had computed already."""
+    preempted: bool = False
+    """At least once so far."""
     received_at: float = field(default_factory=time.monotonic)
     first_token_at: float | None = None
     input_ids_S: torch.Tensor = field(init=False)
@@ -124,7 +126,7 @@ class Sequence:
 
     def preempt(self) -> None:
         """Its KV cache is gone; what was decided and generated stays."""
-        self.state = SequenceState.WAITING
+        self.state, self.preempted = SequenceState.WAITING, True
         self.kv_lens, self.in_prefill, self.upper_index = [0, 0], True, None
 
     def select(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
@@ -66,6 +68,15 @@ def test_the_youngest_gives_way_keeps_its_decision_and_gives_the_same_answer() -
         tiny_llm.request(plain, f"r{i}", images=(70,), image_seed=i, threshold=0.6, max_tokens=60) for i in range(3)
     ]
     expected = tiny_llm.run(plain, requests)
+    found = dict.fromkeys(("r0", "r1", "r2"), 0)
+    adopt = tight.cache.adopt
+
+    def spy(request_id: str, keys: Sequence[bytes]) -> int:
+        tokens = adopt(request_id, keys)
+        found[request_id] += tokens
+        return tokens
+
+    tight.cache.adopt = spy  # type: ignore[method-assign]
     for asked in requests:
         tight.submit(asked)
     sequences, events = dict(tight._sequences), []
@@ -83,8 +94,10 @@ def test_the_youngest_gives_way_keeps_its_decision_and_gives_the_same_answer() -
     assert tight.stats().preemptions >= len(preempted)
     actual = tiny_llm.collect(events)
     assert {r: a[:2] for r, a in actual.items()} == {r: a[:2] for r, a in expected.items()}
-    # The lower layers of what was preempted were still there.
-    assert sum(sequences[name].reused_tokens for name in preempted) > 0
+    # The lower layers of what was preempted were still there, but that is no reuse of what another request computed.
+    reused = sum(sequence.reused_tokens for sequence in sequences.values())
+    assert sum(found.values()) - reused >= 70
+    assert tight.stats().prompt_tokens_reused == reused < 3 * 16, "of other images' prompts, the words before the image"
     assert [r for r, event in events if hasattr(event, "reason")][0] == "r0"
 
 
@@ -128,6 +141,30 @@ def test_abort_in_every_state_frees_everything_at_once() -> None:
     finished = tiny_llm.run(engine)
     assert finished.keys() == {"r1", "r2"}
     assert engine.stats().kv_blocks_used == 0
+
+
+def test_totals_are_of_requests_that_were_prefilled() -> None:
+    engine = tiny_llm.engine(max_batch_tokens=60, max_running=1)
+    for name, seed in (("done", 0), ("aborted", 0), ("split", 1), ("waits", 2)):
+        engine.submit(tiny_llm.request(engine, name, images=(90,), image_seed=seed, keep_ratio=0.5, max_tokens=3))
+    while not engine.stats().completion_tokens:
+        engine.step()
+    done = engine.stats()
+    assert (done.completion_tokens, done.visual_tokens_sampled, done.visual_tokens_kept) == (3, 90, 45)
+
+    while not engine._sequences["aborted"].output_ids:
+        engine.step()
+    length = engine._sequences["aborted"].prompt_len
+    engine.abort("aborted")  # after its first token
+    counted = {"prompt_tokens": 2 * length, "completion_tokens": 4, "visual_tokens_sampled": 180,
+               "visual_tokens_kept": 90, "prompt_tokens_reused": length - length % 16}  # fmt: skip
+    assert vars(engine.stats()).items() >= counted.items()
+
+    engine.step()
+    assert engine._sequences["split"].kv_lens[0]
+    for name in ("split", "waits"):
+        engine.abort(name)
+    assert vars(engine.stats()).items() >= counted.items(), "no prefill of them ended"
 
 
 def test_abort_in_the_middle_of_a_split_prompt() -> None:
@@ -177,6 +214,47 @@ def test_a_storm_of_1000_aborts_leaves_the_pool_as_it_was(prefix_reuse: bool) ->
     assert bool(stats.kv_blocks_cached) == prefix_reuse
     # All of it can be had again.
     assert_runs_alone_with_the_whole_pool(engine, 600)
+
+
+def test_a_sequence_that_cannot_take_its_token_ends_alone() -> None:
+    engine = tiny_llm.engine()
+    asked_for = {"done": 1, "bad": 5, "other": 5}
+    requests = [tiny_llm.request(engine, name, image_seed=ord(name[0]), max_tokens=n) for name, n in asked_for.items()]
+    expected = tiny_llm.run(tiny_llm.engine(), requests)
+    for asked in requests:
+        engine.submit(asked)
+
+    def fail(token: int) -> str:
+        raise RuntimeError("broken card")
+
+    engine._sequences["bad"].detokenizer.push = fail  # type: ignore[method-assign]
+    with pytest.raises(StepFailed) as failure:
+        engine.step()
+    assert failure.value.request_ids == ("bad",) and "broken card" in str(failure.value.__cause__)
+    assert [request_id for request_id, _ in failure.value.events] == ["done", "done", "other"]
+    assert engine.stats().failed_steps == 0, "the others got on"
+    events = list(failure.value.events)
+    while engine.has_work():
+        events += engine.step()
+        engine.check_integrity()
+    answers = tiny_llm.collect(events)
+    assert {name: answer[:2] for name, answer in answers.items()} == {
+        name: expected[name][:2] for name in ("done", "other")
+    }
+
+
+def test_failed_steps_are_counted_until_a_request_ends_well() -> None:
+    engine = tiny_llm.engine(max_running=1)
+    for name in ("a", "b", "c"):
+        engine.submit(tiny_llm.request(engine, name, max_tokens=2))
+    for count in (1, 2):
+        with tiny_llm.broken_layer(3, "x"), pytest.raises(StepFailed):
+            engine.step()
+        assert engine.stats().failed_steps == count
+    engine.step()
+    assert engine.stats().failed_steps == 2, "a first token is no answer yet"
+    engine.step()
+    assert engine.stats().failed_steps == 0
 
 
 def assert_runs_alone_with_the_whole_pool(engine: Engine, tokens: int) -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
 from services.common.errors import InternalError, InvalidInput, StageUnavailable
 from services.common.types import FinishedEvent, GenerateRequest
 from services.llm.async_engine import AsyncEngine
+from services.llm.block_pool import Block
+from services.llm.kv_cache import BlockTables
 from tests import tiny_llm
 
 TIMEOUT_S = 60
@@ -115,6 +119,87 @@ async def test_a_failed_pass_is_an_internal_error_for_its_requests_and_the_engin
         assert [type(result).__mro__[1] for result in results] == [InternalError] * 3
         assert not any("secret" in str(result) for result in results)
         assert (await answer(engine, good))[0] == expected
+
+
+async def outcomes(engine: AsyncEngine, *requests: GenerateRequest) -> list[type]:
+    results = await asyncio.gather(*(answer(engine, request) for request in requests), return_exceptions=True)
+    return [type(result) for result in results]
+
+
+def refuse_memory(*arguments: Any, **options: Any) -> None:
+    raise MemoryError("secret detail")
+
+
+async def test_an_engine_whose_every_step_fails_is_unwell_until_a_request_ends_well() -> None:
+    async with running() as engine:
+        engine.check()
+        request = tiny_llm.request(engine.engine, max_tokens=3)
+        with tiny_llm.broken_layer(0, "an illegal memory access was encountered"):
+            for _ in range(3):
+                await outcomes(engine, request)
+            engine.check()
+            await outcomes(engine, request)
+            with pytest.raises(RuntimeError, match="4 steps failed"):
+                engine.check()
+        await answer(engine, request)
+        engine.check()
+
+
+async def test_a_step_that_could_not_be_planned_leaves_no_block_that_holds_nothing(monkeypatch) -> None:
+    async with running() as engine:
+        first, later = (tiny_llm.request(engine.engine, name, images=(60,), prune=False) for name in ("a", "c"))
+        expected = tiny_llm.run(tiny_llm.engine(), [first])["a"][0]
+        cache, calls = engine.engine.cache, 0
+        append = cache._append
+
+        def fail(table: BlockTables, group: int, blocks: list[Block]) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == 3:  # adopt and grow of the first, whose blocks have keys by now
+                table.blocks[group].extend(blocks)
+                raise RuntimeError("out of memory")
+            append(table, group, blocks)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(cache, "_append", fail)
+            both = threading.Event()
+            engine._inbox.put(both.wait)
+            other = tiny_llm.request(engine.engine, "b", images=(70,), image_seed=5, prune=False)
+            asked = asyncio.create_task(outcomes(engine, first, other))
+            while engine._inbox.qsize() < 2:
+                await asyncio.sleep(0.005)
+            both.set()
+            assert await asked == [InternalError] * 2
+        assert calls == 3 and engine.stats().failed_steps == 1
+        assert engine.stats().kv_blocks_cached == 0
+        assert (await answer(engine, later))[0] == expected
+
+
+@pytest.mark.parametrize("method", ["enqueue", "cache.open", "scheduler.schedule", "cache.free"])
+async def test_whatever_fails_everyone_is_answered_and_the_thread_lives(method: str, monkeypatch) -> None:
+    async with running() as engine:
+        request = tiny_llm.request(engine.engine, max_tokens=3)
+        expected, _ = await answer(engine, request)
+        owner: Any = engine.engine
+        *path, name = method.split(".")
+        for part in path:
+            owner = getattr(owner, part)
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, refuse_memory)
+            results = await asyncio.gather(answer(engine, request), return_exceptions=True)
+            assert isinstance(results[0], InternalError) and "secret" not in str(results[0])
+            await until_idle(engine)
+        engine.check()
+        engine.engine.cache.free(request.request_id)  # where that is what failed, the table is still there
+        assert (await answer(engine, request))[0] == expected
+
+
+async def test_an_engine_whose_thread_is_gone_is_unwell() -> None:
+    engine = AsyncEngine(tiny_llm.engine())
+    engine.check()
+    engine.close()
+    with pytest.raises(RuntimeError, match="thread has ended"):
+        engine.check()
 
 
 async def test_close_ends_streams_joins_and_refuses_what_comes_later() -> None:

@@ -7,7 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from services.common.errors import InvalidInput
 from services.llm.kv_cache import LOWER, UPPER, KVCache
+from tests import tiny_llm
 
 
 def make(layers: int = 6, prune_layer: int = 2, blocks: int = 20, block_size: int = 4, **options: bool) -> KVCache:
@@ -27,7 +29,16 @@ def make(layers: int = 6, prune_layer: int = 2, blocks: int = 20, block_size: in
             **options,
         )
 
-    return build(blocks * build(0).block_bytes)
+    return build(blocks * build(2**20).block_bytes)
+
+
+def test_a_budget_below_one_block_is_refused_with_the_bytes_of_a_block() -> None:
+    assert make(blocks=1).num_slots == 1
+    block_bytes = make().block_bytes
+    with pytest.raises(InvalidInput, match=rf"kv_cache_bytes: is 0, expected {block_bytes} or more"):
+        make(blocks=0)
+    with pytest.raises(InvalidInput, match="kv_cache_bytes: is 1000, expected "):
+        tiny_llm.engine(kv_cache_bytes=1000)
 
 
 def prefill(cache: KVCache, name: str, lower: int, upper: int, keys: list[bytes] | None = None) -> int:

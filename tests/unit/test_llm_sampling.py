@@ -144,6 +144,22 @@ def test_greedy_takes_the_likeliest_and_the_first_of_equals_and_draws_nothing() 
     assert torch.equal(generator.get_state(), before)
 
 
+@pytest.mark.parametrize("penalty", [1e-38, 1e-50])
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.9}, {"frequency_penalty": 2.0}])
+def test_a_repetition_penalty_that_overflows_leaves_the_tokens_seen(penalty: float, settings: dict) -> None:
+    row = torch.tensor([1.0, 30.0, -2.0, 40.0, 0.0, 50.0])
+    params = SamplingParams(temperature=1.0, seed=1, repetition_penalty=penalty, **settings)
+    assert set(draws(params, 200, row, [1, 2, 4], [3])) == {1, 3}
+    assert alone(row, SamplingParams(repetition_penalty=penalty), prompt=[3, 2, 4, 1]).token_id == 1
+
+
+@pytest.mark.parametrize("vocabulary", [VOCABULARY, 2000])
+def test_a_top_k_of_any_size_is_all_tokens(vocabulary: int) -> None:
+    row = logits(1, vocabulary)[0]
+    free, huge = (SamplingParams(temperature=1.0, seed=3, top_p=0.9, top_k=k) for k in (0, 2**63))
+    assert draws(free, 50, row) == draws(huge, 50, row)
+
+
 def test_greedy_obeys_penalties_and_leaves_the_logits_alone() -> None:
     rows = torch.tensor([[2.0, 1.9, -1.0], [2.0, 1.9, -1.0], [-1.0, -1.1, -3.0], [2.0, 1.9, -1.0]])
     before = rows.clone()

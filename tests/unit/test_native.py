@@ -244,6 +244,20 @@ def test_a_compiler_that_fails_is_named(tmp_path: pathlib.Path, monkeypatch) -> 
         native.build(tmp_path / "cache")
 
 
+def test_a_compiler_may_be_several_words(tmp_path: pathlib.Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    source = tmp_path / "native.cpp"
+    source.write_text("int one() { return ONE; }\n")
+    monkeypatch.setattr(native, "SOURCES", (source,))
+    monkeypatch.setenv("CXX", f"env {native._compiler()[0]} -DONE=1")
+    first = native.build(tmp_path / "cache")
+    assert first.exists()
+    monkeypatch.setenv("CXX", f"env {native._compiler()[1]} -DONE=2")
+    assert native.build(tmp_path / "cache") != first
+    monkeypatch.setenv("CXX", 'g++ "-DONE=1')
+    with pytest.raises(native.CannotBuild, match="CXX: is 'g\\+\\+ \"-DONE=1'"):
+        native.build(tmp_path / "cache")
+
+
 def test_without_a_compiler_answers_come_from_plain_torch(tmp_path: pathlib.Path) -> None:
     program = (
         "import torch\n"

@@ -11,6 +11,7 @@ import logging
 import os
 import pathlib
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -59,10 +60,8 @@ def build(folder: pathlib.Path) -> pathlib.Path:
 
     Its name is a hash of the source, the flags, torch and the processor, so a change of any of them builds anew.
     """
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        raise CannotBuild("no C++ compiler: install g++ or set CXX")
-    parts = (*(path.read_text() for path in (*SOURCES, *HEADERS)), *FLAGS, compiler, torch.__version__, _processor())
+    compiler = _compiler()
+    parts = (*(path.read_text() for path in (*SOURCES, *HEADERS)), *FLAGS, *compiler, torch.__version__, _processor())
     library = folder / f"native-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
     if library.exists():
         return library
@@ -74,16 +73,30 @@ def build(folder: pathlib.Path) -> pathlib.Path:
             objects = [pathlib.Path(scratch) / f"{source.stem}.o" for source in SOURCES]
             include = [f"-I{path}" for path in include_paths()]
             commands = [
-                [compiler, *FLAGS, *include, "-c", source, "-o", made]
+                [*compiler, *FLAGS, *include, "-c", source, "-o", made]
                 for source, made in zip(SOURCES, objects, strict=True)
             ]
             list(pool.map(_run, commands))
             made = pathlib.Path(scratch) / library.name
-            _run([compiler, *FLAGS, "-shared", *objects, *libraries, "-o", made])
+            _run([*compiler, *FLAGS, "-shared", *objects, *libraries, "-o", made])
             made.replace(library)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise CannotBuild(str(error)) from error
     return library
+
+
+def _compiler() -> list[str]:
+    """The compiler and its first arguments: CXX may be "ccache g++" or carry options, as make reads it."""
+    own = os.environ.get("CXX", "")
+    try:
+        words = shlex.split(own)
+    except ValueError as error:
+        raise CannotBuild(f"CXX: is {own!r}, expected words as a shell reads them: {error}") from error
+    if not words:
+        words = [path for name in ("g++", "clang++") if (path := shutil.which(name))][:1]
+    if not words:
+        raise CannotBuild("no C++ compiler: install g++ or set CXX")
+    return words
 
 
 def _run(command: Sequence[str | pathlib.Path]) -> None:
