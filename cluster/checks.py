@@ -54,7 +54,7 @@ def find_checkpoint(folder: str | os.PathLike[str] | None = None) -> pathlib.Pat
 def check_ray() -> None:
     """Raises ClusterError when the serving extra is not installed."""
     if importlib.util.find_spec("ray") is None:
-        raise ClusterError("ray is not installed: pip install 'focusllava[serve]'")
+        raise ClusterError("ray is not installed: pip install '.[serve]' in the source tree")
 
 
 def check_disk(folder: pathlib.Path, min_free_bytes: int) -> None:

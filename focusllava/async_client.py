@@ -9,7 +9,7 @@ from typing import Any, Self
 import grpc
 
 from focusllava.connection import Client, StreamState
-from focusllava.errors import from_rpc_error
+from focusllava.errors import FocusClientError
 from focusllava.messages import Answer, ModelInfo
 from focusllava.v1 import focus_pb2
 from focusllava.wire import model_info
@@ -42,40 +42,36 @@ class AsyncAnswerStream(StreamState):
 
     async def _receive(self) -> AsyncIterator[str]:
         try:
-            event = await self._first_event()
-            while event is not None:
-                if text := self._state.take(event):
-                    yield text
-                event = await self._next_event()
-        except grpc.RpcError as error:
-            if self._closed:
-                return
-            raise from_rpc_error(error, self._client.address) from None
+            while not self._closed:
+                try:
+                    self._start()
+                    while (event := await self._call.read()) is not grpc.aio.EOF:
+                        if text := self._take(event):
+                            yield text
+                    break
+                except grpc.RpcError as error:
+                    await asyncio.sleep(self._delay_after(error))
         except asyncio.CancelledError:
-            # grpc.aio raises this for a call cancelled by close(), where nobody cancelled the task itself.
-            task = asyncio.current_task()
-            if self._closed and (task is None or not task.cancelling()):
-                return
-            raise
+            if not self._closed:
+                _raise_where_closed(self._client)
+                raise
+            if _task_is_cancelled():
+                raise
         finally:
             self._cancel()
-        if not self._closed:
-            self._state.answer()
+        self._end()
 
-    async def _first_event(self) -> focus_pb2.ChatResponse | None:
-        while not self._closed:
-            try:
-                self._start()
-                return await self._next_event()
-            except grpc.RpcError as error:
-                if self._closed:
-                    raise
-                await asyncio.sleep(self._attempts.delay_after(error))
-        return None
 
-    async def _next_event(self) -> focus_pb2.ChatResponse | None:
-        event = await self._call.read()
-        return None if event is grpc.aio.EOF else event
+def _task_is_cancelled() -> bool:
+    """grpc.aio raises CancelledError for a call that close() ended, too, where nobody cancelled the task itself."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _raise_where_closed(client: Client[Any]) -> None:
+    """Raises FocusClientError in place of a CancelledError that the client's close() caused."""
+    if client._closed and not _task_is_cancelled():
+        raise FocusClientError("CANCELLED", "the client was closed before the answer ended") from None
 
 
 class AsyncFocusClient(Client[AsyncAnswerStream]):
@@ -92,6 +88,7 @@ class AsyncFocusClient(Client[AsyncAnswerStream]):
 
     async def close(self) -> None:
         """Closes the connection; answers under way are cancelled."""
+        self._closed = True
         await self._channel.close()
 
     async def model_info(self, *, timeout_s: float | None = None) -> ModelInfo:
@@ -100,6 +97,9 @@ class AsyncFocusClient(Client[AsyncAnswerStream]):
         while True:
             try:
                 request = focus_pb2.GetModelInfoRequest()
-                return model_info(await self._stub.GetModelInfo(request, **attempts.call_options()))
+                return model_info(await self._service.GetModelInfo(request, **attempts.call_options()))
             except grpc.RpcError as error:
                 await asyncio.sleep(attempts.delay_after(error))
+            except asyncio.CancelledError:
+                _raise_where_closed(self)
+                raise

@@ -6,9 +6,7 @@ import dataclasses
 import json
 import math
 import pathlib
-import signal
 import sys
-import threading
 from typing import Any, Self
 
 import click
@@ -16,10 +14,13 @@ from click.shell_completion import get_completion_class
 
 from focusllava import FocusClient, FocusClientError, ImageSource, RetryPolicy, __version__
 from focusllava.accounting import accounting_lines, logprob_lines
+from focusllava.arguments import MAX_TIMEOUT_S
 from focusllava.connection import DEFAULT_ADDRESS
-from focusllava.explain import explain
+from focusllava.errors import NO_SERVER
+from focusllava.explain import explain, no_file
 from focusllava.extras import part
 from focusllava.messages import Settings
+from focusllava.serve import serve
 
 PROGRAM = "focusllava"
 EPILOG = """\b
@@ -27,7 +28,7 @@ Exit codes:
   0    done
   1    internal error
   2    wrong usage of the command
-  3    bad input: not an image, a value out of range, wrong token
+  3    bad input: not an image, a value out of range, a token that a proxy refuses
   4    server unreachable, or the service is not deployed there
   5    deadline passed, or cancelled
   6    the server is full, or the request too large for it
@@ -54,10 +55,17 @@ _address = click.option(
     help="host:port of the gateway.",
 )
 _timeout = click.option(
-    "--timeout", type=click.FloatRange(min=0, min_open=True), default=120.0, show_default=True, help="Seconds."
+    "--timeout",
+    type=click.FloatRange(0, MAX_TIMEOUT_S, min_open=True),
+    default=120.0,
+    show_default=True,
+    help="Seconds.",
 )
 _token = click.option(
-    "--token", envvar="FOCUSLLAVA_TOKEN", show_envvar=True, help="Bearer token, where one is asked for."
+    "--token",
+    envvar="FOCUSLLAVA_TOKEN",
+    show_envvar=True,
+    help="Bearer token for a proxy in front of the gateway that asks for one; the gateway itself checks none.",
 )
 _as_json = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 
@@ -69,11 +77,12 @@ def cli() -> None:
 
 
 cli.add_command(explain)
+cli.add_command(serve)
 
 
 @cli.command()
 @click.argument("images", metavar="[IMAGE]...", nargs=-1, type=click.Path(allow_dash=True))
-@click.argument("question")
+@click.argument("question", callback=no_file)
 @click.option("--threshold", type=float, help="gamma of Eq. 9, in (0, 1]; 1 keeps every visual token.")
 @click.option("--keep-ratio", type=float, help="Keep this share of visual tokens instead of by threshold, in (0, 1].")
 @click.option("--no-vision-sampler", is_flag=True, help="Leave the vision-guided sampler out.")
@@ -166,26 +175,6 @@ def import_checkpoint(source: pathlib.Path, destination: pathlib.Path) -> None:
 
 
 @cli.command()
-@click.argument("checkpoint", required=False, type=click.Path(file_okay=False))
-@click.option("--grpc-port", type=click.IntRange(0, 65535), default=9000, show_default=True, help="0: a free one.")
-def serve(checkpoint: str | None, grpc_port: int) -> None:
-    """Serve CHECKPOINT (default: FOCUSLLAVA_CHECKPOINT, then the shipped one) on this machine until Ctrl-C."""
-    local = part("cluster.local", "serve")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with local.LocalCluster(checkpoint=checkpoint, grpc_port=grpc_port) as cluster:
-            cluster.start(click.echo)
-            click.echo(f"dashboard {cluster.dashboard_url}, metrics {cluster.metrics_url}")
-            click.echo(f"ask: focusllava ask --address {cluster.grpc_address} IMAGE QUESTION; Ctrl-C stops it")
-            try:
-                threading.Event().wait()
-            except KeyboardInterrupt:
-                click.echo("stopping")
-    except local.ClusterError as error:
-        raise click.ClickException(str(error)) from None
-
-
-@cli.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
     """Print the completion script of a SHELL.
@@ -266,7 +255,7 @@ def _fail(error: Exception, *, as_json: bool) -> int:
     if as_json:
         click.echo(json.dumps({"error": {"code": code, "message": message}}, ensure_ascii=False))
     else:
-        advice = "; `focusllava serve` starts a server" if code == "UNAVAILABLE" else ""
+        advice = "; `focusllava serve` starts a server" if message.startswith(NO_SERVER) else ""
         click.echo(f"{PROGRAM}: {message} ({code}){advice}", err=True)
     return EXIT_CODES.get(code, 1)
 

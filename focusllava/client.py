@@ -9,7 +9,6 @@ from typing import Any, Self
 import grpc
 
 from focusllava.connection import Client, StreamState
-from focusllava.errors import from_rpc_error
 from focusllava.messages import Answer, ModelInfo
 from focusllava.v1 import focus_pb2
 from focusllava.wire import model_info
@@ -46,39 +45,26 @@ class AnswerStream(StreamState):
 
     def _receive(self) -> Iterator[str]:
         try:
-            event = self._first_event()
-            while event is not None:
-                if text := self._state.take(event):
-                    yield text
-                event = next(self._call, None)
-        except grpc.RpcError as error:
-            if self._closed:
-                return
-            raise from_rpc_error(error, self._client.address) from None
+            while not self._closed:
+                try:
+                    self._start()
+                    for event in self._call:
+                        if text := self._take(event):
+                            yield text
+                    break
+                except grpc.RpcError as error:
+                    time.sleep(self._delay_after(error))
         finally:
             self._cancel()  # an interrupt or a dropped iterator ends the call on the server too
-        if not self._closed:
-            self._state.answer()
-
-    def _first_event(self) -> focus_pb2.ChatResponse | None:
-        while not self._closed:
-            try:
-                self._start()
-                if self._closed:
-                    self._cancel()
-                return next(self._call, None)
-            except grpc.RpcError as error:
-                if self._closed:
-                    raise
-                time.sleep(self._attempts.delay_after(error))
-        return None
+        self._end()
 
 
 class FocusClient(Client[AnswerStream]):
     """A connection to the gateway; safe to share between threads.
 
-    `timeout_s` is the deadline of each request unless a request brings its own; None waits for ever. `credentials` turn
-    TLS on, which a token needs on any network that is not yours.
+    `timeout_s` is the deadline of each request, from its first iteration on, unless a request brings its own; None
+    waits for ever. `token` is for a proxy in front of the gateway, which itself checks none. `credentials` turn TLS
+    on, which a token needs on any network that is not yours.
     """
 
     _grpc = grpc
@@ -92,6 +78,7 @@ class FocusClient(Client[AnswerStream]):
 
     def close(self) -> None:
         """Closes the connection; answers under way are cancelled."""
+        self._closed = True
         self._channel.close()
 
     def model_info(self, *, timeout_s: float | None = None) -> ModelInfo:
@@ -100,6 +87,6 @@ class FocusClient(Client[AnswerStream]):
         while True:
             try:
                 request = focus_pb2.GetModelInfoRequest()
-                return model_info(self._stub.GetModelInfo(request, **attempts.call_options()))
+                return model_info(self._service.GetModelInfo(request, **attempts.call_options()))
             except grpc.RpcError as error:
                 time.sleep(attempts.delay_after(error))

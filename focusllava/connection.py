@@ -10,13 +10,14 @@ from typing import Any, ClassVar, Generic, TypeVar, Unpack
 
 import grpc
 
-from focusllava.errors import from_rpc_error
-from focusllava.messages import ImageInfo, Images, Settings, TokenLogprobs, Turn, Usage, question_turn
+from focusllava.arguments import checked_address, checked_timeout, checked_token
+from focusllava.errors import FocusClientError, from_rpc_error
+from focusllava.messages import MAX_IMAGES_BYTES, ImageInfo, Images, Settings, TokenLogprobs, Turn, Usage, user
 from focusllava.v1 import focus_pb2, focus_pb2_grpc
 from focusllava.wire import AnswerState, build_request
 
 DEFAULT_ADDRESS = "127.0.0.1:9000"
-_MAX_MESSAGE_BYTES = 256 * 2**20
+_MAX_MESSAGE_BYTES = MAX_IMAGES_BYTES + 2**20  # the words come beside the images
 CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
@@ -45,7 +46,7 @@ def fixed_metadata(application: str, token: str | None) -> tuple[tuple[str, str]
 
 
 class Attempts:
-    """The deadline and the retries of one request."""
+    """The deadline and the retries of one request; the deadline counts from its first call."""
 
     def __init__(
         self, address: str, timeout_s: float | None, retry: RetryPolicy, metadata: tuple[tuple[str, str], ...]
@@ -53,11 +54,14 @@ class Attempts:
         self._address = address
         self._metadata = metadata
         self._retry = retry
-        self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        self._timeout_s = timeout_s
+        self._deadline: float | None = None
         self._failed = 0
 
     def call_options(self) -> dict[str, Any]:
         """Keyword arguments of the next call: what remains of the deadline, and the metadata."""
+        if self._deadline is None and self._timeout_s is not None:
+            self._deadline = time.monotonic() + self._timeout_s
         remaining_s = self.remaining_s()
         if remaining_s is None:
             return {"timeout": None, "metadata": self._metadata}
@@ -80,14 +84,19 @@ class Attempts:
             or self._failed >= self._retry.attempts
             or (remaining is not None and delay >= remaining)
         ):
-            raise from_rpc_error(error, self._address) from None
+            raise self.failure(error) from None
         return delay
+
+    def failure(self, error: grpc.RpcError) -> FocusClientError:
+        """What the caller is told, where there is no next attempt."""
+        return from_rpc_error(error, self._address, deadline_passed=self.remaining_s() == 0)
 
 
 class StreamState:
     """What a stream has brought so far; the accounting is there once the iteration has ended."""
 
     def __init__(self, client: Client[Any], request: focus_pb2.ChatRequest, attempts: Attempts):
+        self._begun = False
         self._state = AnswerState()
         self._client = client
         self._request = request
@@ -130,7 +139,26 @@ class StreamState:
             self._call.cancel()
 
     def _start(self) -> None:
-        self._call = self._client._stub.Chat(self._request, **self._attempts.call_options())
+        self._call = self._client._service.Chat(self._request, **self._attempts.call_options())
+        if self._closed:  # by another thread, just now
+            self._cancel()
+
+    def _take(self, event: focus_pb2.ChatResponse) -> str:
+        self._begun = True
+        return self._state.take(event)
+
+    def _delay_after(self, error: grpc.RpcError) -> float:
+        """Seconds to the next attempt, none after close(). Raises FocusClientError where there is to be none."""
+        if self._closed:
+            return 0.0
+        if self._begun:
+            raise self._attempts.failure(error) from None
+        return self._attempts.delay_after(error)
+
+    def _end(self) -> None:
+        """After the last event. Raises FocusClientError where the stream broke off."""
+        if not self._closed:
+            self._state.answer()
 
 
 Stream = TypeVar("Stream", bound=StreamState)
@@ -153,16 +181,24 @@ class Client(Generic[Stream]):
         retry: RetryPolicy | None = None,
         credentials: grpc.ChannelCredentials | None = None,
     ):
-        self.address = address
-        self._timeout_s = timeout_s
+        self.address = checked_address(address)
+        self._timeout_s = checked_timeout(timeout_s)
         self._retry = retry or RetryPolicy()
-        self._metadata = fixed_metadata(application, token)
+        self._metadata = fixed_metadata(application, checked_token(token))
+        self._closed = False
         self._channel: Any = (
             self._grpc.secure_channel(address, credentials, CHANNEL_OPTIONS)
             if credentials
             else self._grpc.insecure_channel(address, CHANNEL_OPTIONS)
         )
         self._stub: Any = focus_pb2_grpc.FocusServiceStub(self._channel)
+
+    @property
+    def _service(self) -> Any:
+        """The stub. Raises FocusClientError where the client is closed: gRPC would raise errors of its own."""
+        if self._closed:
+            raise FocusClientError("FAILED_PRECONDITION", f"the client of {self.address} is closed; make another")
+        return self._stub
 
     def ask(
         self,
@@ -174,12 +210,12 @@ class Client(Generic[Stream]):
         **settings: Unpack[Settings],
     ) -> Stream:
         """Asks about no, one or several images, after the turns of `history`."""
-        return self.chat([*history, question_turn(images, question)], timeout_s=timeout_s, **settings)
+        return self.chat([*history, user(question, images=images)], timeout_s=timeout_s, **settings)
 
     def chat(self, turns: Sequence[Turn], *, timeout_s: float | None = None, **settings: Unpack[Settings]) -> Stream:
         """Answers the last of the turns, which is a user's."""
         return self._stream(self, build_request(turns, **settings), self._new_attempts(timeout_s))
 
     def _new_attempts(self, timeout_s: float | None) -> Attempts:
-        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        timeout_s = self._timeout_s if timeout_s is None else checked_timeout(timeout_s)
         return Attempts(self.address, timeout_s, self._retry, self._metadata)

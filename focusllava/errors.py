@@ -4,6 +4,15 @@ from __future__ import annotations
 
 import grpc
 
+NO_SERVER = "no server answers at"
+_NOT_CONNECTED = (
+    "failed to connect to all addresses",
+    "connections to all backends failing",
+    "errors resolving",
+    "DNS resolution failed",
+)
+"""How gRPC's own words begin where it reached nobody; a server that answers UNAVAILABLE says something else."""
+
 
 class FocusClientError(Exception):
     """A request that failed.
@@ -18,11 +27,11 @@ class FocusClientError(Exception):
         self.message = message
 
 
-def from_rpc_error(error: grpc.RpcError, address: str) -> FocusClientError:
+def from_rpc_error(error: grpc.RpcError, address: str, *, deadline_passed: bool) -> FocusClientError:
     """The same failure with its code by name; says what to do where gRPC's own words would not."""
     code, details = error.code().name, error.details() or ""
-    if code == "UNAVAILABLE":
-        return FocusClientError(code, f"no server answers at {address} ({details or 'no details'})")
-    if code == "DEADLINE_EXCEEDED":
+    if code == "UNAVAILABLE" and details.startswith(_NOT_CONNECTED):
+        return FocusClientError(code, f"{NO_SERVER} {address} ({details})")
+    if code == "DEADLINE_EXCEEDED" and deadline_passed:
         return FocusClientError(code, "the answer did not end within the timeout")
-    return FocusClientError(code, details or "the server gave no details")
+    return FocusClientError(code, details or f"the server at {address} gave no details")

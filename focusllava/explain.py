@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import sys
 from typing import Any
 
 import click
 
-from focusllava.extras import part
+from focusllava.extras import find_checkpoint, part
 from focusllava.messages import ImageSource, read_image
+
+
+def no_file(context: click.Context, parameter: click.Parameter, question: str) -> str:
+    """A QUESTION that is the path of a file is the last image of a command without its question."""
+    if question == "-" or os.path.isfile(question):
+        raise click.UsageError(f"QUESTION is missing: the last argument, {question!r}, names an image")
+    return question
 
 
 @click.command()
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path(allow_dash=True))
-@click.argument("question")
+@click.argument("question", callback=no_file)
 @click.option(
     "--checkpoint",
     type=click.Path(file_okay=False),
-    help="Folder; default: FOCUSLLAVA_CHECKPOINT, then the shipped one.",
+    help="Folder; default: FOCUSLLAVA_CHECKPOINT, then the shipped one, which is in the source tree alone.",
 )
 @click.option(
     "--output",
@@ -54,7 +62,7 @@ def explain(
     sources: list[ImageSource] = [sys.stdin.buffer if image == "-" else image for image in images]
     files = [(name, read_image(source)) for name, source in zip(images, sources, strict=True)]
     report = part("evaluation.focus_maps.report", "serve").explain(
-        part("cluster.checks", "serve").find_checkpoint(checkpoint),
+        find_checkpoint(checkpoint),
         files,
         question,
         output,

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO, TypedDict
+from typing import Any, BinaryIO, Protocol, TypedDict
 
 from focusllava.errors import FocusClientError
 
-ImageSource = str | os.PathLike[str] | bytes | BinaryIO
-"""A path, the bytes of an image file, or an open binary file."""
-Images = ImageSource | list[ImageSource] | tuple[ImageSource, ...] | None
+MAX_IMAGES_BYTES = 256 * 2**20
+"""Of all images of one request: more no message carries."""
+
+
+class PillowImage(Protocol):
+    """What is used of PIL.Image.Image, so that nobody needs Pillow who does not have one."""
+
+    def save(self, fp: Any, format: str, /) -> None: ...
+
+
+ImageSource = str | os.PathLike[str] | bytes | BinaryIO | PillowImage
+"""A path, the bytes of an image file, an open binary file, or a PIL image, which is sent as PNG."""
+Images = ImageSource | Iterable[ImageSource] | None
 """One image, several, or none."""
 
 
@@ -23,9 +34,10 @@ class Turn:
     parts: tuple[str | bytes, ...]
 
 
-def user(text: str, *, images: Sequence[ImageSource] = ()) -> Turn:
+def user(text: str, *, images: Images = None) -> Turn:
     """A user's turn: the images, then the words. Raises FocusClientError where an image cannot be read."""
-    return Turn(role="user", parts=(*(read_image(image) for image in images), text))
+    sources = [read_image(image, f"images[{number}]") for number, image in enumerate(_several(images))]
+    return Turn(role="user", parts=(*sources, text))
 
 
 def assistant(text: str) -> Turn:
@@ -121,29 +133,53 @@ class ModelInfo:
     server_version: str
 
 
-def read_image(source: ImageSource) -> bytes:
-    """The bytes of an image file. Raises FocusClientError (INVALID_ARGUMENT) where it cannot be read."""
-    if isinstance(source, bytes | bytearray | memoryview):
-        return bytes(source)
-    if isinstance(source, str | os.PathLike):
-        try:
+def read_image(source: ImageSource, name: str = "image") -> bytes:
+    """The bytes of an image file; errors call it `name`.
+
+    Raises FocusClientError: INVALID_ARGUMENT where it cannot be read, RESOURCE_EXHAUSTED where no request carries it.
+    """
+    what = type(source).__name__
+    try:
+        if isinstance(source, bytes | bytearray | memoryview):
+            data = bytes(source)
+        elif isinstance(source, str | os.PathLike):
+            what = repr(os.fspath(source))
             with open(source, "rb") as file:
-                return file.read()
-        except OSError as error:
+                check_size(os.fstat(file.fileno()).st_size, f"{name}: {what}")  # before it is in memory
+                data = file.read(MAX_IMAGES_BYTES + 1)  # a device has no size, and may have no end
+        elif hasattr(source, "read"):
+            data = source.read()
+        elif hasattr(source, "save"):
+            buffer = io.BytesIO()
+            source.save(buffer, "PNG")
+            data = buffer.getvalue()
+        else:
             raise FocusClientError(
-                "INVALID_ARGUMENT", f"image: cannot read {os.fspath(source)!r}: {error.strerror or error}"
-            ) from None
-    data = source.read()
+                "INVALID_ARGUMENT",
+                f"{name}: is a {what}, expected a path, bytes, an open binary file or a PIL image",
+            )
+    except (OSError, ValueError, TypeError) as error:  # no such file, a closed one, a PIL image that PNG cannot hold
+        reason = getattr(error, "strerror", None) or error
+        raise FocusClientError("INVALID_ARGUMENT", f"{name}: cannot read {what}: {reason}") from None
     if not isinstance(data, bytes):
-        raise FocusClientError("INVALID_ARGUMENT", "image: the file was opened as text, open it in mode 'rb'")
+        raise FocusClientError("INVALID_ARGUMENT", f"{name}: the file was opened as text, open it in mode 'rb'")
+    check_size(len(data), f"{name}: {what}")
     return data
 
 
-def question_turn(images: Images, question: str) -> Turn:
-    """A user's turn of one question and its images."""
+def _several(images: Images) -> Iterable[ImageSource]:
     if images is None:
-        images = ()
-    return user(question, images=images if isinstance(images, list | tuple) else (images,))
+        return ()
+    one = isinstance(images, str | bytes | bytearray | memoryview | os.PathLike) or hasattr(images, "read")
+    return images if isinstance(images, Iterable) and not one else (images,)  # type: ignore[return-value]
+
+
+def check_size(size: int, name: str) -> None:
+    """Raises FocusClientError (RESOURCE_EXHAUSTED) for more bytes of images than a request carries."""
+    if size > MAX_IMAGES_BYTES:
+        raise FocusClientError(
+            "RESOURCE_EXHAUSTED", f"{name}: {size} bytes, a request carries at most {MAX_IMAGES_BYTES} bytes of images"
+        )
 
 
 class Settings(TypedDict, total=False):
@@ -171,8 +207,8 @@ class Settings(TypedDict, total=False):
     """Makes draws repeatable."""
     logprobs: int | None
     """0 to 20: reports each token's log probability, and those of so many likeliest tokens beside it."""
-    stop: Sequence[str]
-    """The answer ends before any of these."""
+    stop: str | Sequence[str] | None
+    """The answer ends before this, or before any of these."""
     threshold: float | None
     """gamma of Eq. 9, in (0, 1]; 1 keeps every visual token."""
     keep_ratio: float | None

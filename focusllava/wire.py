@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
-from typing import Any, Unpack
+from typing import Unpack
+
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
 
 from focusllava.errors import FocusClientError
-from focusllava.messages import Answer, ImageInfo, ModelInfo, Settings, TokenLogprob, TokenLogprobs, Turn, Usage
+from focusllava.messages import (
+    Answer,
+    ImageInfo,
+    ModelInfo,
+    Settings,
+    TokenLogprob,
+    TokenLogprobs,
+    Turn,
+    Usage,
+    check_size,
+)
 from focusllava.v1 import focus_pb2, llm_pb2
 
 _ROLES = {
@@ -19,43 +33,69 @@ _FINISH_REASONS = {
     llm_pb2.FINISH_REASON_LENGTH: "length",
     llm_pb2.FINISH_REASON_ABORT: "abort",
 }
-_SAMPLING = llm_pb2.SamplingParams.DESCRIPTOR.fields_by_name.keys()
+_EXPECTED = {
+    FieldDescriptor.CPPTYPE_UINT32: f"a whole number from 0 to {2**32 - 1}",
+    FieldDescriptor.CPPTYPE_UINT64: f"a whole number from 0 to {2**64 - 1}",
+    FieldDescriptor.CPPTYPE_FLOAT: "a number",
+    FieldDescriptor.CPPTYPE_BOOL: "True or False",
+    FieldDescriptor.CPPTYPE_STRING: "text",
+}
 
 
 def build_request(turns: Sequence[Turn], **settings: Unpack[Settings]) -> focus_pb2.ChatRequest:
     """The request on the wire.
 
-    Only what the wire cannot carry is refused here (INVALID_ARGUMENT); the server judges the rest.
+    Only what the wire cannot carry is refused here (INVALID_ARGUMENT, RESOURCE_EXHAUSTED); the server judges the rest.
     """
     if unknown := settings.keys() - Settings.__annotations__.keys():
         raise TypeError(f"unknown settings: {', '.join(sorted(unknown))}; known: {', '.join(Settings.__annotations__)}")
-    for turn in turns:
-        if turn.role not in _ROLES:
-            raise FocusClientError("INVALID_ARGUMENT", f"turns.role: is {turn.role!r}, expected {', '.join(_ROLES)}")
-    sampling: dict[str, Any] = {name: value for name, value in settings.items() if name in _SAMPLING}
+    check_size(sum(len(part) for turn in turns for part in turn.parts if isinstance(part, bytes)), "images, together")
+    request = focus_pb2.ChatRequest(
+        turns=[_turn(turn, f"turns[{number}]") for number, turn in enumerate(turns)],
+        sampling=llm_pb2.SamplingParams(),
+        prune=llm_pb2.PruneParams(off=_is_off(settings.get("text_sampler"))),
+        vision_sampler_off=_is_off(settings.get("vision_sampler")),
+    )
+    for name, value in settings.items():
+        for message in (request.sampling, request.prune, request):
+            if value is not None and name in message.DESCRIPTOR.fields_by_name:
+                _set(message, name, value)
+    return request
+
+
+def _turn(turn: Turn, name: str) -> focus_pb2.ChatTurn:
+    if turn.role not in _ROLES:
+        raise FocusClientError("INVALID_ARGUMENT", f"{name}.role: is {turn.role!r}, expected {', '.join(_ROLES)}")
+    parts = [_part(part, f"{name}.parts[{number}]") for number, part in enumerate(turn.parts)]
+    return focus_pb2.ChatTurn(role=_ROLES[turn.role], parts=parts)
+
+
+def _part(part: str | bytes, name: str) -> focus_pb2.ChatPart:
     try:
-        return focus_pb2.ChatRequest(
-            turns=[
-                focus_pb2.ChatTurn(
-                    role=_ROLES[turn.role],
-                    parts=[
-                        focus_pb2.ChatPart(image=part) if isinstance(part, bytes) else focus_pb2.ChatPart(text=part)
-                        for part in turn.parts
-                    ],
-                )
-                for turn in turns
-            ],
-            sampling=llm_pb2.SamplingParams(**sampling),
-            prune=llm_pb2.PruneParams(
-                off=not settings.get("text_sampler", True),
-                threshold=settings.get("threshold"),
-                keep_ratio=settings.get("keep_ratio"),
-            ),
-            vision_sampler_off=not settings.get("vision_sampler", True),
-            request_id=settings.get("request_id", ""),
-        )
-    except (ValueError, TypeError) as error:  # a negative seed, a number where words belong
-        raise FocusClientError("INVALID_ARGUMENT", str(error)) from None
+        if isinstance(part, bytes):
+            return focus_pb2.ChatPart(image=part)
+        if isinstance(part, str):
+            return focus_pb2.ChatPart(text=part)
+    except UnicodeEncodeError:  # half a character, as a terminal that is not UTF-8 makes them
+        pass
+    raise FocusClientError("INVALID_ARGUMENT", f"{name}: is {reprlib.repr(part)}, expected text or bytes of an image")
+
+
+def _is_off(sampler: bool | None) -> bool:
+    return sampler is not None and not sampler
+
+
+def _set(message: Message, name: str, value: object) -> None:
+    """One field at a time, because protobuf's own errors name neither the field nor, often, the value."""
+    try:
+        if name == "stop":
+            message.stop.extend([value] if isinstance(value, str) else value)  # type: ignore[attr-defined]
+        else:
+            setattr(message, name, value)
+    except (ValueError, TypeError):
+        field = message.DESCRIPTOR.fields_by_name[name]
+        expected = _EXPECTED[field.cpp_type] + (", or several in a list" if name == "stop" else "")
+        raise FocusClientError("INVALID_ARGUMENT", f"{name}: is {value!r}, expected {expected}") from None
 
 
 class AnswerState:

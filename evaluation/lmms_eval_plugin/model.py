@@ -45,7 +45,8 @@ class FocusLlava(lmms):
     ):
         """The settings are lmms-eval's `--model_args`, but for the three that have options of their own.
 
-        checkpoint, or address (host:port) of a gateway, whose bearer token is FOCUSLLAVA_TOKEN in the environment.
+        checkpoint, or address (host:port) of a gateway. FOCUSLLAVA_TOKEN in the environment is sent as bearer token,
+        for a proxy in front of the gateway to check.
         threshold or keep_ratio: of the text-guided sampler; the checkpoint's threshold when both are left out.
         batch_size: questions at a time. max_batch_size is lmms-eval's, for batch_size "auto", and is refused.
         device, dtype ("auto" when left out), kv_cache_mib (MiB of KV cache, 1024 when left out): in process only.

@@ -47,7 +47,7 @@ def test_ask_streams_the_answer_and_accounts_on_stderr(gateway: ScriptedGateway,
         "30.0 %",
         "2.0 KiB",
         "12 ms",
-        "first of 3",
+        "first frame used",
     ):
         assert fact in err
     (request,) = gateway.requests
@@ -121,9 +121,44 @@ def test_wrong_usage(capsys) -> None:
     assert "Traceback" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["ask", "explain"])
+def test_a_path_is_no_question(gateway: ScriptedGateway, image: str, capsys, command: str) -> None:
+    cases = [[image, image], [image, "-"]] + ([[image], ["-"]] if command == "ask" else [])
+    for arguments in cases:
+        assert main([command, *arguments]) == 2
+        err = capsys.readouterr().err
+        assert "QUESTION is missing" in err and repr(arguments[-1]) in err
+    assert gateway.requests == []
+
+
 def test_nobody_there(capsys) -> None:
     assert main(["info", "--address", "127.0.0.1:9"]) == 4
-    assert "127.0.0.1:9" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "no server answers at 127.0.0.1:9" in err and "`focusllava serve` starts a server" in err
+
+
+def test_a_server_that_answers_is_not_told_to_be_missing(gateway: ScriptedGateway, capsys) -> None:
+    gateway.script = gateway.refusing(grpc.StatusCode.UNAVAILABLE, "the llm stage is restarting; try again")
+    assert main(["ask", "q", "--timeout", "5"]) == 4
+    assert capsys.readouterr().err == "focusllava: the llm stage is restarting; try again (UNAVAILABLE)\n"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "code", "said"),
+    [
+        ("--seed", "-1", 3, "seed: is -1"), ("--top-k", "-1", 3, "top_k: is -1"),
+        ("--max-tokens", "-5", 3, "max_tokens: is -5"), ("--logprobs", "-1", 3, "logprobs: is -1"),
+        ("--timeout", "inf", 2, "--timeout"), ("--timeout", "1e12", 2, "--timeout"), ("--timeout", "0", 2, "--timeout"),
+        ("--timeout", "nan", 3, "timeout_s: is nan"), ("--address", "", 3, "address: is ''"),
+        ("--address", "http://h:1", 3, "address: is 'http://h:1'"), ("--token", "a\nb", 3, "token: "),
+    ],
+)  # fmt: skip
+def test_options_out_of_range_are_named(
+    gateway: ScriptedGateway, capsys, option: str, value: str, code: int, said: str
+) -> None:
+    assert main(["ask", "q", option, value]) == code
+    assert said in capsys.readouterr().err
+    assert gateway.requests == []
 
 
 def test_timeout(gateway: ScriptedGateway, capsys) -> None:
@@ -218,7 +253,7 @@ def test_a_missing_extra_is_said_in_one_line(tmp_path: pathlib.Path) -> None:
         f"sys.exit(main(['import', {str(tmp_path)!r}, {str(tmp_path / 'out')!r}]))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.returncode == 2 and "pip install 'focusllava[serve]'" in run.stderr and run.stderr.count("\n") == 1
+    assert run.returncode == 2 and "pip install '.[serve]'" in run.stderr and run.stderr.count("\n") == 1
 
 
 def test_explain_draws_and_answers(tmp_path: pathlib.Path, capsys) -> None:
@@ -259,4 +294,4 @@ def test_explain_without_its_extra_says_what_to_install(image: str) -> None:
         f"sys.exit(main(['explain', {image!r}, 'What?']))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.returncode == 2 and "pip install 'focusllava[serve]'" in run.stderr and run.stderr.count("\n") == 1
+    assert run.returncode == 2 and "pip install '.[serve]'" in run.stderr and run.stderr.count("\n") == 1

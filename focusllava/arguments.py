@@ -1,0 +1,48 @@
+"""What a client is made with, checked before gRPC sees it: its own errors name neither the field nor the value."""
+
+from __future__ import annotations
+
+import re
+
+from focusllava.errors import FocusClientError
+
+MAX_TIMEOUT_S = 86400.0
+"""A day."""
+_HOST_PORT = re.compile(r"(?:\[[^\s/\[\]]+\]|[^\s:/\[\]]+):([0-9]{1,5})")
+_SCHEMES = ("dns:", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "vsock:", "xds:")
+"""gRPC's own ways to name a server; what follows is for gRPC to judge."""
+_UNSENDABLE = re.compile(r"[^!-~]")
+"""Not allowed in a bearer token: gRPC refuses line breaks and everything beyond ASCII, HTTP spaces too."""
+
+
+def checked_address(address: str) -> str:
+    """Raises FocusClientError (INVALID_ARGUMENT) unless it is host:port, [IPv6]:port or one of gRPC's schemes."""
+    if isinstance(address, str):
+        match = _HOST_PORT.fullmatch(address)
+        if (match and 0 < int(match[1]) < 65536) or address.startswith(_SCHEMES):
+            return address
+    raise FocusClientError("INVALID_ARGUMENT", f"address: is {address!r}, expected host:port, such as 127.0.0.1:9000")
+
+
+def checked_token(token: str | None) -> str | None:
+    """None where there is none. Raises FocusClientError (INVALID_ARGUMENT), which does not show the token."""
+    if token is None or isinstance(token, str):
+        bad = _UNSENDABLE.search(token or "")
+        if bad is None:
+            return token or None
+        what = f"its character {bad.start() + 1} is a line break, a space or not ASCII"
+    else:
+        what = f"is a {type(token).__name__}, expected a str"
+    raise FocusClientError("INVALID_ARGUMENT", f"token: {what} (the token itself is not shown)")
+
+
+def checked_timeout(timeout_s: float | None) -> float | None:
+    """Raises FocusClientError (INVALID_ARGUMENT) unless it is positive and at most a day; None waits for ever."""
+    try:
+        if timeout_s is None or 0 < timeout_s <= MAX_TIMEOUT_S:  # neither holds for nan
+            return timeout_s
+    except TypeError:
+        pass
+    raise FocusClientError(
+        "INVALID_ARGUMENT", f"timeout_s: is {timeout_s!r}, expected seconds in (0, {MAX_TIMEOUT_S:.0f}]"
+    )
