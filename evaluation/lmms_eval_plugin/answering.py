@@ -26,7 +26,8 @@ from services.common.types import (
     TextPart,
 )
 from services.encoder.pipeline import EncoderPipeline
-from services.llm.engine import Engine, StepFailed
+from services.llm.engine import Engine
+from services.llm.engine_stats import StepFailed
 
 LOCAL_LIMITS = MediaLimits(max_bytes=256 * 2**20)
 """A picture that a task has decoded comes as PNG, several times its JPEG's size."""

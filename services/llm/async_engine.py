@@ -12,7 +12,8 @@ from collections.abc import Sequence as Seq
 
 from services.common.errors import FocusError, InternalError, StageUnavailable
 from services.common.types import FinishedEvent, GenerateRequest
-from services.llm.engine import Engine, EngineStats, Event, StepFailed
+from services.llm.engine import Engine
+from services.llm.engine_stats import EngineStats, Event, StepFailed
 from services.llm.sequence import Sequence
 
 MOST_FAILED_STEPS = 3

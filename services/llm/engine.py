@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import pathlib
 import time
-from dataclasses import dataclass
 
 import torch
 
 from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.store import fingerprint
-from services.common.errors import InternalError, InvalidInput
+from services.common.errors import InvalidInput
 from services.common.linear import Quantize
 from services.common.types import (
     ChatTurn,
@@ -25,6 +24,7 @@ from services.common.types import (
     TokenEvent,
     Usage,
 )
+from services.llm.engine_stats import EngineStats, Event, StepFailed
 from services.llm.intake import Intake
 from services.llm.kv_cache import KVCache
 from services.llm.model import Decoder
@@ -33,44 +33,6 @@ from services.llm.prompt import PromptRenderer
 from services.llm.sampling import sample
 from services.llm.scheduler import Scheduler, Step
 from services.llm.sequence import Sequence, SequenceState
-
-Event = TokenEvent | FinishedEvent
-
-
-class StepFailed(InternalError):
-    """A step failed for these requests, which are gone and their pages free; the engine goes on.
-
-    events: what the step brought those beside them, none when the pass itself failed.
-    """
-
-    def __init__(self, request_ids: tuple[str, ...], events: tuple[tuple[str, Event], ...] = ()):
-        super().__init__("the language model failed on this request; try again, and see the server's log")
-        self.request_ids, self.events = request_ids, events
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineStats:
-    running: int
-    waiting: int
-    kv_blocks_used: int
-    kv_blocks_total: int
-    """Pages of the pool that both KV cache groups share."""
-    kv_blocks_cached: int
-    """Pages that no request holds, kept for a later request with the same beginning; not among those used."""
-    kv_block_bytes: int
-    failed_steps: int
-    """Steps that failed and brought nobody anything, since a request last ended well."""
-    prompt_tokens: int
-    """This and the following: totals since the start; a request's tokens count at its end, if its prefill ended."""
-    completion_tokens: int
-    visual_tokens_sampled: int
-    visual_tokens_kept: int
-    prompt_tokens_reused: int
-    """Prompt tokens whose lower layers an earlier request had computed; not what a preempted one finds of its own."""
-    prefill_passes: int
-    """Steps that computed prefill chunks; a step may count here and below."""
-    decode_passes: int
-    preemptions: int
 
 
 class Engine:

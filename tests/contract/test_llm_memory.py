@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from services.llm.engine import Engine, StepFailed
+from services.llm.engine import Engine
+from services.llm.engine_stats import StepFailed
 from services.llm.sequence import SequenceState
 from tests import tiny_llm
 
