@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import pathlib
-import signal
 import sys
 
 from cluster.checks import REPOSITORY, ClusterError
+from cluster.interrupts import signals_interrupt
 from cluster.local import LocalCluster
 from focusllava import Answer, FocusClient, FocusClientError
 from focusllava.messages import Settings
@@ -26,10 +26,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--question", default=QUESTION)
     parser.add_argument("--second-question", default=SECOND_QUESTION)
     options = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         image = options.image.read_bytes()
-        with LocalCluster(checkpoint=options.checkpoint, grpc_port=0, timeout_s=300) as cluster:
+        with signals_interrupt(), LocalCluster(checkpoint=options.checkpoint, grpc_port=0, timeout_s=300) as cluster:
             cluster.start(lambda line: print(f"demo: {line}", flush=True))
             with FocusClient(cluster.grpc_address, timeout_s=120) as client:
                 show(client, options.image.name, image, options.question, options.second_question)

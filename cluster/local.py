@@ -32,6 +32,7 @@ from cluster.checks import (
     find_checkpoint,
     free_ports,
 )
+from cluster.interrupts import signals_interrupt
 from cluster.ray_head import ClusterState, load_state, new_temp_dir, start_head, stop_head
 from services.common.errors import FocusError
 
@@ -243,7 +244,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--grpc-port", type=int, default=DEFAULT_GRPC_PORT)
     options = parser.parse_args(argv)
     try:
-        return {"up": _up, "down": _down, "status": _status}[options.verb](options)
+        with signals_interrupt():
+            return {"up": _up, "down": _down, "status": _status}[options.verb](options)
     except (ClusterError, FocusError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -122,12 +122,18 @@ def stop_head(state: ClusterState, *, keep_logs: bool = False) -> None:
 
 
 def load_state(grpc_port: int) -> ClusterState | None:
-    """The cluster that was left running on this port; None when there is none, or its processes are gone."""
+    """The cluster that was left running on this port; None when there is none, or its processes are gone.
+
+    Raises ClusterError when another version of this program wrote it down.
+    """
+    file = _state_file(grpc_port)
     try:
-        raw = json.loads(_state_file(grpc_port).read_text(encoding="utf8"))
+        raw = json.loads(file.read_text(encoding="utf8"))
+        state = ClusterState(**{**raw, "ports": Ports(**raw["ports"])})
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-    state = ClusterState(**{**raw, "ports": Ports(**raw["ports"])})
+    except (TypeError, KeyError):
+        raise ClusterError(f"{file} is of another version: stop its cluster with that, or remove the file") from None
     return state if state.pids() else None
 
 

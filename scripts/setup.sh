@@ -22,7 +22,11 @@ if [ ! -e "$venv/bin/ray" ] && [ "$free_kb" -lt $((4 * 1024 * 1024)) ]; then
 fi
 
 echo "setup: installing $(grep -c == requirements.lock) packages into $venv, once (1 to 5 minutes; details in $log)"
-[ -x "$venv/bin/python" ] || "$python" -m venv "$venv" || fail "cannot make $venv with '$python'"
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+  clear=
+  [ -e "$venv/pyvenv.cfg" ] && clear=--clear # half made, by a run that was stopped; nothing else is ever cleared
+  "$python" -m venv $clear "$venv" || fail "cannot make $venv with '$python'"
+fi
 [ -t 1 ] && tty=1 || tty=0
 # The package under way: one line rewritten in place on a terminal, every twentieth elsewhere.
 show() {

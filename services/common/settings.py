@@ -12,11 +12,13 @@ from services.common.errors import InvalidInput
 T = TypeVar("T")
 
 
-def build_settings(cls: type[T], raw: Mapping[str, Any] | None, prefix: str = "") -> T:
+def build_settings(cls: type[T], raw: Mapping[str, Any] | None, prefix: str = "", *, over: T | None = None) -> T:
     """A dataclass from a mapping; nested dataclasses from nested mappings.
 
+    over: what has the fields that the mapping leaves out, at any depth; else they take their defaults.
+
     Raises:
-        InvalidInput: an unknown or missing field, or a value of the wrong type, named with its path.
+        InvalidInput: an unknown or missing field, a value of the wrong type or that the class refuses; with its path.
     """
     raw = raw or {}
     if not isinstance(raw, Mapping):
@@ -29,10 +31,16 @@ def build_settings(cls: type[T], raw: Mapping[str, Any] | None, prefix: str = ""
     values: dict[str, Any] = {}
     for name, spec in fields.items():
         if name in raw:
-            values[name] = _convert(raw[name], hints[name], f"{prefix}{name}")
+            values[name] = _convert(raw[name], hints[name], f"{prefix}{name}", getattr(over, name, None))
+        elif over is not None:
+            values[name] = getattr(over, name)
         elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
             raise InvalidInput("is missing", field=f"{prefix}{name}")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except InvalidInput as error:  # from `__post_init__`, which knows the field and not where the mapping stands
+        message = str(error).removeprefix(f"{error.field}: ")
+        raise InvalidInput(message, field=f"{prefix}{error.field}".rstrip(".")) from None
 
 
 def require(condition: bool, field: str, value: object, expected: str) -> None:
@@ -41,18 +49,20 @@ def require(condition: bool, field: str, value: object, expected: str) -> None:
         raise InvalidInput(f"is {value!r}, expected {expected}", field=field)
 
 
-def _convert(value: Any, hint: Any, path: str) -> Any:
+def _convert(value: Any, hint: Any, path: str, over: Any = None) -> Any:
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         options = get_args(hint)
         if value is None and type(None) in options:
             return None
-        return _convert(value, next(o for o in options if o is not type(None)), path)
+        return _convert(value, next(o for o in options if o is not type(None)), path, over)
     if origin is Literal:
         require(value in get_args(hint), path, value, f"one of {', '.join(map(str, get_args(hint)))}")
         return value
     if dataclasses.is_dataclass(hint):
-        return value if isinstance(value, hint) else build_settings(hint, value, f"{path}.")  # type: ignore[arg-type]
+        if isinstance(value, hint):  # type: ignore[arg-type]
+            return value
+        return build_settings(hint, value, f"{path}.", over=over)  # type: ignore[arg-type]
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):

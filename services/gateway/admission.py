@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from focusllava.v1 import focus_pb2, llm_pb2
 from services.common import wire
@@ -29,11 +29,12 @@ class AdmissionLimits:
     max_text_chars: int = 65_536
     """Of all turns together."""
     max_tokens: int = 4_096
-    """Most tokens that one request may ask for."""
+    """Most tokens that one request may ask for. One that asks for no number gets no more either."""
 
     def __post_init__(self) -> None:
-        for name in ("max_images", "max_image_bytes_total", "max_turns", "max_question_chars", "max_tokens"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        for limit in fields(self):
+            value = getattr(self, limit.name)
+            require(limit.name == "media" or value >= 1, limit.name, value, "1 or more")  # media checks its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,20 +74,30 @@ def admit(request: focus_pb2.ChatRequest, limits: AdmissionLimits, request_id: s
         raise InvalidInput(
             "expected up to 128 letters, digits, '.', '_', ':' or '-', a letter or digit first", field="request_id"
         )
-    wire.sampling_from_proto(request.sampling)
+    sampling = _sampling(request, limits)
     wire.prune_from_proto(request.prune)
-    max_tokens = request.sampling.max_tokens  # 0 when unset
-    if max_tokens > limits.max_tokens:
-        raise TooLarge(f"is {max_tokens}, the limit is {limits.max_tokens}", field="sampling.max_tokens")
     turns, images = _turns(request, limits)
     return AdmittedChat(
         request_id=request_id,
         turns=turns,
         images=images,
-        sampling=request.sampling,
+        sampling=sampling,
         prune=request.prune,
         vision_sampler=not request.vision_sampler_off,
     )
+
+
+def _sampling(request: focus_pb2.ChatRequest, limits: AdmissionLimits) -> llm_pb2.SamplingParams:
+    """The request's settings, with as many tokens as the limit allows where the stage's default is more."""
+    max_tokens = wire.sampling_from_proto(request.sampling).max_tokens  # the default when unset
+    if max_tokens <= limits.max_tokens:
+        return request.sampling
+    if request.sampling.HasField("max_tokens"):
+        raise TooLarge(f"is {max_tokens}, the limit is {limits.max_tokens}", field="sampling.max_tokens")
+    sampling = llm_pb2.SamplingParams()
+    sampling.CopyFrom(request.sampling)
+    sampling.max_tokens = limits.max_tokens
+    return sampling
 
 
 def _turns(

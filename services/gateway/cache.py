@@ -1,6 +1,7 @@
 """Visual-token cache: the same image, checkpoint and sampler settings are encoded once.
 
 Values are serialised CompressedVisualTokens messages, verified when read. A store that fails is a miss, never an error.
+Megabytes are serialised and verified off the event loop, as far as protobuf lets go of the GIL.
 """
 
 from __future__ import annotations
@@ -25,10 +26,18 @@ from services.common.telemetry import Metrics
 
 _log = logging.getLogger("focusllava")
 
+_MAX_GETS, _MAX_PUTS = 16, 4
+"""Calls of Redis under way; more wait. A burst of new connections alone can take longer than a get may."""
+_FAILURES = (redis.RedisError, OSError, TimeoutError, ValueError)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CacheKey:
-    """What decides the visual tokens of an image."""
+    """What decides the visual tokens of an image, as far as the gateway knows it.
+
+    The encoder's `dtype`, `wire_dtype` and `reduced_jpeg` change tokens too, and only the encoder knows them: flush
+    Redis after a change of these, or it gives what was encoded before for up to a day (`RedisStore.ttl_s`).
+    """
 
     content_hash: str
     """SHA-256 (hex) of the image file's bytes."""
@@ -86,21 +95,35 @@ class InProcessStore:
 class RedisStore:
     """Redis behind a circuit breaker.
 
-    One failure opens the circuit: until a background PING succeeds, every call fails at once, so a dead or hung Redis
-    costs a request nothing after the first `timeout_s`.
+    One failed get opens the circuit: until a background PING succeeds, every call fails at once, so a dead or hung
+    Redis costs a request nothing after the first `timeout_s`. A get that finds no free connection in `timeout_s` is a
+    miss and opens nothing, for Redis is not to blame. Nor does a failed put: no request waits for one, and a value of
+    24 MB on a slow network says nothing of the next get.
     """
 
     held_bytes = 0  # Redis bounds itself (maxmemory, allkeys-lru)
 
-    def __init__(self, url: str, *, timeout_s: float = 0.25, probe_period_s: float = 1.0, ttl_s: int = 86_400):
-        self.timeout_s, self.probe_period_s, self.ttl_s = timeout_s, probe_period_s, ttl_s
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout_s: float = 0.25,
+        put_timeout_s: float = 5.0,
+        probe_period_s: float = 1.0,
+        ttl_s: int = 86_400,
+    ):
+        self.timeout_s, self.put_timeout_s = timeout_s, put_timeout_s
+        self.probe_period_s, self.ttl_s = probe_period_s, ttl_s
+        # One connection each; apart, so that slow writes never keep a request waiting. The pool has room for all, and
+        # the PING: its own wait for a connection would end in the same error as a Redis that is gone.
+        self._gets, self._puts = asyncio.Semaphore(_MAX_GETS), asyncio.Semaphore(_MAX_PUTS)
         self._client = redis.asyncio.Redis.from_url(
             url,
             decode_responses=False,
-            socket_timeout=timeout_s,
+            socket_timeout=max(timeout_s, put_timeout_s),  # a backstop: each call has its own timeout
             socket_connect_timeout=timeout_s,
             retry=Retry(NoBackoff(), 0),
-            max_connections=64,
+            max_connections=_MAX_GETS + _MAX_PUTS + 1,
         )
         self._probe: asyncio.Task[None] | None = None
 
@@ -110,10 +133,20 @@ class RedisStore:
         return self._probe is not None and not self._probe.done()
 
     async def get(self, key: str) -> bytes | None:
-        return await self._guard(self._client.get(key))
+        try:
+            return await self._call(lambda: self._client.get(key), self._gets, self.timeout_s)
+        except _FAILURES as error:
+            if not self.is_open:
+                _log.warning("visual-token cache: Redis failed (%s); serving without it", type(error).__name__)
+                self._probe = asyncio.create_task(self._wait_until_it_answers())
+            raise StoreFailed(type(error).__name__) from error
 
     async def put(self, key: str, value: bytes) -> None:
-        await self._guard(self._client.set(key, value, ex=self.ttl_s))
+        try:
+            await self._call(lambda: self._client.set(key, value, ex=self.ttl_s), self._puts, self.put_timeout_s)
+        except _FAILURES as error:
+            _log.warning("visual-token cache: %d bytes were not stored (%s)", len(value), type(error).__name__)
+            raise StoreFailed(type(error).__name__) from error
 
     async def close(self) -> None:
         if self._probe:
@@ -121,32 +154,40 @@ class RedisStore:
         with contextlib.suppress(Exception):
             await self._client.aclose()
 
-    async def _guard(self, call: Awaitable[Any]) -> Any:
-        if self.is_open:
-            call.close()  # type: ignore[attr-defined]  # a coroutine that is never awaited would warn
-            raise StoreFailed("circuit open")
+    async def _call(self, call: Callable[[], Awaitable[Any]], free: asyncio.Semaphore, timeout_s: float) -> Any:
+        """Raises StoreFailed when Redis is not asked at all, one of _FAILURES when it fails."""
+        self._check_closed()
         try:
-            async with asyncio.timeout(self.timeout_s):
-                return await call
-        except (redis.RedisError, OSError, TimeoutError, ValueError) as error:
-            if not self.is_open:
-                _log.warning("visual-token cache: Redis failed (%s); serving without it", type(error).__name__)
-                self._probe = asyncio.create_task(self._wait_until_it_answers())
-            raise StoreFailed(type(error).__name__) from error
+            async with asyncio.timeout(timeout_s):
+                await free.acquire()
+        except TimeoutError:
+            raise StoreFailed("every connection is in use") from None
+        try:
+            self._check_closed()  # those before this one may have found out
+            async with asyncio.timeout(timeout_s):
+                return await call()
+        finally:
+            free.release()
+
+    def _check_closed(self) -> None:
+        if self.is_open:
+            raise StoreFailed("circuit open")
 
     async def _wait_until_it_answers(self) -> None:
         while True:
             await asyncio.sleep(self.probe_period_s)
-            with contextlib.suppress(redis.RedisError, OSError, TimeoutError, ValueError):
+            with contextlib.suppress(*_FAILURES):
                 async with asyncio.timeout(self.timeout_s):
                     await self._client.ping()
                 _log.warning("visual-token cache: Redis answers again")
                 return
 
 
-def open_store(redis_url: str | None, max_bytes: int) -> Store:
-    """Redis when a URL is set, otherwise a cache in this process of at most `max_bytes`."""
-    return RedisStore(redis_url) if redis_url else InProcessStore(max_bytes)
+def open_store(redis_url: str | None, max_bytes: int, *, timeout_s: float = 0.25, put_timeout_s: float = 5.0) -> Store:
+    """Redis when a URL is set, with these timeouts, otherwise a cache in this process of at most `max_bytes`."""
+    if redis_url:
+        return RedisStore(redis_url, timeout_s=timeout_s, put_timeout_s=put_timeout_s)
+    return InProcessStore(max_bytes)
 
 
 @dataclass
@@ -204,7 +245,7 @@ class VisualTokenCache:
         if found is not None:
             return found, True
         tokens = await encode()
-        write = asyncio.create_task(self._write(key, tokens.SerializeToString()))  # the answer does not wait for it
+        write = asyncio.create_task(self._write(key, tokens))  # the answer does not wait for it
         self._writes.add(write)
         write.add_done_callback(self._writes.discard)
         return tokens, False
@@ -216,14 +257,15 @@ class VisualTokenCache:
         except StoreFailed:
             self._metrics.count("focusllava_cache_lookups", result="error")
             return None
-        tokens = verified(value, key) if value is not None else None
+        tokens = await asyncio.to_thread(verified, value, key) if value is not None else None
         self._metrics.count("focusllava_cache_lookups", result="miss" if tokens is None else "hit")
         if value is not None and tokens is None:
             _log.warning("visual-token cache: an unusable value was ignored (%s)", key)
         _log.debug("cache read took %.1f ms", (time.perf_counter() - started) * 1000)
         return tokens
 
-    async def _write(self, key: CacheKey, value: bytes) -> None:
+    async def _write(self, key: CacheKey, tokens: encoder_pb2.CompressedVisualTokens) -> None:
+        value = await asyncio.to_thread(tokens.SerializeToString)
         try:
             await self.store.put(str(key), value)
         except StoreFailed:

@@ -133,13 +133,12 @@ class ChatService:
             model_fingerprint=self._fingerprint,
             vision_sampler=admitted.vision_sampler,
         )
-        # Others may wait for the same encoding: it runs under the stage's own limit, not under one caller's deadline.
-        encoding = self._cache.get_or_encode(
-            key, lambda: self._encoder.encode(image.data, admitted.vision_sampler, Deadline())
-        )
         try:
             async with asyncio.timeout(deadline.remaining_s(at_most=3600)):
-                return await encoding
+                # Others may wait for the same encoding: it runs under the stage's own limit, not one caller's deadline.
+                return await self._cache.get_or_encode(
+                    key, lambda: self._encoder.encode(image.data, admitted.vision_sampler, Deadline())
+                )
         except FocusError as error:
             raise with_field(error, image.field) from error
 

@@ -43,12 +43,20 @@ class GatewaySettings:
     llm: StageAddress = field(default_factory=lambda: StageAddress(application="llm"))
     redis_url: str | None = None
     """Unset: the environment's REDIS_URL; with neither, a cache in this process."""
+    redis_timeout_s: float = 0.25
+    """Longest wait for Redis to give a value, up to 24 MB where the model has 8B. A longer one is a miss, and Redis is
+    left alone until it answers a PING: raise it where the network is slow and encoding slower still."""
+    redis_put_timeout_s: float = 5.0
+    """Longest that storing a value may take. No request waits for it, and a failure has no other effect."""
     cache_bytes: int = 256 * 2**20
     """Bound of the cache in this process."""
     limits: AdmissionLimits = field(default_factory=AdmissionLimits)
+    """The `user_config` of the Serve configuration, where it sets one of them, has the last word."""
 
     def __post_init__(self) -> None:
         require(self.cache_bytes >= 0, "cache_bytes", self.cache_bytes, "0 or more")
+        for name in ("redis_timeout_s", "redis_put_timeout_s"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "more than 0 seconds")
 
 
 @serve.deployment(name="Gateway")
@@ -61,7 +69,14 @@ class Gateway:
         self._name = pathlib.Path(settings.checkpoint).name
         self._fingerprint = fingerprint(settings.checkpoint)
         redis_url = settings.redis_url or os.environ.get("REDIS_URL")
-        self._cache = VisualTokenCache(open_store(redis_url, settings.cache_bytes), metrics)
+        store = open_store(
+            redis_url,
+            settings.cache_bytes,
+            timeout_s=settings.redis_timeout_s,
+            put_timeout_s=settings.redis_put_timeout_s,
+        )
+        self._cache = VisualTokenCache(store, metrics)
+        self._limits = settings.limits
         self._service = ChatService(
             model_fingerprint=self._fingerprint,
             encoder=EncoderClient(settings.encoder, self._fingerprint, metrics),
@@ -72,8 +87,8 @@ class Gateway:
         )
 
     def reconfigure(self, user_config: Mapping[str, Any]) -> None:
-        """`user_config` of the Serve configuration: the admission limits, changed without a restart."""
-        self._service.limits = build_settings(AdmissionLimits, user_config, "user_config.")
+        """`user_config` of the Serve configuration: limits over those of `args.limits`, changed without a restart."""
+        self._service.limits = build_settings(AdmissionLimits, user_config, "user_config.", over=self._limits)
 
     async def Chat(
         self, request: focus_pb2.ChatRequest, grpc_context: RayServegRPCContext

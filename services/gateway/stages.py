@@ -23,6 +23,7 @@ from services.common.errors import (
 )
 from services.common.settings import require
 from services.common.telemetry import Metrics
+from services.gateway.replay import Answer
 
 _log = logging.getLogger("focusllava")
 
@@ -31,7 +32,8 @@ CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_reconnect_backoff_ms", 1000),  # gRPC's default of two minutes outlives any restart
-    ("grpc.keepalive_time_ms", 30_000),
+    # No keepalive: a gRPC server allows one ping in five minutes without data and ends the connection of who sends more
+    # (too_many_pings), so a call that waits quietly would be lost. The proxy is on this node: if it dies, TCP says so.
 ]
 # What Ray says when the replica that held the request died.
 _REPLICA_DIED = ("actor died", "ActorDied", "ActorUnavailable", "actor is dead", "WorkerCrashed", "is temporarily")
@@ -53,6 +55,7 @@ class StageAddress:
     def __post_init__(self) -> None:
         require(":" in self.target, "target", self.target, "host:port")
         require(self.attempts >= 1, "attempts", self.attempts, "1 or more")
+        require(self.backoff_s >= 0, "backoff_s", self.backoff_s, "0 or more seconds")
         require(self.timeout_s > 0, "timeout_s", self.timeout_s, "more than 0 seconds")
 
 
@@ -146,18 +149,6 @@ class EncoderClient(_Stage):
         raise AssertionError("the last try raises")
 
 
-@dataclass
-class _Sent:
-    """What the caller already has of an answer."""
-
-    text: str = ""
-    token_ids: tuple[int, ...] = ()
-    logprobs: tuple[llm_pb2.TokenLogprobs, ...] = ()
-
-    def plus(self, token: llm_pb2.Token) -> _Sent:
-        return _Sent(self.text + token.text, (*self.token_ids, *token.token_ids), (*self.logprobs, *token.logprobs))
-
-
 class LanguageModelClient(_Stage):
     """Stage 2."""
 
@@ -171,35 +162,35 @@ class LanguageModelClient(_Stage):
         """The stage's events; closing the iterator cancels the call and so the generation.
 
         A stage lost before the first token is called again. After it, too, when the draws are repeatable (greedy, or a
-        seed): the new stream's text must begin with what was sent, and only the rest is passed on.
+        seed): the new stream's text and tokens must begin with what was sent, and only the rest is passed on.
         """
         repeatable = request.sampling.temperature == 0 or request.sampling.HasField("seed")
-        sent = _Sent()
+        answer = Answer()
         for attempt in range(self.address.attempts):
             try:
-                async with contextlib.aclosing(self._attempt(request, attempt, sent, deadline)) as events:
+                async with contextlib.aclosing(self._attempt(request, attempt, answer, deadline)) as events:
                     async for event in events:
                         yield event
                 return
             except grpc.aio.AioRpcError as error:
                 failure = self._error_of(error)
-                if not isinstance(failure, StageUnavailable) or (sent.token_ids and not repeatable):
+                if not isinstance(failure, StageUnavailable) or (answer.begun and not repeatable):
                     raise failure from error
             except StageUnavailable as lost:
                 failure = lost
-                if sent.token_ids and not repeatable:
+                if answer.begun and not repeatable:
                     raise
             await self._pause(attempt, failure, deadline)
 
     async def _attempt(
-        self, request: llm_pb2.GenerateRequest, attempt: int, sent: _Sent, deadline: Deadline
+        self, request: llm_pb2.GenerateRequest, attempt: int, answer: Answer, deadline: Deadline
     ) -> AsyncGenerator[llm_pb2.GenerateResponse, None]:
         if attempt:  # the lost try may still be in flight under its own id
             again = llm_pb2.GenerateRequest()
             again.CopyFrom(request)
             again.request_id = f"{request.request_id}.{attempt}"
             request = again
-        replay = _Sent()
+        answer.start_over()
         timeout_s = deadline.remaining_s(self.address.timeout_s)
         call = self._stub.Generate(request, timeout=timeout_s, metadata=self._metadata)
         ended = False
@@ -207,34 +198,21 @@ class LanguageModelClient(_Stage):
             async for event in call:
                 kind = event.WhichOneof("event")
                 if kind == "token":
-                    replay = replay.plus(event.token)
-                    fresh = _unsent(sent, replay)
+                    fresh = answer.take(event.token)
                     if fresh is not None:
-                        sent.text, sent.token_ids, sent.logprobs = replay.text, replay.token_ids, replay.logprobs
                         yield llm_pb2.GenerateResponse(token=fresh)
                     continue
                 if kind == "error" and event.error.code == "UNAVAILABLE":
                     raise StageUnavailable(event.error.message)
                 ended = True
+                if kind == "finished":
+                    answer.check_end()
                 yield event
                 return
         finally:
             if not ended:
                 call.cancel()
         raise StageUnavailable(f"the {self.name} stage ended its stream early; try again")
-
-
-def _unsent(sent: _Sent, replay: _Sent) -> llm_pb2.Token | None:
-    """What `replay` has beyond `sent`; None while it is still behind. A different answer cannot be continued."""
-    if not (replay.text.startswith(sent.text) or sent.text.startswith(replay.text)):
-        raise FocusError("the llm stage was lost and its answer could not be continued; ask again")
-    if len(replay.token_ids) <= len(sent.token_ids) and len(replay.text) <= len(sent.text):
-        return None
-    return llm_pb2.Token(
-        text=replay.text[len(sent.text) :],
-        token_ids=replay.token_ids[len(sent.token_ids) :],
-        logprobs=replay.logprobs[len(sent.logprobs) :],
-    )
 
 
 def with_field(error: FocusError, field: str) -> FocusError:

@@ -6,6 +6,8 @@ import hashlib
 from array import array
 from collections.abc import Sequence
 
+import torch
+
 from services.common.types import CompressedVisualTokens
 from services.llm.prompt import Prompt
 
@@ -14,7 +16,7 @@ def block_keys(prompt: Prompt, images: Sequence[CompressedVisualTokens], block_s
     """One key a full block of the prompt: a hash of the key before it and of the block's own tokens.
 
     A text token counts by its id, a visual token by its image and its index there. So equal keys mean equal tokens
-    from the prompt's first one on, at equal positions.
+    from the prompt's first one on, at equal positions, whatever a caller claims of them.
     """
     content = array("q", prompt.input_ids)
     for first, last in prompt.visual_spans:
@@ -34,7 +36,14 @@ def block_keys(prompt: Prompt, images: Sequence[CompressedVisualTokens], block_s
 
 
 def _image_digest(image: CompressedVisualTokens) -> bytes:
-    """What decides an image's visual tokens: its bytes, the model, and what the vision-guided sampler chose."""
+    """The visual tokens themselves, and what they claim to come of: image, model, the vision-guided sampler's choices.
+
+    The claims alone would not do: whoever sends other tokens under an image's hash would change everybody's answers.
+    """
     branches = image.branch_ids_M.cpu().numpy().tobytes()
-    parts = (image.content_hash, image.model_fingerprint, image.map_hw, len(image.tokens_ND), branches)
-    return hashlib.blake2b(repr(parts).encode(), digest_size=32).digest()
+    tokens_ND = image.tokens_ND.cpu()
+    kind = (str(tokens_ND.dtype), tuple(tokens_ND.shape))  # equal bytes of another dtype are other numbers
+    claims = (image.content_hash, image.model_fingerprint, image.map_hw, kind, branches)
+    digest = hashlib.blake2b(repr(claims).encode(), digest_size=32)
+    digest.update(tokens_ND.reshape(-1).view(torch.uint8).numpy().data)  # as bytes: numpy has no bfloat16
+    return digest.digest()

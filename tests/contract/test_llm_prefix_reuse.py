@@ -122,6 +122,29 @@ def test_another_image_or_sampler_setting_shares_nothing_of_the_image(changes: d
     assert not set(keys[first_visual:]) & set(others[first_visual:])
 
 
+@pytest.mark.parametrize("claimed", ["zeros", "one value", "another dtype"])
+def test_other_tokens_under_the_same_hash_share_nothing_and_change_nobodys_answer(claimed: str) -> None:
+    plain, engine = tiny_llm.engine(prefix_reuse=False), tiny_llm.engine()
+    honest = tiny_llm.request(plain, "honest", images=(100,), max_tokens=10)
+    tokens_ND = honest.images[0].tokens_ND.clone()
+    if claimed == "zeros":
+        tokens_ND.zero_()
+    elif claimed == "one value":
+        tokens_ND[-1, -1] += 1
+    else:  # the same bytes
+        tokens_ND = tokens_ND.to(torch.bfloat16)
+        honest = replace(honest, images=(replace(honest.images[0], tokens_ND=tokens_ND.view(torch.float16).clone()),))
+    forged = replace(honest, request_id="forged", images=(replace(honest.images[0], tokens_ND=tokens_ND),))
+    expected = ids(plain, [honest])
+    keys, others = (engine.prepare(each).block_keys for each in (honest, forged))
+    first_visual = engine.prepare(honest).prompt.visual_spans[0][0] // 16
+    assert not set(keys[first_visual:]) & set(others[first_visual:])
+    ids(engine, [forged])
+    before = engine.stats().prompt_tokens_reused
+    assert ids(engine, [honest]) == expected
+    assert engine.stats().prompt_tokens_reused - before == first_visual * 16
+
+
 def test_two_images_in_another_order_and_a_system_prompt() -> None:
     engine = tiny_llm.engine()
     asked = tiny_llm.request(engine, images=(50, 50))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
+import signal
 import socket
+import time
 
 import pytest
 import yaml
@@ -12,6 +15,7 @@ import yaml
 from cluster import checks, local, ray_head
 from cluster.app import encoder, gateway, llm
 from cluster.checks import ClusterError, Ports, check_disk, check_port, find_checkpoint, free_ports
+from cluster.interrupts import SIGNALS, signals_interrupt
 from cluster.ray_head import ClusterState
 from services.common.errors import InvalidInput
 
@@ -30,7 +34,7 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_setting_of_a_shipped_configuration_exists(path, folder):
     config = yaml.safe_load(path.read_text())
-    built = {}
+    built, patience_s = {}, {}
     for application in config["applications"]:
         name = application["name"]
         builder = {"gateway": gateway, "encoder": encoder, "llm": llm}[name]
@@ -43,6 +47,9 @@ def test_every_setting_of_a_shipped_configuration_exists(path, folder):
         assert scaling["min_replicas"] < scaling["max_replicas"]
         assert deployment["max_ongoing_requests"] > scaling["target_ongoing_requests"]
         built[name] = bound._bound_deployment.init_args[0]
+        patience_s[name] = deployment.get("graceful_shutdown_timeout_s")
+    # An answer passes through the gateway to its end: a gateway that stops earlier would cut it off.
+    assert patience_s["gateway"] == patience_s["llm"] >= 60
     target = f"127.0.0.1:{config['grpc_options']['port']}"
     assert (built["gateway"].encoder.target, built["gateway"].llm.target) == (target, target)
     assert len(config["grpc_options"]["grpc_servicer_functions"]) == 3
@@ -115,6 +122,51 @@ def test_a_cluster_whose_processes_are_gone_is_not_found(folder):
     state = ClusterState(temp_dir=str(folder / "gone"), checkpoint="x", ports=PORTS)
     ray_head._state_file(1).write_text(json.dumps(ray_head.dataclasses.asdict(state)))
     assert ray_head.load_state(1) is None and ray_head.load_state(2) is None
+
+
+@pytest.mark.parametrize("change", [{"colour": 1}, {"ports": {"grpc": 1}}, {"ports": 5}, {"ports": None}, None])
+def test_a_state_file_of_another_version_is_one_line_that_names_it(folder, capsys, change):
+    state = ray_head.dataclasses.asdict(ClusterState(temp_dir="gone", checkpoint="x", ports=PORTS))
+    file = ray_head._state_file(1)
+    file.write_text(json.dumps({**state, **change} if change else {}))
+    for verb in ("down", "status"):
+        assert local.main([verb, "--grpc-port", "1"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all(str(file) in line and "remove the file" in line for line in lines)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_interrupts_up_once_and_what_it_started_is_stopped(monkeypatch, capsys, number):
+    stopped = []
+    before = [signal.getsignal(each) for each in SIGNALS]
+
+    class Cluster:
+        def __init__(self, **_):
+            pass
+
+        def start(self, progress):
+            try:
+                os.kill(os.getpid(), number)
+                time.sleep(10)
+            except BaseException:
+                os.kill(os.getpid(), number)  # a closing terminal sends it twice
+                stopped.append(True)
+                raise
+
+    monkeypatch.setattr(local, "LocalCluster", Cluster)
+    assert local.main(["up"]) == 130 and stopped == [True]
+    assert "interrupted" in capsys.readouterr().err
+    assert [signal.getsignal(each) for each in SIGNALS] == before
+
+
+def test_a_signal_that_nohup_ignores_stays_ignored(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals_interrupt():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_state_folder_must_be_private(folder):

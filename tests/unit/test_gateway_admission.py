@@ -127,6 +127,14 @@ def test_values_at_the_edge_are_admitted(gamma):
     assert admitted(request).sampling == sampling
 
 
+@pytest.mark.parametrize("limit, reaches_the_stage", [(16, 16), (256, 0), (300, 0)])
+def test_a_request_that_names_no_number_of_tokens_gets_no_more_than_the_limit(limit, reaches_the_stage):
+    request = ask(sampling=llm_pb2.SamplingParams(top_k=5))
+    sampling = admit(request, AdmissionLimits(max_tokens=limit), "r1").sampling
+    assert (sampling.max_tokens, sampling.top_k) == (reaches_the_stage, 5), "0: unset, the stage's default of 256"
+    assert not request.sampling.HasField("max_tokens")
+
+
 def test_an_unfit_id_is_not_echoed():
     assert request_id_of(ask(request_id="ok.1:2-3_4")) == "ok.1:2-3_4"
     made = {request_id_of(ask(request_id=bad)) for bad in ("", "a\nb", "é")}
@@ -142,11 +150,21 @@ def test_settings_are_checked_with_their_path():
         ({"max_images": True}, "args.max_images: is True, expected int"),
         ({"media": {"max_bytes": None}}, "args.media.max_bytes: is None"),
         ({"media": 5}, "args.media: is 5, expected a mapping"),
-        ({"max_images": 0}, "max_images: is 0, expected 1 or more"),
+        ({"max_images": 0}, "args.max_images: is 0, expected 1 or more"),
+        ({"max_text_chars": -1}, "args.max_text_chars: is -1, expected 1 or more"),
+        ({"max_image_bytes_total": 0}, "args.max_image_bytes_total: is 0, expected 1 or more"),
+        ({"media": {"max_pixels": -5}}, "args.media.max_pixels: is -5, expected 1 or more"),
     ]:
         with pytest.raises(InvalidInput) as caught:
             build_settings(AdmissionLimits, raw, "args.")
-        assert says in str(caught.value)
+        assert str(caught.value).startswith(says) and caught.value.field == says.split(":")[0]
+
+
+def test_settings_over_others_change_what_they_name_at_any_depth():
+    ours = AdmissionLimits(max_turns=4, media=MediaLimits(max_bytes=1000))
+    limits = build_settings(AdmissionLimits, {"max_images": 3, "media": {"max_side": 50}}, over=ours)
+    assert limits == AdmissionLimits(max_turns=4, max_images=3, media=MediaLimits(max_bytes=1000, max_side=50))
+    assert build_settings(AdmissionLimits, None, over=ours) == ours
 
 
 class Context:

@@ -149,6 +149,44 @@ async def test_hung_redis_costs_one_timeout_then_nothing(redis_server):
     await cache.close()
 
 
+async def test_more_requests_at_once_than_connections_wait_their_turn(redis_server):
+    store = RedisStore(redis_server.url, timeout_s=20)
+    await store.put("key", b"value")
+    assert await asyncio.gather(*(store.get("key") for _ in range(300))) == [b"value"] * 300
+    assert not store.is_open
+    await store.close()
+
+
+async def test_running_out_of_connections_is_a_miss_of_that_request_alone(redis_server):
+    store = RedisStore(redis_server.url, timeout_s=0.2)
+    store._gets = asyncio.Semaphore(0)  # as if others had them all, for longer than one waits
+    with pytest.raises(StoreFailed, match="every connection is in use"):
+        await store.get("key")
+    assert not store.is_open, "Redis is not to blame"
+    store._gets.release()
+    assert await store.get("key") is None
+    await store.close()
+
+
+async def test_a_put_has_a_time_of_its_own_and_its_failure_blinds_nobody(redis_server, caplog):
+    store = RedisStore(redis_server.url, timeout_s=0.3, put_timeout_s=20)
+    assert await store.get("key") is None
+    redis_server.process.send_signal(signal.SIGSTOP)
+    slow = asyncio.create_task(store.put("key", bytes(24 * 2**20)))
+    await asyncio.sleep(1)
+    redis_server.process.send_signal(signal.SIGCONT)
+    await slow  # longer than timeout_s
+    store.put_timeout_s = 0.2
+    redis_server.process.send_signal(signal.SIGSTOP)
+    with pytest.raises(StoreFailed, match="TimeoutError"):
+        await store.put("other", bytes(24 * 2**20))
+    redis_server.process.send_signal(signal.SIGCONT)
+    assert not store.is_open and "25165824 bytes were not stored" in caplog.text
+    store.timeout_s = 20
+    assert len(await store.get("key")) == 24 * 2**20
+    await store.close()
+
+
 @pytest.mark.parametrize("url", ["redis://127.0.0.1:1/0", "redis://no-such-host.invalid:6379/0"])
 async def test_redis_that_was_never_there_is_a_miss(url):
     cache, counts = cache_over(RedisStore(url, timeout_s=0.3))
@@ -256,8 +294,8 @@ async def test_in_process_store_is_bounded_in_bytes_and_drops_the_least_recently
 
 async def test_open_store_picks_by_url():
     assert isinstance(open_store(None, 5), InProcessStore)
-    store = open_store("redis://127.0.0.1:1/0", 5)
-    assert isinstance(store, RedisStore)
+    store = open_store("redis://127.0.0.1:1/0", 5, timeout_s=2, put_timeout_s=3)
+    assert isinstance(store, RedisStore) and (store.timeout_s, store.put_timeout_s) == (2, 3)
     with pytest.raises(StoreFailed):
         await store.get("x")
     await store.close()

@@ -15,7 +15,14 @@ from services.common.telemetry import Metrics
 from services.gateway.admission import AdmissionLimits
 from services.gateway.cache import InProcessStore, VisualTokenCache
 from services.gateway.chat import ChatService
-from services.gateway.stages import Deadline, EncoderClient, LanguageModelClient, StageAddress, stage_error
+from services.gateway.stages import (
+    CHANNEL_OPTIONS,
+    Deadline,
+    EncoderClient,
+    LanguageModelClient,
+    StageAddress,
+    stage_error,
+)
 from tests.unit.test_gateway_admission import PNG, USER, ask, turn
 from tests.unit.test_gateway_cache import KEY, message_for
 
@@ -146,6 +153,51 @@ async def test_a_different_answer_is_not_glued_on():
                 pass
 
 
+class Tries(LanguageModel):
+    """Plays a list of (text, token ids) a call, each but the last followed by the loss of the stage."""
+
+    def __init__(self, *tries):
+        super().__init__()
+        self.tries = list(tries)
+
+    async def Generate(self, request, context):
+        for text, token_ids in self.tries.pop(0):
+            yield llm_pb2.GenerateResponse(token=llm_pb2.Token(text=text, token_ids=token_ids))
+        if self.tries:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "")
+        yield llm_pb2.GenerateResponse(finished=llm_pb2.Finished(reason=llm_pb2.FINISH_REASON_STOP))
+
+
+async def test_a_replay_in_other_pieces_is_continued_in_the_middle_of_one():
+    first, second = [("The ", [1]), ("ca", [2, 3])], [("The card", [1, 2, 3, 4]), (" says", [5])]
+    async with serving(Tries(first, [("Th", [1])], second)) as (_, client):
+        assert await answer(client, request()) == ("The card says", [1, 2, 3, 4, 5])
+
+
+@pytest.mark.parametrize(
+    "first, second, sent",
+    [
+        ([("The ", [1]), ("card ", [2]), ("says ", [3])], [("The ", [1]), ("card ", [2])], "The card says "),
+        ([("sev", [1]), ("en", [2])], [("sev", [1]), ("en", [])], "seven"),
+        ([("sev", [1]), ("en", [2])], [("s", [3]), ("e", [4]), ("v", [5]), ("e", [6]), ("n", [7])], "seven"),
+        ([("a", [1])], [("b", [1])], "a"),
+    ],
+    ids=["shorter", "fewer tokens", "other tokens of the same text", "other text of the same tokens"],
+)
+async def test_what_a_replay_does_not_repeat_is_not_taken_for_the_answer(first, second, sent):
+    got = ""
+    async with serving(Tries(first, second)) as (_, client):
+        with pytest.raises(FocusError, match="could not be continued"):
+            async for event in client.generate(request(), Deadline()):
+                assert event.WhichOneof("event") == "token"
+                got += event.token.text
+    assert got == sent
+
+
+def test_no_keepalive_that_a_server_would_take_for_abuse():
+    assert not [name for name, _ in CHANNEL_OPTIONS if "keepalive" in name or "ping" in name]
+
+
 async def test_gives_up_after_its_attempts():
     lost = (0, grpc.StatusCode.UNAVAILABLE, "")
     model = LanguageModel(lost, lost, lost, lost)
@@ -254,6 +306,15 @@ async def test_a_refusal_by_a_stage_comes_before_any_event():
             await chat(service(*clients), ask(turn(USER, "what?", PNG)))
         with pytest.raises(TooLarge):
             await chat(service(*clients), ask(sampling=llm_pb2.SamplingParams(max_tokens=10**6)))
+
+
+async def test_a_deadline_that_has_passed_starts_nothing():
+    async with serving() as clients:
+        late, begun = service(*clients), []
+        late._cache.get_or_encode = lambda *args: begun.append(args)  # a coroutine made here would never be awaited
+        with pytest.raises(DeadlineExceeded):
+            await anext(late.chat(ask(turn(USER, PNG, "what?")), "r1", Deadline(0.0)))
+    assert begun == []
 
 
 async def test_a_sampled_request_without_seed_gets_one_so_that_it_can_be_repeated():
