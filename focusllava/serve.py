@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import time
-from typing import NoReturn
 
 import click
 
 from focusllava.extras import find_checkpoint, part
 
 POLL_S = 5.0
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @click.command()
@@ -23,12 +20,12 @@ def serve(checkpoint: str | None, grpc_port: int) -> None:
 
     Default: FOCUSLLAVA_CHECKPOINT, then the shipped one, which is in the source tree and not in an installed package.
     """
-    local = part("cluster.local", "serve")
-    for number in _SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup asks for what it says
-            signal.signal(number, _interrupt_once)
+    local, interrupts = part("cluster.local", "serve"), part("cluster.interrupts", "serve")
     try:
-        with local.LocalCluster(checkpoint=find_checkpoint(checkpoint), grpc_port=grpc_port) as cluster:
+        with (
+            interrupts.signals_interrupt(),
+            local.LocalCluster(checkpoint=find_checkpoint(checkpoint), grpc_port=grpc_port) as cluster,
+        ):
             cluster.start(click.echo)
             click.echo(f"dashboard {cluster.dashboard_url}, metrics {cluster.metrics_url}")
             click.echo(f"ask: focusllava ask --address {cluster.grpc_address} IMAGE QUESTION; Ctrl-C stops it")
@@ -44,10 +41,3 @@ def serve(checkpoint: str | None, grpc_port: int) -> None:
             raise local.ClusterError(f"Ray has ended: something else stopped it, or it died; its logs, if any: {logs}")
     except local.ClusterError as error:
         raise click.ClickException(str(error)) from None
-
-
-def _interrupt_once(*_: object) -> NoReturn:
-    """As Ctrl-C, but once: a closing terminal sends SIGHUP twice, and a second interrupt would leave Ray running."""
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt

@@ -81,9 +81,11 @@ METRICS: tuple[MetricSpec, ...] = (
     _gauge("llm", "focusllava_waiting_requests", "requests", "Requests waiting for KV cache."),
     _gauge("llm", "focusllava_kv_blocks_used", "blocks", "KV cache blocks in use, both groups."),
     _gauge("llm", "focusllava_kv_blocks_total", "blocks", "KV cache blocks, both groups."),
-    _counter("llm", "focusllava_preemptions", "preemptions", "Requests that gave their KV cache back to older ones."),
-    _counter("llm", "focusllava_prompt_tokens_reused", "tokens",
-             "Prompt tokens whose lower layers an earlier request had computed, counted at a request's end."),
+    # Totals as gauges: Ray shows no counter before its first count, and a panel is to say that nothing was preempted.
+    _gauge("llm", "focusllava_preemptions", "preemptions",
+           "Requests that gave their KV cache back to older ones, since the replica started."),
+    _gauge("llm", "focusllava_prompt_tokens_reused", "tokens",
+           "Prompt tokens whose lower layers an earlier request had computed, since the replica started."),
 )  # fmt: skip
 
 

@@ -70,7 +70,6 @@ class LanguageModel:
         self._metrics = Metrics("llm", ray.serve.metrics)
         self._stall_s = settings.stall_s
         self._progress = (0, time.monotonic())  # passes so far, and when that last changed or there was nothing to do
-        self._counted: dict[str, int] = {}  # what the counters of `_report` were last told
         self._token_texts = TokenTexts(self._model.renderer.tokenizer)
         self._reporter = Reporter(self._report)
 
@@ -117,9 +116,5 @@ class LanguageModel:
         self._metrics.set("focusllava_waiting_requests", stats.waiting)
         self._metrics.set("focusllava_kv_blocks_used", stats.kv_blocks_used)
         self._metrics.set("focusllava_kv_blocks_total", stats.kv_blocks_total)
-        self._count_to("focusllava_preemptions", stats.preemptions)
-        self._count_to("focusllava_prompt_tokens_reused", stats.prompt_tokens_reused)
-
-    def _count_to(self, name: str, total: int) -> None:
-        self._metrics.count(name, total - self._counted.get(name, 0))
-        self._counted[name] = total
+        self._metrics.set("focusllava_preemptions", stats.preemptions)
+        self._metrics.set("focusllava_prompt_tokens_reused", stats.prompt_tokens_reused)

@@ -19,13 +19,13 @@ Told = list[tuple[str, float]]
 
 @contextlib.asynccontextmanager
 async def started(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[LanguageModel, Told]]:
-    """A replica, and the counts that it told its metrics."""
+    """A replica, and the gauges that it told its metrics."""
     told: Told = []
 
     class Counting(Metrics):
-        def count(self, name: str, amount: float = 1, **tags: str) -> None:
-            super().count(name, amount, **tags)
-            told.append((name, amount))
+        def set(self, name: str, value: float, **tags: str) -> None:
+            super().set(name, value, **tags)
+            told.append((name, value))
 
     monkeypatch.setattr(replica, "keep_freed_memory", lambda: None)  # it would last as long as this process
     monkeypatch.setattr(deployment, "Metrics", lambda stage, backend: Counting(stage))
@@ -74,12 +74,12 @@ async def test_no_pass_while_requests_run_or_wait_is_a_stall(
             model.check_health()
 
 
-async def test_totals_become_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_totals_are_told_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     async with started(monkeypatch) as (model, told):
-        stats = model._engine.stats()
-        for preemptions, reused in ((2, 100), (2, 130), (5, 130)):
-            changed = replace(stats, preemptions=preemptions, prompt_tokens_reused=reused)
-            monkeypatch.setattr(model._engine, "stats", lambda changed=changed: changed)
+        totals = {"preemptions": 2, "prompt_tokens_reused": 130}
+        for changes in ({}, totals):
+            stats = replace(model._engine.stats(), **changes)
+            monkeypatch.setattr(model._engine, "stats", lambda stats=stats: stats)
             model._report()
-        for name, amounts in (("preemptions", [2, 0, 3]), ("prompt_tokens_reused", [100, 30, 0])):
-            assert [amount for each, amount in told if each == f"focusllava_{name}"] == amounts
+        for name, total in totals.items():
+            assert [value for each, value in told if each == f"focusllava_{name}"] == [0, total]
