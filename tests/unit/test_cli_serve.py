@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from cluster import checks
+from cluster.interrupts import SIGNALS
 from focusllava.cli import main
 
 SCRIPT = """
@@ -51,6 +52,12 @@ sys.exit(main(["serve"]))
 """
 
 
+def set_signals(ignoring: signal.Signals | None) -> None:
+    """A shell starts what runs in its background with SIGINT ignored, and so the tests."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN if number == ignoring else signal.SIG_DFL)
+
+
 class Served:
     """The command in a process of its own."""
 
@@ -60,7 +67,7 @@ class Served:
             [sys.executable, "-c", SCRIPT, str(self.dead), str(self._log)],
             stdout=subprocess.PIPE if terminal is None else terminal,
             stderr=subprocess.PIPE if terminal is None else terminal,
-            preexec_fn=lambda: signal.signal(ignoring, signal.SIG_IGN) if ignoring else None,
+            preexec_fn=lambda: set_signals(ignoring),
             text=True,
         )
 

@@ -138,6 +138,7 @@ def test_a_state_file_of_another_version_is_one_line_that_names_it(folder, capsy
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_interrupts_up_once_and_what_it_started_is_stopped(monkeypatch, capsys, number):
     stopped = []
+    outside = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
     before = [signal.getsignal(each) for each in SIGNALS]
 
     class Cluster:
@@ -157,6 +158,7 @@ def test_a_signal_interrupts_up_once_and_what_it_started_is_stopped(monkeypatch,
     assert local.main(["up"]) == 130 and stopped == [True]
     assert "interrupted" in capsys.readouterr().err
     assert [signal.getsignal(each) for each in SIGNALS] == before
+    signal.signal(signal.SIGINT, outside)
 
 
 def test_a_signal_that_nohup_ignores_stays_ignored(monkeypatch):
