@@ -126,6 +126,8 @@ def _selector_beats_simple(results: Sequence[Result]) -> Floor:
             if seeds >= SEEDS_FOR_ERROR:
                 # At more tokens than the rule a lead shows nothing.
                 ahead.append(difference > ERRORS * error and share <= rival_share + SAME_TOKENS_POINTS)
+        if off := score(results, "off", "fine"):
+            told.append(f"{ours.mean - off.mean:+.1f} ± {difference_error(ours, off):.1f} on {SETTINGS['off'].title}")
         met = all(ahead) if len(ahead) == len(SIMPLE) else None
         found = f"{SETTINGS[best].title} ({share:.0f} % of the map): {'; '.join(told)}"
     return Floor(

@@ -138,8 +138,8 @@ OWN_TABLES = (
         number=13,
         title="Keep or drop",
         compared=(
-            "A window of one token, which is kept or dropped, where the paper pools regions of 4x4: in Table 4 it "
-            "reads as well as full resolution on a quarter of the map. With both samplers it is to leave half of it. "
+            "A window of one token, which is kept or dropped, where the paper pools regions of 4x4: alone it reads "
+            "as well as full resolution on a fifth of the map. With both samplers it is to leave half of it. "
             "The paper found pooling ahead of dropping."
         ),
         columns=(),
