@@ -15,6 +15,7 @@ from transformers import CLIPVisionModel
 from services.common.types import ImageTiles
 from services.encoder.anyres import join_tiles
 from services.encoder.model import EncodedImage, EncoderModel
+from services.encoder.vision_tower import feature_depth
 from services.sampler.rivals.base import MapRival, RivalInput
 from services.sampler.rivals.layers import LayerRival, keep_stage
 from services.sampler.rivals.tower import Source, attention_received
@@ -67,7 +68,7 @@ def _features_and_cues(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`patch_features`, and of the last layer that runs the attention received [T, P] and the keys [T, P, G, d]."""
     layers = tower.encoder.layers
-    depth = feature_layer if feature_layer >= 0 else len(layers) + 1 + feature_layer
+    depth = feature_depth(len(layers), feature_layer)
     hidden = tower.pre_layrnorm(tower.embeddings(pixels_T3HW))
     for layer in layers[: depth - 1]:
         hidden = layer(hidden, attention_mask=None)
