@@ -150,6 +150,11 @@ OWN_TABLES = (
             Row(setting=OURS, label="both samplers, regions of 4x4"),
             Row(setting=f"{OURS}_keep", label="both samplers, keep or drop"),
             Row(setting=f"{OURS}_keep_more", label="the same weights, threshold 0.995"),
+            Row(setting=f"off{LONG}", label="full resolution, twice the steps"),
+            Row(setting=f"{OURS}_keep_held{LONG}",
+                label="both samplers, keep or drop, twice the steps, held at 58 % of the map, threshold 0.995"),
+            Row(setting=f"{OURS}_keep_late{LONG}",
+                label="the same held at 42 %, the text-guided one before layer 4 instead of 3"),
             Row(setting="visionzip_patches", label="VisionZip, attention of the patches"),
             *CONTROLS,
         ),
@@ -159,6 +164,8 @@ OWN_TABLES = (
             Claim(better=f"{OURS}_keep", worse=OURS, group="all", source="expected"),
             Claim(better=f"{OURS}_keep_more", worse="off", group="all", source="expected"),
             Claim(better=f"{OURS}_keep_more", worse="off", group="fine", source="expected"),
+            *(Claim(better=f"{OURS}_keep_{name}{LONG}", worse=f"off{LONG}", group="all", source="expected")
+              for name in ("held", "late")),
         ),
     ),
 )  # fmt: skip

@@ -207,6 +207,13 @@ _ALL = (
             stage=merged(_vision(**KEEP, shares=(0.5, 0.5), order="row"), FIXED_PRUNE), text=TEXT),
     Setting(name=f"{OURS}_keep_more", title="both samplers, keep or drop, threshold 0.995", weights_of=f"{OURS}_keep",
             text=TEXT_MORE),
+    # Twice the steps of it, held near 38 % of the tokens.
+    *(Setting(name=f"{OURS}_keep_{name}{LONG}", times=2, text=(layer, TEXT_MORE[1]),
+              title=f"both samplers, keep or drop, twice the steps, held at {share:.0%} of the map, "
+                    f"the text-guided one before layer {layer}",
+              stage=merged(_vision(**KEEP, shares=(share, 1 - share), order="row"),
+                           {**prune, "hold": {"share": share, "after": SELECTOR_STEPS}}))
+      for name, layer, share, prune in (("held", LAYER, 0.58, FIXED_PRUNE), ("late", LAYER + 1, 0.42, LATE_PRUNE))),
     # Twice the steps.
     Setting(name=f"off{LONG}", title="no sampler, twice the steps", times=2),
     Setting(name=f"{OURS}{LONG}", title="both samplers, twice the steps, the selector at rest after 150", times=2,
