@@ -56,7 +56,15 @@ class HeldShare:
     share: float
     """Of a batch's maps, at most and nearly; 0 to 1."""
     after: int = 0
-    """Steps without it."""
+    """Steps without it, or of the way to it."""
+    gradual: bool = False
+    """Whether the share falls to it evenly in the first `after` steps, from the whole map and with no balance loss."""
+
+    def at(self, step: int) -> float | None:
+        """The share of a step, None where it is the selector's own."""
+        if step >= self.after:
+            return self.share
+        return 1 - (1 - self.share) * step / self.after if self.gradual else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +106,8 @@ class JointModel(nn.Module):
         rng = random.Random(f"{self.seed}/{step}/{rank}")
         encoder_rests = 0 < self.encoder_steps <= step
         with torch.set_grad_enabled(torch.is_grad_enabled() and not encoder_rests):
-            held = self.hold is not None and step >= self.hold.after
-            encoded = self.encode(samples, random.Random(f"{self.seed}/{step}/{rank}/branches"), held=held)
+            share = self.hold.at(step) if self.hold else None
+            encoded = self.encode(samples, random.Random(f"{self.seed}/{step}/{rank}/branches"), share=share)
         text = pack_text(samples, self.pad_id)
         # Only the unsampled map has its tokens where evidence can be looked up.
         grounding = (
@@ -116,7 +124,7 @@ class JointModel(nn.Module):
             if self.selects:
                 # A selector at rest could only be pleased by the features: no loss of its own, zero gradients for ZeRO.
                 selector_rests = encoder_rests or 0 < self.selector_steps <= step
-                alpha = 0.0 if selector_rests or held else self.weights.balance_at(step)
+                alpha = 0.0 if selector_rests or share is not None else self.weights.balance_at(step)
                 loss = loss + alpha * balance
             metrics["balance"] = balance.item()
             ids = torch.cat([e.sampled.branch_ids_M for e in encoded if e.sampled])
@@ -131,17 +139,19 @@ class JointModel(nn.Module):
             metrics["kept_share"] = extra["kept_share"].item()
         return loss, metrics
 
-    def encode(self, samples: Sequence[Sample], rng: random.Random, *, held: bool = False) -> list[EncodedImage]:
+    def encode(
+        self, samples: Sequence[Sample], rng: random.Random, *, share: float | None = None
+    ) -> list[EncodedImage]:
         """Visual tokens by this run's sampler, rival or control; `rng` is for a control that draws.
 
-        held: the sampler leaves `hold`'s share of these samples' maps together.
+        share: what the sampler leaves of these samples' maps together; None is its own choice.
         """
         images = [s.image for s in samples]
         if self.map_rival:
             return encode_with_rival(self.encoder, images, self.map_rival)
-        if held and self.hold:
+        if share is not None:
             maps = self.encoder.project(images)
-            finer = finer_for_share(self.encoder.vision_guided_sampler, self.encoder.seen(maps), self.hold.share)
+            finer = finer_for_share(self.encoder.vision_guided_sampler, self.encoder.seen(maps), share)
             return [self.encoder.tokens(feature_map, True, finer=finer) for feature_map in maps]
         if not self.vision_sampler or self.branch_control is None:
             return self.encoder(images, [self.vision_sampler] * len(samples))

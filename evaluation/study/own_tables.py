@@ -155,6 +155,7 @@ OWN_TABLES = (
                 label="both samplers, keep or drop, twice the steps, held at 58 % of the map, threshold 0.995"),
             Row(setting=f"{OURS}_keep_late{LONG}",
                 label="the same held at 42 %, the text-guided one before layer 4 instead of 3"),
+            Row(setting=f"{OURS}_keep_gradual{LONG}", label="held at 58 %, the share falling to it in 200 steps"),
             Row(setting="visionzip_patches", label="VisionZip, attention of the patches"),
             *CONTROLS,
         ),
@@ -165,7 +166,7 @@ OWN_TABLES = (
             Claim(better=f"{OURS}_keep_more", worse="off", group="all", source="expected"),
             Claim(better=f"{OURS}_keep_more", worse="off", group="fine", source="expected"),
             *(Claim(better=f"{OURS}_keep_{name}{LONG}", worse=f"off{LONG}", group="all", source="expected")
-              for name in ("held", "late")),
+              for name in ("held", "late", "gradual")),
         ),
     ),
 )  # fmt: skip

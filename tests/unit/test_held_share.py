@@ -35,7 +35,7 @@ def test_a_batch_leaves_the_share_and_no_more(tmp_path, share):
     joint = (task := task_of(tmp_path, share=share)).module
     for first in (0, 3):
         samples = [task.data.sample(index) for index in range(first, first + 3)]
-        left, region = share_of(joint.encode(samples, random.Random(0), held=True))
+        left, region = share_of(joint.encode(samples, random.Random(0), share=share))
         assert share - 2 * region < left <= share
     assert share_of(joint.encode(samples, random.Random(0)))[0] != left, "by itself the selector leaves another share"
 
@@ -43,7 +43,7 @@ def test_a_batch_leaves_the_share_and_no_more(tmp_path, share):
 def test_where_partial_regions_leave_more_than_the_share_all_are_at_the_coarsest(tmp_path):
     joint = (task := task_of(tmp_path, share=REGION**-1)).module
     samples = [task.data.sample(index) for index in range(3)]
-    encoded = joint.encode(samples, random.Random(0), held=True)
+    encoded = joint.encode(samples, random.Random(0), share=joint.hold.share)
     assert all((image.sampled.branch_ids_M == 2).all() for image in encoded)
     task.export(tmp_path / "made")
     assert all((image.sampled.branch_ids_M == 2).all() for image in joint.encode(samples, random.Random(0)))
@@ -59,6 +59,20 @@ def test_it_is_held_from_its_step_on_without_the_balance_loss(tmp_path):
     assert held["sampled_share"] != free["sampled_share"]
 
 
+def test_gradually_the_share_falls_from_the_whole_map_and_nothing_balances(tmp_path):
+    joint, batch = (
+        (task := task_of(tmp_path, share=SHARE, after=AFTER, gradual=True)).module.train(),
+        task.batch(0, 0, 1),
+    )
+    with torch.no_grad():
+        runs = [joint(batch, step) for step in range(AFTER + 2)]
+    assert all(loss.item() == pytest.approx(metrics["language"], rel=1e-4) for loss, metrics in runs)
+    shares = [metrics["sampled_share"] for _, metrics in runs]
+    assert shares[0] > 0.95 and shares[AFTER] == shares[AFTER + 1], "newlines of rows of regions are fewer"
+    steps = [before - after for before, after in zip(shares[:AFTER], shares[1 : AFTER + 1], strict=True)]
+    assert min(steps) > 0.5 * max(steps) > 0, "a batch meets its share only nearly"
+
+
 @pytest.mark.parametrize("selector_steps", [0, AFTER])
 def test_the_task_goes_on_teaching_it_unless_it_rests(tmp_path, selector_steps):
     """At rest its gradient is there for ZeRO, and its learning rate is zero."""
@@ -72,7 +86,7 @@ def test_regions_keep_their_order_and_chances_are_moved_alike(tmp_path):
     joint = (task := task_of(tmp_path, share=SHARE)).module
     samples = [task.data.sample(index) for index in range(3)]
     with torch.no_grad():
-        free, held = (joint.encode(samples, random.Random(0), held=on) for on in (False, True))
+        free, held = (joint.encode(samples, random.Random(0), share=share) for share in (None, SHARE))
     log_MK = [torch.cat([image.sampled.probs_MK for image in images]).log() for images in (free, held)]
     # Of a region's log-odds between neighbouring branches, two halvings of each side apart: one number for all.
     moved = [(log[:, k] - log[:, k + 1]) for k in (0, 1) for log in log_MK]
