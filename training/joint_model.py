@@ -56,15 +56,18 @@ class HeldShare:
     share: float
     """Of a batch's maps, at most and nearly; 0 to 1."""
     after: int = 0
-    """Steps without it, or of the way to it."""
-    gradual: bool = False
-    """Whether the share falls to it evenly in the first `after` steps, from the whole map and with no balance loss."""
+    """Steps without it."""
+    falls_from: int | None = None
+    """The step from which the share held falls evenly, from the whole map, to reach it after `after` steps; None is at
+    once. At its start a selector cannot tell regions apart, and none could be chosen: give it ten steps."""
 
     def at(self, step: int) -> float | None:
         """The share of a step, None where it is the selector's own."""
         if step >= self.after:
             return self.share
-        return 1 - (1 - self.share) * step / self.after if self.gradual else None
+        if self.falls_from is None or step < self.falls_from:
+            return None
+        return 1 - (1 - self.share) * (step - self.falls_from) / (self.after - self.falls_from)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -196,6 +196,8 @@ def held_share(stage: JointStage, sampler: VisionSamplerConfig) -> HeldShare | N
         )
     if held.after < 0:
         raise ConfigError(f"stage.hold.after: {held.after} is not a number of steps")
+    if held.falls_from is not None and not 0 <= held.falls_from < held.after:
+        raise ConfigError(f"stage.hold.falls_from: {held.falls_from} is not a step before after, {held.after}")
     if not stage.vision_sampler or stage.branch_control:
         raise ConfigError("stage.hold: holds the selector, set vision_sampler: true and leave branch_control empty")
     return held

@@ -217,7 +217,7 @@ _ALL = (
     Setting(name=f"{OURS}_keep_gradual{LONG}", times=2, text=TEXT_MORE,
             title="both samplers, keep or drop, twice the steps, the share falling to 58 % of the map until step 200",
             stage=merged(_vision(**KEEP, shares=(0.5, 0.5), order="row"),
-                         {**FIXED_PRUNE, "hold": {"share": 0.58, "after": 200, "gradual": True}})),
+                         {**FIXED_PRUNE, "hold": {"share": 0.58, "after": 200, "falls_from": 10}})),
     # Twice the steps.
     Setting(name=f"off{LONG}", title="no sampler, twice the steps", times=2),
     Setting(name=f"{OURS}{LONG}", title="both samplers, twice the steps, the selector at rest after 150", times=2,

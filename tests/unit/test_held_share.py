@@ -59,18 +59,17 @@ def test_it_is_held_from_its_step_on_without_the_balance_loss(tmp_path):
     assert held["sampled_share"] != free["sampled_share"]
 
 
-def test_gradually_the_share_falls_from_the_whole_map_and_nothing_balances(tmp_path):
-    joint, batch = (
-        (task := task_of(tmp_path, share=SHARE, after=AFTER, gradual=True)).module.train(),
-        task.batch(0, 0, 1),
-    )
+def test_the_share_may_fall_to_it_step_by_step(tmp_path):
+    task = task_of(tmp_path, share=SHARE, after=AFTER + 1, falls_from=1)
+    joint, batch = task.module.train(), task.batch(0, 0, 1)
     with torch.no_grad():
-        runs = [joint(batch, step) for step in range(AFTER + 2)]
-    assert all(loss.item() == pytest.approx(metrics["language"], rel=1e-4) for loss, metrics in runs)
-    shares = [metrics["sampled_share"] for _, metrics in runs]
+        runs = [joint(batch, step) for step in range(AFTER + 3)]
+    balanced = [loss.item() > metrics["language"] * 1.01 for loss, metrics in runs]
+    assert balanced == [True] + [False] * (AFTER + 2)
+    shares = [metrics["sampled_share"] for _, metrics in runs][1:]
     assert shares[0] > 0.95 and shares[AFTER] == shares[AFTER + 1], "newlines of rows of regions are fewer"
-    steps = [before - after for before, after in zip(shares[:AFTER], shares[1 : AFTER + 1], strict=True)]
-    assert min(steps) > 0.5 * max(steps) > 0, "a batch meets its share only nearly"
+    falls = [before - after for before, after in zip(shares[:AFTER], shares[1 : AFTER + 1], strict=True)]
+    assert min(falls) > 0.5 * max(falls) > 0, "a batch meets its share only nearly"
 
 
 @pytest.mark.parametrize("selector_steps", [0, AFTER])
@@ -121,6 +120,10 @@ def test_nothing_is_held_without_the_setting(tmp_path):
         ({"hold": {"share": 1.5}}, r"stage\.hold\.share: 1\.5"),
         ({"hold": {"share": float("nan")}}, r"stage\.hold\.share: nan"),
         ({"hold": {"after": 3}}, r"stage\.hold\.share: is missing"),
+        (
+            {"hold": {"share": 0.5, "after": 3, "falls_from": 3}},
+            r"stage\.hold\.falls_from: 3 is not a step before after",
+        ),
         ({"hold": {"share": 0.5, "after": -1}}, r"stage\.hold\.after: -1"),
         ({"hold": {"share": 0.5}, "vision_sampler": False}, "set vision_sampler: true"),
         ({"hold": {"share": 0.5}, "branch_control": {"name": "oracle"}}, "leave branch_control empty"),
