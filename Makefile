@@ -24,7 +24,7 @@ setup: $(STAMP) ## Make the environment in .venv (every target does, once)
 demo: $(STAMP) ## Start everything, ask about a sample image, show the accounting, stop
 	@$(BIN)/python -m cluster.demo --checkpoint $(CHECKPOINT)
 
-serve: $(STAMP) ## Start everything and leave it running on port 9000 (PORT=n for another)
+serve: $(STAMP) ## Start everything and leave it running: gRPC on port 9000 (PORT=n for another), HTTP on 8000
 	@$(BIN)/python -m cluster.local up --checkpoint $(CHECKPOINT) --grpc-port $(PORT)
 
 stop: $(STAMP) ## Stop what `make serve` left running

@@ -17,7 +17,7 @@ from services.common.errors import InvalidInput
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 CHECKPOINT_VARIABLE = "FOCUSLLAVA_CHECKPOINT"
 DEFAULT_CHECKPOINT = REPOSITORY / "checkpoints" / "focusllava-tiny"
-DASHBOARD_PORT, METRICS_PORT = 8265, 8080
+DASHBOARD_PORT, METRICS_PORT, HTTP_PORT = 8265, 8080, 8000
 
 
 class ClusterError(Exception):
@@ -75,8 +75,8 @@ def check_port(port: int, option: str) -> None:
         raise ClusterError(f"port {port} is taken: stop what uses it, or choose another with {option}")
 
 
-def free_ports(grpc_port: int = 0) -> Ports:
-    """Ports that are free now: Ray's usual ones for the dashboard and the metrics when they are."""
+def free_ports(grpc_port: int = 0, http_port: int = 0) -> Ports:
+    """Ports that are free now: Ray's usual ones for the dashboard, the metrics and HTTP when they are."""
     with contextlib.ExitStack() as held:
         fresh = _fresh_ports(held)
         return Ports(
@@ -86,7 +86,7 @@ def free_ports(grpc_port: int = 0) -> Ports:
             gcs=next(fresh),
             agent=next(fresh),
             ray_client=next(fresh),
-            http=next(fresh),
+            http=http_port or (HTTP_PORT if _is_free(HTTP_PORT) else next(fresh)),
         )
 
 

@@ -47,7 +47,8 @@ Progress = Callable[[str], None]
 class LocalCluster:
     """Starts and stops a local cluster; as a context manager it is stopped at the end of the block.
 
-    grpc_port 0 takes a free one. args: per application, settings laid over those of the Serve configuration.
+    grpc_port 0 takes a free one, http_port 0 the usual 8000 or else a free one. args: per application, settings laid
+    over those of the Serve configuration.
     """
 
     def __init__(
@@ -55,12 +56,14 @@ class LocalCluster:
         *,
         checkpoint: str | os.PathLike[str] | None = None,
         grpc_port: int = DEFAULT_GRPC_PORT,
+        http_port: int = 0,
         config: str | os.PathLike[str] = SERVE_CONFIG,
         args: Mapping[str, Mapping[str, Any]] | None = None,
         env: Mapping[str, str] | None = None,
         timeout_s: float = 300.0,
     ):
-        self._checkpoint, self._grpc_port, self._config = checkpoint, grpc_port, pathlib.Path(config)
+        self._checkpoint, self._config = checkpoint, pathlib.Path(config)
+        self._grpc_port, self._http_port = grpc_port, http_port
         self._args, self._env, self._timeout_s = args or {}, env or {}, timeout_s
         self._head: subprocess.Popen[bytes] | None = None
         self._state: ClusterState | None = None
@@ -82,6 +85,11 @@ class LocalCluster:
         return self.state.grpc_address
 
     @property
+    def openai_url(self) -> str:
+        """Base URL of the public API for OpenAI's clients."""
+        return self.state.openai_url
+
+    @property
     def dashboard_url(self) -> str:
         return self.state.dashboard_url
 
@@ -100,10 +108,11 @@ class LocalCluster:
         began = time.monotonic()
         checkpoint = find_checkpoint(self._checkpoint)
         check_ray()
-        if self._grpc_port:
-            check_port(self._grpc_port, "--grpc-port")
+        for port, option in ((self._grpc_port, "--grpc-port"), (self._http_port, "--http-port")):
+            if port:
+                check_port(port, option)
         temp_dir = new_temp_dir()
-        ports = free_ports(self._grpc_port)
+        ports = free_ports(self._grpc_port, self._http_port)
         self._state = ClusterState(temp_dir=str(temp_dir), checkpoint=str(checkpoint), ports=ports)
         try:
             check_disk(temp_dir, MIN_FREE_BYTES)
@@ -185,7 +194,7 @@ def serve_config(
     """The Serve configuration file with this cluster's ports, checkpoint and settings."""
     config = copy.deepcopy(yaml.safe_load(path.read_text(encoding="utf8")))
     config["grpc_options"]["port"] = ports.grpc
-    config["http_options"] = {"host": "127.0.0.1", "port": ports.http}
+    config["http_options"] = {**config["http_options"], "host": "127.0.0.1", "port": ports.http}
     for application in config["applications"]:
         settings = application.setdefault("args", {})
         settings["checkpoint"] = checkpoint
@@ -242,6 +251,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("verb", choices=("up", "down", "status"))
     parser.add_argument("--checkpoint", help="folder; default: FOCUSLLAVA_CHECKPOINT, then the shipped one")
     parser.add_argument("--grpc-port", type=int, default=DEFAULT_GRPC_PORT)
+    parser.add_argument("--http-port", type=int, default=0, help="of `up`; default: 8000, or a free one if it is taken")
     options = parser.parse_args(argv)
     try:
         with signals_interrupt():
@@ -255,8 +265,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _up(options: argparse.Namespace) -> int:
-    state = LocalCluster(checkpoint=options.checkpoint, grpc_port=options.grpc_port).start(_say).state
+    ports = {"grpc_port": options.grpc_port, "http_port": options.http_port}
+    state = LocalCluster(checkpoint=options.checkpoint, **ports).start(_say).state
     port = "" if state.ports.grpc == DEFAULT_GRPC_PORT else f" --grpc-port {state.ports.grpc}"
+    _say(f"OpenAI's API at {state.openai_url}")
     _say(f"dashboard {state.dashboard_url}, metrics {state.metrics_url}")
     _say(f"stop it with: python -m cluster.local down{port}")
     return 0
@@ -273,7 +285,8 @@ def _status(options: argparse.Namespace) -> int:
     applications = application_states(state)
     for name, (status, message) in sorted(applications.items()):
         _say(f"{name}: {status}{' ' + message if message else ''}")
-    _say(f"public API {state.grpc_address}, dashboard {state.dashboard_url}, metrics {state.metrics_url}")
+    _say(f"public API {state.grpc_address}, OpenAI's at {state.openai_url}")
+    _say(f"dashboard {state.dashboard_url}, metrics {state.metrics_url}")
     return 0 if applications and all(status == "RUNNING" for status, _ in applications.values()) else 1
 
 

@@ -34,6 +34,10 @@ class ClusterState:
         return f"127.0.0.1:{self.ports.grpc}"
 
     @property
+    def openai_url(self) -> str:
+        return f"http://127.0.0.1:{self.ports.http}/v1"
+
+    @property
     def dashboard_url(self) -> str:
         return f"http://127.0.0.1:{self.ports.dashboard}"
 

@@ -10,6 +10,7 @@ import sys
 from typing import Any, Self
 
 import click
+import grpc
 from click.shell_completion import get_completion_class
 
 from focusllava import FocusClient, FocusClientError, ImageSource, RetryPolicy, __version__
@@ -67,6 +68,12 @@ _token = click.option(
     show_envvar=True,
     help="Bearer token for a proxy in front of the gateway that asks for one; the gateway itself checks none.",
 )
+_tls = click.option("--tls", is_flag=True, help="Speak TLS, as a proxy in front of the gateway does.")
+_tls_ca = click.option(
+    "--tls-ca",
+    type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path),
+    help="Speak TLS, and trust this PEM file's certificates instead of gRPC's own.",
+)
 _as_json = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 
 
@@ -102,6 +109,8 @@ cli.add_command(serve)
 @_address
 @_timeout
 @_token
+@_tls
+@_tls_ca
 def ask(
     images: tuple[str, ...],
     question: str,
@@ -111,6 +120,8 @@ def ask(
     address: str,
     timeout: float,
     token: str | None,
+    tls: bool,
+    tls_ca: pathlib.Path | None,
     **given: Any,
 ) -> None:
     """Ask QUESTION about no, one or several images; IMAGE "-" is standard input.
@@ -120,7 +131,7 @@ def ask(
     settings: Settings = {"vision_sampler": not no_vision_sampler, "text_sampler": not no_text_sampler}
     settings.update({name: value for name, value in given.items() if value is not None})  # type: ignore[typeddict-item]
     sources: list[ImageSource] = [sys.stdin.buffer if image == "-" else image for image in images]
-    with FocusClient(address, timeout_s=timeout, token=token) as client:
+    with FocusClient(address, timeout_s=timeout, token=token, credentials=_credentials(tls, tls_ca)) as client:
         with client.ask(sources, question, **settings) as stream:
             if not as_json:
                 try:
@@ -143,7 +154,17 @@ def ask(
 @_as_json
 @_address
 @_token
-def info(checkpoint: pathlib.Path | None, verify: bool, as_json: bool, address: str, token: str | None) -> None:
+@_tls
+@_tls_ca
+def info(
+    checkpoint: pathlib.Path | None,
+    verify: bool,
+    as_json: bool,
+    address: str,
+    token: str | None,
+    tls: bool,
+    tls_ca: pathlib.Path | None,
+) -> None:
     """Describe a CHECKPOINT folder or, without one, what the server at --address serves."""
     if checkpoint is not None:
         facts = _checkpoint_facts(checkpoint)
@@ -152,7 +173,8 @@ def info(checkpoint: pathlib.Path | None, verify: bool, as_json: bool, address: 
     elif verify:
         raise click.UsageError("--verify needs a CHECKPOINT")
     else:
-        with FocusClient(address, timeout_s=20, token=token, retry=RetryPolicy(attempts=2)) as client:
+        credentials, retry = _credentials(tls, tls_ca), RetryPolicy(attempts=2)
+        with FocusClient(address, timeout_s=20, token=token, credentials=credentials, retry=retry) as client:
             facts = dataclasses.asdict(client.model_info())
     if as_json:
         click.echo(json.dumps(facts, ensure_ascii=False))
@@ -184,6 +206,16 @@ def completion(shell: str) -> None:
     completer = get_completion_class(shell)
     assert completer is not None
     click.echo(completer(cli, {}, PROGRAM, "_FOCUSLLAVA_COMPLETE").source())
+
+
+def _credentials(tls: bool, ca: pathlib.Path | None) -> grpc.ChannelCredentials | None:
+    """None speaks no TLS."""
+    if ca is None:
+        return grpc.ssl_channel_credentials() if tls else None
+    roots = ca.read_bytes()
+    if b"-----BEGIN CERTIFICATE-----" not in roots:  # gRPC would only say that no connection came about
+        raise FocusClientError("INVALID_ARGUMENT", f"--tls-ca: {ca} holds no certificate in PEM format")
+    return grpc.ssl_channel_credentials(roots)
 
 
 class _Percent:

@@ -15,7 +15,8 @@ POLL_S = 5.0
 @click.command()
 @click.argument("checkpoint", required=False, type=click.Path(file_okay=False))
 @click.option("--grpc-port", type=click.IntRange(0, 65535), default=9000, show_default=True, help="0: a free one.")
-def serve(checkpoint: str | None, grpc_port: int) -> None:
+@click.option("--http-port", type=click.IntRange(0, 65535), default=0, help="Of OpenAI's API; 0: 8000, or a free one.")
+def serve(checkpoint: str | None, grpc_port: int, http_port: int) -> None:
     """Serve CHECKPOINT on this machine until Ctrl-C.
 
     Default: FOCUSLLAVA_CHECKPOINT, then the shipped one, which is in the source tree and not in an installed package.
@@ -24,9 +25,12 @@ def serve(checkpoint: str | None, grpc_port: int) -> None:
     try:
         with (
             interrupts.signals_interrupt(),
-            local.LocalCluster(checkpoint=find_checkpoint(checkpoint), grpc_port=grpc_port) as cluster,
+            local.LocalCluster(
+                checkpoint=find_checkpoint(checkpoint), grpc_port=grpc_port, http_port=http_port
+            ) as cluster,
         ):
             cluster.start(click.echo)
+            click.echo(f"OpenAI's API at {cluster.openai_url}")
             click.echo(f"dashboard {cluster.dashboard_url}, metrics {cluster.metrics_url}")
             click.echo(f"ask: focusllava ask --address {cluster.grpc_address} IMAGE QUESTION; Ctrl-C stops it")
             try:

@@ -63,7 +63,8 @@ def failed(code: str, message: str) -> focus_pb2.ChatResponse:
 class ScriptedGateway(focus_pb2_grpc.FocusServiceServicer):
     """Plays `script` for each Chat call and remembers what it was sent."""
 
-    def __init__(self) -> None:
+    def __init__(self, credentials: grpc.ServerCredentials | None = None) -> None:
+        """With credentials it speaks TLS, for `localhost`."""
         self.script: Script = self.answer
         self.requests: list[focus_pb2.ChatRequest] = []
         self.metadata: list[dict[str, str | bytes]] = []
@@ -72,7 +73,10 @@ class ScriptedGateway(focus_pb2_grpc.FocusServiceServicer):
             futures.ThreadPoolExecutor(max_workers=8), options=[("grpc.max_receive_message_length", 64 * 2**20)]
         )
         focus_pb2_grpc.add_FocusServiceServicer_to_server(self, self._server)
-        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        if credentials:
+            self.address = f"localhost:{self._server.add_secure_port('localhost:0', credentials)}"
+        else:
+            self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
         self._server.start()
 
     def stop(self) -> None:

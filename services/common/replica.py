@@ -7,12 +7,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
 
 from services.common.dtypes import Dtype, choose_dtype
 from services.common.malloc import keep_freed_memory
 from services.common.settings import require
 
 REPORT_PERIOD_S = 1.0
+
+
+class GrpcOnly:
+    """A deployment with nothing to say over HTTP, where Serve would find an error."""
+
+    async def __call__(self, request: Request) -> Response:
+        return PlainTextResponse("this stage speaks gRPC", 404)
 
 
 @dataclass(frozen=True, kw_only=True)

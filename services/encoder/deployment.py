@@ -18,7 +18,7 @@ from services.common.dtypes import all_finite, dtype_name
 from services.common.errors import InternalError
 from services.common.grpc_status import check_fingerprint, refuse
 from services.common.media import MediaLimits
-from services.common.replica import ModelSettings, Reporter
+from services.common.replica import GrpcOnly, ModelSettings, Reporter
 from services.common.settings import require
 from services.common.telemetry import Metrics
 from services.common.types import CompressedVisualTokens
@@ -68,7 +68,7 @@ def in_wire_dtype(tokens: CompressedVisualTokens, dtype: torch.dtype) -> Compres
 
 
 @serve.deployment(name="Encoder")
-class Encoder:
+class Encoder(GrpcOnly):
     """One replica of stage 1; takes no LLM weight into memory."""
 
     def __init__(self, settings: EncoderSettings):

@@ -1,13 +1,12 @@
-"""The public door as a Ray Serve deployment: FocusService over Serve's gRPC ingress.
+"""The public door as a Ray Serve deployment: FocusService on Serve's gRPC ingress, OpenAI's API on its HTTP one.
 
-client ~ gRPC ~> Gateway ~ gRPC ~> encoder application
-                         ~ gRPC ~> llm application
+client ~ gRPC or HTTP ~> Gateway ~ gRPC ~> encoder application
+                                 ~ gRPC ~> llm application
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import math
 import os
 import pathlib
 from collections.abc import AsyncGenerator, Mapping
@@ -17,6 +16,8 @@ from typing import Any
 import ray.serve.metrics
 from ray import serve
 from ray.serve.grpc_util import RayServegRPCContext
+from starlette.requests import Request
+from starlette.responses import Response
 
 from focusllava.v1 import focus_pb2
 from services.checkpoint.config import FocusLlavaConfig
@@ -27,10 +28,8 @@ from services.common.telemetry import Metrics
 from services.gateway.admission import AdmissionLimits, request_id_of
 from services.gateway.cache import VisualTokenCache, open_store
 from services.gateway.chat import ChatService
-from services.gateway.stages import Deadline, EncoderClient, LanguageModelClient, StageAddress
-
-TIMEOUT_METADATA = "focusllava-timeout-ms"
-"""Ray Serve hides a call's own deadline from the replica; a client may say it here. Its cancellation arrives anyway."""
+from services.gateway.http import HttpDoor
+from services.gateway.stages import TIMEOUT_METADATA, Deadline, EncoderClient, LanguageModelClient, StageAddress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +84,11 @@ class Gateway:
             metrics=metrics,
             limits=settings.limits,
         )
+        self._http = HttpDoor(self._service, self._name)
+
+    async def __call__(self, request: Request) -> Response:
+        """Any HTTP request. When the client goes, Serve cancels this, and with it the answer."""
+        return await self._http.respond(request)
 
     def reconfigure(self, user_config: Mapping[str, Any]) -> None:
         """`user_config` of the Serve configuration: limits over those of `args.limits`, changed without a restart."""
@@ -132,14 +136,7 @@ class Gateway:
 
 
 def _deadline(context: RayServegRPCContext) -> Deadline:
-    said = dict(context.invocation_metadata()).get(TIMEOUT_METADATA)
-    if said is None:
-        return Deadline()
-    try:
-        seconds = float(said) / 1000
-    except (TypeError, ValueError):
-        return Deadline()
-    return Deadline(seconds) if math.isfinite(seconds) else Deadline()
+    return Deadline.said(dict(context.invocation_metadata()).get(TIMEOUT_METADATA))
 
 
 def _version() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from services.common.errors import (
     InvalidInput,
     Overloaded,
     StageUnavailable,
+    TooLarge,
     WrongFingerprint,
 )
 from services.common.settings import require
@@ -59,11 +61,24 @@ class StageAddress:
         require(self.timeout_s > 0, "timeout_s", self.timeout_s, "more than 0 seconds")
 
 
+TIMEOUT_METADATA = "focusllava-timeout-ms"
+"""Ray Serve hides a call's own deadline from the replica; a client may say it here. Its cancellation arrives anyway."""
+
+
 class Deadline:
     """The moment by which a request must be done; None means that only the stages' own limits apply."""
 
     def __init__(self, seconds: float | None = None):
         self._end = None if seconds is None else time.monotonic() + seconds
+
+    @classmethod
+    def said(cls, milliseconds: str | None) -> Deadline:
+        """As a caller's TIMEOUT_METADATA has it; what is no number says nothing."""
+        try:
+            seconds = float(milliseconds) / 1000 if milliseconds is not None else math.inf
+        except (TypeError, ValueError):
+            seconds = math.inf
+        return cls(seconds if math.isfinite(seconds) else None)
 
     def remaining_s(self, at_most: float) -> float:
         """Raises DeadlineExceeded when nothing remains."""
@@ -115,8 +130,9 @@ def stage_error(stage: str, code: grpc.StatusCode, details: str) -> FocusError:
     if code is grpc.StatusCode.FAILED_PRECONDITION:
         return WrongFingerprint(details)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        queue_full = "backpressure" in details or "max_queued_requests" in details
-        return Overloaded(f"the {stage} stage is full; try again later" if queue_full else details)
+        if "backpressure" in details or "max_queued_requests" in details:
+            return Overloaded(f"the {stage} stage is full; try again later")
+        return TooLarge(details)
     _log.error("%s stage: %s: %s", stage, code.name, details)
     return FocusError(f"the {stage} stage failed")
 

@@ -16,7 +16,7 @@ from ray.serve.grpc_util import RayServegRPCContext
 from focusllava.v1 import error_pb2, llm_pb2
 from services.common import wire
 from services.common.grpc_status import check_fingerprint, refuse, status_of
-from services.common.replica import ModelSettings, Reporter
+from services.common.replica import GrpcOnly, ModelSettings, Reporter
 from services.common.settings import require
 from services.common.telemetry import Metrics
 from services.common.types import FinishedEvent
@@ -50,7 +50,7 @@ class LanguageModelSettings(ModelSettings):
 
 
 @serve.deployment(name="LanguageModel")
-class LanguageModel:
+class LanguageModel(GrpcOnly):
     """One replica of stage 2; takes no encoder weight into memory."""
 
     def __init__(self, settings: LanguageModelSettings):

@@ -15,6 +15,7 @@ import grpc
 import pytest
 
 from focusllava.cli import main
+from tests.certificates import self_signed
 from tests.scripted_gateway import ScriptedGateway, failed, finished, likely, started, token
 from tests.tiny_checkpoints import make_random_checkpoint
 
@@ -54,6 +55,24 @@ def test_ask_streams_the_answer_and_accounts_on_stderr(gateway: ScriptedGateway,
     assert request.vision_sampler_off and not request.prune.off and request.sampling.seed == 4
     assert request.prune.threshold == pytest.approx(0.7)
     assert request.turns[0].parts[0].image == b"png" and request.turns[0].parts[1].text == "What is it?"
+
+
+def test_tls_with_an_authority_of_ones_own(image: str, tmp_path: pathlib.Path, capsys) -> None:
+    key, certificate = self_signed()
+    (ca := tmp_path / "ca.pem").write_bytes(certificate)
+    gateway = ScriptedGateway(grpc.ssl_server_credentials([(key, certificate)]))
+    try:
+        served = ["--address", gateway.address]
+        assert main(["ask", image, "What?", *served, "--tls-ca", str(ca), "--token", "secret"]) == 0
+        assert capsys.readouterr().out == "a red caf\u00e9\n"
+        assert gateway.metadata[0]["authorization"] == "Bearer secret"
+        assert main(["info", *served, "--tls-ca", str(ca)]) == 0
+        for without in (["--tls", "--timeout", "3"], ["--timeout", "3"]):  # an unknown authority, and no TLS
+            assert main(["ask", image, "What?", *served, *without]) == 4
+        assert main(["info", *served, "--tls-ca", image]) == 3
+        assert "holds no certificate" in capsys.readouterr().err
+    finally:
+        gateway.stop()
 
 
 def test_sampling_options_reach_the_server(gateway: ScriptedGateway, capsys) -> None:

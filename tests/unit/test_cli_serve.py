@@ -19,9 +19,9 @@ import os, pathlib, signal, sys, time, types
 import cluster.local, focusllava.serve
 
 class Cluster:
-    dashboard_url = metrics_url = grpc_address = "somewhere"
+    dashboard_url = metrics_url = grpc_address = openai_url = "somewhere"
 
-    def __init__(self, *, checkpoint, grpc_port):
+    def __init__(self, *, checkpoint, grpc_port, http_port):
         self.state = types.SimpleNamespace(temp_dir="/the/logs", pids=self.pids)
 
     def __enter__(self):

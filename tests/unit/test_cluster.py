@@ -39,7 +39,8 @@ def test_every_setting_of_a_shipped_configuration_exists(path, folder):
         name = application["name"]
         builder = {"gateway": gateway, "encoder": encoder, "llm": llm}[name]
         assert application["import_path"] == f"cluster.app:{builder.__name__}"
-        assert application["route_prefix"] == f"/{name}"  # Serve routes gRPC to nothing without one
+        # Serve routes gRPC to nothing without one; the gateway's is where OpenAI's clients look for /v1.
+        assert application["route_prefix"] == ("/" if name == "gateway" else f"/{name}")
         bound = builder({**application["args"], "checkpoint": str(folder)})
         (deployment,) = application["deployments"]
         assert deployment["name"] == bound._bound_deployment.name
@@ -64,7 +65,8 @@ def test_a_misspelt_setting_is_named(folder):
 
 def test_the_local_configuration_has_this_clusters_ports_checkpoint_and_settings():
     config = local.serve_config(local.SERVE_CONFIG, PORTS, "/some/where", {"llm": {"max_running": 3}})
-    assert config["grpc_options"]["port"] == 1 and config["http_options"] == {"host": "127.0.0.1", "port": 7}
+    assert config["grpc_options"]["port"] == 1
+    assert config["http_options"] == {"host": "127.0.0.1", "port": 7, "request_timeout_s": 600}
     args = {application["name"]: application["args"] for application in config["applications"]}
     assert all(settings["checkpoint"] == "/some/where" for settings in args.values())
     assert args["gateway"]["encoder"]["target"] == args["gateway"]["llm"]["target"] == "127.0.0.1:1"
@@ -112,8 +114,8 @@ def test_a_full_disk_is_named(folder):
 
 
 def test_free_ports_differ_and_keep_the_one_asked_for():
-    ports = free_ports(4321)
-    assert ports.grpc == 4321
+    ports = free_ports(4321, 4322)
+    assert (ports.grpc, ports.http) == (4321, 4322)
     numbers = [getattr(ports, name) for name in Ports.__dataclass_fields__]
     assert len(set(numbers)) == len(numbers)
 

@@ -247,7 +247,7 @@ async def test_encode_is_tried_again_and_names_the_fingerprint():
     "code, details, error, says",
     [
         ("RESOURCE_EXHAUSTED", "Request dropped due to backpressure (num_queued_requests=5)", Overloaded, "is full"),
-        ("RESOURCE_EXHAUSTED", "request: needs 9 blocks", Overloaded, "needs 9 blocks"),
+        ("RESOURCE_EXHAUSTED", "request: needs 9 blocks", TooLarge, "needs 9 blocks"),
         ("NOT_FOUND", "Application 'encoder' not found", StageUnavailable, "not deployed"),
         ("DEADLINE_EXCEEDED", "", DeadlineExceeded, "deadline"),
         ("INTERNAL", 'Traceback ... File "/srv/x.py"', FocusError, "^the encoder stage failed$"),
@@ -298,7 +298,7 @@ async def test_events_come_in_order_and_a_failure_after_the_first_is_an_event():
 async def test_a_refusal_by_a_stage_comes_before_any_event():
     refused = (grpc.StatusCode.RESOURCE_EXHAUSTED, "request: too long")
     async with serving(LanguageModel((0, *refused))) as clients:
-        with pytest.raises(Overloaded, match="request: too long"):
+        with pytest.raises(TooLarge, match="request: too long"):
             await chat(service(*clients), ask())
     damaged = Encoder((grpc.StatusCode.INVALID_ARGUMENT, "image: is a truncated or damaged PNG file"))
     async with serving(encoder=damaged) as clients:

@@ -1,0 +1,294 @@
+"""OpenAI's API: its own client over a real socket, real gRPC to scripted stages behind the door."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import json
+import socket
+from functools import cached_property
+
+import grpc
+import httpx2
+import openai
+import pytest
+import uvicorn
+from starlette.requests import Request
+
+from focusllava.v1 import llm_pb2
+from services.gateway.admission import AdmissionLimits
+from services.gateway.http import HttpDoor
+from tests.unit.test_gateway_admission import PNG
+from tests.unit.test_gateway_stages import DIED, WORDS, Encoder, LanguageModel, service, serving
+
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(PNG).decode()}}
+QUESTION = {"role": "user", "content": [IMAGE, {"type": "text", "text": "What does the card say?"}]}
+TEXT = "".join(WORDS)
+
+
+class Door:
+    """A door that is served, its stages, and two clients of it."""
+
+    def __init__(self, url: str, model: LanguageModel, encoder: Encoder, http_door: HttpDoor):
+        self.url, self.model, self.encoder, self.http_door = url, model, encoder, http_door
+        self.raw = httpx2.AsyncClient(base_url=url, timeout=30, trust_env=False)
+
+    @cached_property
+    def client(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, http_client=self.raw)
+
+    async def ask(self, **fields):
+        fields = {"model": "tiny", "messages": [QUESTION], **fields}
+        return await self.client.chat.completions.create(**fields)
+
+    async def refused(self, body: dict | bytes, **headers: str) -> tuple[int, dict]:
+        content = body if isinstance(body, bytes) else json.dumps({"model": "tiny", "messages": [QUESTION], **body})
+        response = await self.raw.post("/v1/chat/completions", content=content, headers=headers)
+        return response.status_code, response.json()["error"]
+
+
+@contextlib.asynccontextmanager
+async def open_door(model: LanguageModel | None = None, encoder: Encoder | None = None,
+                    limits: AdmissionLimits | None = None):  # fmt: skip
+    model, encoder = model or LanguageModel(), encoder or Encoder()
+    async with serving(model, encoder) as clients:
+        chat = service(*clients)
+        chat.limits = limits or chat.limits
+        http_door = HttpDoor(chat, "tiny")
+
+        async def app(scope, receive, send):
+            response = await http_door.respond(Request(scope, receive))
+            await response(scope, receive, send)
+
+        listener = socket.create_server(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="error"))
+        task = asyncio.create_task(server.serve(sockets=[listener]))
+        door = Door(f"http://127.0.0.1:{listener.getsockname()[1]}", model, encoder, http_door)
+        try:
+            yield door
+        finally:
+            await door.raw.aclose()
+            server.should_exit = True
+            await task
+
+
+async def test_a_whole_answer():
+    async with open_door() as door:
+        answer = await door.ask()
+        model = (await door.client.models.list()).data[0]
+        same = await door.client.models.retrieve("tiny")
+    assert answer.choices[0].message.content == TEXT
+    assert answer.choices[0].finish_reason == "stop" and answer.choices[0].logprobs is None
+    assert answer.usage.completion_tokens == len(WORDS)
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + len(WORDS)
+    assert answer.model == model.id == same.id == "tiny" and answer.id.startswith("chatcmpl-")
+    assert answer.focus["images"][0]["cached"] is False and answer.focus["images"][0]["visual_tokens_sampled"] > 0
+    assert door.encoder.requests[0].image == PNG
+
+
+async def test_a_stream_is_the_whole_answer_in_pieces():
+    async with open_door(LanguageModel(pause_s=0.01)) as door:
+        stream = await door.ask(stream=True, stream_options={"include_usage": True})
+        chunks = [chunk async for chunk in stream]
+        plain = [chunk async for chunk in await door.ask(stream=True)]
+    deltas = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
+    assert deltas[0].role == "assistant" and [delta.content for delta in deltas[1:-1]] == WORDS
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-2:] == [None, "stop"]
+    assert chunks[-1].usage.completion_tokens == len(WORDS) and not chunks[-1].choices
+    assert chunks[-2].focus["images"][0]["visual_tokens_sampled"] > 0
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert len(plain) == len(chunks) - 1 and not any(chunk.usage for chunk in plain)
+
+
+async def test_every_setting_reaches_the_stage_under_its_own_name():
+    async with open_door() as door:
+        await door.ask(
+            max_completion_tokens=7, temperature=0.5, top_p=0.9, seed=2**63, stop=["x", "y"], presence_penalty=-1,
+            frequency_penalty=1.5, logprobs=True, top_logprobs=3, user="u", metadata={"a": "b"}, n=1, store=False,
+            response_format={"type": "text"},
+            extra_body={"top_k": 5, "min_p": 0.25, "repetition_penalty": 1.25, "ignore_eos": True,
+                        "focus": {"keep_ratio": 0.5, "vision_sampler": False}},
+        )  # fmt: skip
+        await door.ask(stop="z", max_tokens=3, max_completion_tokens=3,
+                       extra_body={"focus": {"text_sampler": False}})  # fmt: skip
+        await door.ask(extra_body={"focus": {"threshold": 0.75}}, logprobs=True)
+    first, second, third = door.model.requests
+    assert first.sampling == llm_pb2.SamplingParams(
+        max_tokens=7, temperature=0.5, top_p=0.9, seed=2**63, stop=["x", "y"], presence_penalty=-1,
+        frequency_penalty=1.5, logprobs=3, top_k=5, min_p=0.25, repetition_penalty=1.25, ignore_eos=True,
+    )  # fmt: skip
+    assert first.prune == llm_pb2.PruneParams(keep_ratio=0.5)
+    assert [request.vision_sampler for request in door.encoder.requests][:2] == [False, True]
+    assert second.sampling == llm_pb2.SamplingParams(max_tokens=3, stop=["z"]) and second.prune.off
+    assert third.prune == llm_pb2.PruneParams(threshold=0.75) and third.sampling.logprobs == 0
+
+
+async def test_a_conversation_with_the_answer_as_the_client_hands_it_back():
+    async with open_door() as door:
+        first = await door.ask()
+        system = {"role": "developer", "content": "Be short."}
+        messages = [system, QUESTION, first.choices[0].message.model_dump(), {"role": "user", "content": "Why?"}]
+        await door.ask(messages=messages)
+    turns = door.model.requests[-1].turns
+    roles = [llm_pb2.ROLE_SYSTEM, llm_pb2.ROLE_USER, llm_pb2.ROLE_ASSISTANT, llm_pb2.ROLE_USER]
+    assert [turn.role for turn in turns] == roles
+    assert [turns[0].parts[0].text, turns[2].parts[0].text, turns[3].parts[0].text] == ["Be short.", TEXT, "Why?"]
+    assert turns[1].parts[0].image_index == 0 and len(door.model.requests[-1].images) == 1
+
+
+async def test_log_probabilities():
+    async with open_door() as door:
+        whole = await door.ask(logprobs=True)
+        stream = [chunk async for chunk in await door.ask(logprobs=True, stream=True)]
+    entries = whole.choices[0].logprobs.content
+    assert [(entry.token, entry.logprob) for entry in entries] == [(str(n), -n) for n in range(len(WORDS))]
+    assert entries[3].bytes == [ord("3")] and entries[3].top_logprobs == []
+    pieces = [chunk.choices[0].logprobs.content[0] for chunk in stream if chunk.choices[0].logprobs]
+    assert pieces == entries
+
+
+REFUSED = [
+    (b"", 400, "body", "is empty, expected JSON"),
+    (b"{", 400, "body", "invalid JSON"),
+    (b"[1]", 400, "body", "is [1]"),
+    ({"model": "gpt"}, 404, "model", "is 'gpt', this server has 'tiny'"),
+    ({"messages": []}, 400, "messages", "is empty"),
+    ({"messages": [{"role": "user"}]}, 400, "messages[0].content", "is missing"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages[0].role", "is 'tool', expected 'system'"),
+    ({"messages": [{"role": "user", "content": " "}]}, 400, "messages[0].content", "the question is empty"),
+    ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, 400, "messages[0].content[0].type", "'audio'"),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 400, "messages[0].content[0]", "expected text"),
+    ({"messages": [QUESTION, {"role": "assistant", "content": "x"}]}, 400, "messages[1].role", "must be the user's"),
+    ({"tools": [{}]}, 400, "tools", "is not supported"),
+    ({"focus": {"treshold": 0.5}}, 400, "focus.treshold", "is not supported"),
+    ({"focus": {"threshold": 1.5}}, 400, "focus.threshold", "is 1.5"),
+    ({"n": 2}, 400, "n", "is 2, expected 1"),
+    ({"max_tokens": -1}, 400, "max_tokens", "is -1, expected greater than or equal to 0"),
+    ({"max_tokens": "7"}, 400, "max_tokens", "is '7', expected a valid integer"),
+    ({"max_tokens": 0}, 400, "max_tokens", "is 0"),
+    ({"max_tokens": 99999}, 413, "max_tokens", "the limit is 4096"),
+    ({"max_tokens": 5, "max_completion_tokens": 6}, 400, "body", "max_completion_tokens 6"),
+    ({"temperature": 3}, 400, "temperature", "is 3.0"),
+    ({"top_logprobs": 2}, 400, "body", "expected with logprobs true only"),
+    ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "is 21"),
+    ({"stream_options": {"include_usage": True}}, 400, "body", "expects stream true"),
+    ({"response_format": {"type": "json_object"}}, 400, "response_format.type", "is 'json_object', expected 'text'"),
+]
+NO_IMAGES = [
+    ("https://example.org/card.png", "is 'https://example.org/card.png', expected data:image/...;base64,..."),
+    ("file:///etc/passwd", "nothing is fetched"),
+    ("data:image/png,abc", "expected data:image/...;base64,..."),
+    ("data:image/png;base64,a", "is not base64"),
+    ("data:image/png;base64,ab\u00e9=", "is not base64"),
+    ("data:image/png;base64,", "has 0 bytes"),
+    ("data:image/png;base64,AAAA", "is not a readable image"),
+]
+
+
+async def test_what_is_refused_names_field_and_value():
+    async with open_door() as door:
+        for body, status, field, says in REFUSED:
+            found, error = await door.refused(body)
+            assert (found, error["param"]) == (status, field), (body, error)
+            assert says in error["message"] and error["message"].startswith(f"{field}: "), (body, error)
+    assert not door.model.requests and not door.encoder.requests
+
+
+async def test_an_image_that_is_none():
+    async with open_door() as door:
+        for url, says in NO_IMAGES:
+            image = {"type": "image_url", "image_url": {"url": url}}
+            messages = [{"role": "user", "content": [{"type": "text", "text": "what?"}, image]}]
+            status, error = await door.refused({"messages": messages})
+            assert status == 400 and error["param"] == "messages[0].content[1].image_url.url", (url, error)
+            assert says in error["message"] and error["type"] == "invalid_request_error", (url, error)
+
+
+async def test_a_body_over_the_limit():
+    async def pieces():
+        for _ in range(16):
+            yield b" " * 2**20
+
+    async with open_door(limits=AdmissionLimits(max_image_bytes_total=2**20)) as door:
+        for content in (b" " * 2**24, pieces()):  # with a length in its header and without
+            response = await door.raw.post("/v1/chat/completions", content=content)
+            assert response.status_code == 413 and response.json()["error"]["param"] == "body"
+        assert (await door.ask()).choices[0].message.content == TEXT
+
+
+async def test_other_paths_and_methods():
+    async with open_door() as door:
+        nowhere = await door.raw.get("/v1/completions")
+        wrong = await door.raw.get("/v1/chat/completions")
+        with pytest.raises(openai.NotFoundError, match="model: is 'other'"):
+            await door.client.models.retrieve("other")
+    assert nowhere.status_code == 404 and "/v1/chat/completions" in nowhere.json()["error"]["message"]
+    assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
+
+
+async def test_the_request_id_is_the_callers():
+    async with open_door() as door:
+        answer = await door.client.chat.completions.with_raw_response.create(
+            model="tiny", messages=[QUESTION], extra_headers={"x-request-id": "mine-1"}
+        )
+        status, error = await door.refused({}, **{"x-request-id": "no spaces"})
+    assert answer.headers["x-request-id"] == "mine-1" and answer.parse().id == "chatcmpl-mine-1"
+    assert door.model.requests[0].request_id.startswith("mine-1.")
+    assert (status, error["param"]) == (400, "x-request-id")
+
+
+@pytest.mark.parametrize(
+    "stage, code, details, expected",
+    [
+        ("llm", grpc.StatusCode.RESOURCE_EXHAUSTED, "... backpressure ...", openai.RateLimitError),
+        ("llm", grpc.StatusCode.INVALID_ARGUMENT, "turns: are too long", openai.BadRequestError),
+        ("llm", grpc.StatusCode.FAILED_PRECONDITION, "model_fingerprint: is ab...", openai.InternalServerError),
+        ("llm", grpc.StatusCode.UNAVAILABLE, DIED, openai.InternalServerError),
+        ("encoder", grpc.StatusCode.INVALID_ARGUMENT, "image: is damaged", openai.BadRequestError),
+    ],
+)
+async def test_a_stages_refusal_is_the_clients_error(stage, code, details, expected):
+    failures = [(0, code, details)] * 3 if stage == "llm" else []
+    encoder = Encoder((code, details)) if stage == "encoder" else Encoder()
+    async with open_door(LanguageModel(*failures), encoder) as door:
+        with pytest.raises(expected) as caught:
+            await door.ask(stream=True)
+    if "image" in details:
+        assert caught.value.param == "messages[0].content[0].image_url.url"
+    if "turns" in details:
+        assert caught.value.body["message"] == "messages: are too long"
+
+
+async def test_what_can_never_fit_is_not_to_be_tried_again():
+    async with open_door(LanguageModel((0, grpc.StatusCode.RESOURCE_EXHAUSTED, "request: needs 9 bytes"))) as door:
+        status, error = await door.refused({})
+    assert (status, error["message"]) == (413, "request: needs 9 bytes")
+
+
+async def test_an_answer_that_breaks_off_is_an_error_and_not_an_end():
+    lost = (2, grpc.StatusCode.INTERNAL, "no such memory")
+    async with open_door(LanguageModel(lost, lost)) as door:
+        words = []
+        with pytest.raises(openai.APIError, match="the llm stage failed"):
+            async for chunk in await door.ask(stream=True):
+                words.append(chunk.choices[0].delta.content)
+        status, error = await door.refused({})
+    assert words == ["", *WORDS[:2]]
+    assert (status, error["type"]) == (500, "server_error")
+
+
+async def test_a_client_that_leaves_stops_the_generation():
+    model = LanguageModel(words=["x"] * 10_000, pause_s=0.01)
+    async with open_door(model) as door:
+        stream = await door.ask(stream=True)
+        async for _ in stream:
+            break
+        await stream.close()
+        await asyncio.wait_for(model.cancelled.wait(), 20)
+
+
+async def test_the_callers_deadline_holds():
+    async with open_door(LanguageModel(pause_s=5)) as door:
+        status, error = await door.refused({}, **{"focusllava-timeout-ms": "300"})
+    assert status == 504 and "deadline" in error["message"]
