@@ -37,6 +37,7 @@ class ModelSettings:
     """Unset: torch's own choice, one a core."""
 
     def __post_init__(self) -> None:
+        require(_is_device(self.device), "device", self.device, "auto, cpu, cuda or another device of torch")
         require(self.torch_threads is None or self.torch_threads >= 1, "torch_threads", self.torch_threads, "1 or more")
 
     def place(self) -> tuple[str, torch.dtype]:
@@ -49,6 +50,13 @@ class ModelSettings:
         if device == "cpu":
             keep_freed_memory()
         return device, choose_dtype(self.dtype, device)
+
+
+def _is_device(name: str) -> bool:
+    try:
+        return name == "auto" or bool(torch.device(name).type)
+    except RuntimeError:  # torch's words for a name that it does not know
+        return False
 
 
 class Reporter:

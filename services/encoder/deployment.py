@@ -44,17 +44,9 @@ class EncoderSettings(ModelSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(_is_device(self.device), "device", self.device, "auto, cpu, cuda or another device of torch")
         require(self.max_tiles >= 1, "max_tiles", self.max_tiles, "1 or more")
         require(self.max_wait_s >= 0, "max_wait_s", self.max_wait_s, "0 or more seconds")
         require(self.decode_threads >= 1, "decode_threads", self.decode_threads, "1 or more")
-
-
-def _is_device(name: str) -> bool:
-    try:
-        return name == "auto" or bool(torch.device(name).type)
-    except RuntimeError:  # torch's words for a name that it does not know
-        return False
 
 
 def in_wire_dtype(tokens: CompressedVisualTokens, dtype: torch.dtype) -> CompressedVisualTokens:

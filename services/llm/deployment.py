@@ -46,6 +46,7 @@ class LanguageModelSettings(ModelSettings):
         super().__post_init__()
         for name in ("kv_cache_bytes", "max_batch_tokens", "max_running"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        require(self.stall_s >= 0, "stall_s", self.stall_s, "0 or more seconds")
         require(self.quantize in (None, "int8"), "quantize", self.quantize, '"int8" or nothing')
 
 

@@ -50,8 +50,10 @@ def test_stored_weights_keep_their_dtype_where_the_device_is_made_for_it(stored,
     assert getattr(torch, dtypes.dtype_name(expected)) == expected
 
 
-def test_a_strange_dtype_is_refused_by_name():
+def test_a_strange_setting_is_refused_by_name():
     with pytest.raises(InvalidInput, match="dtype.*'int8'"):
         settings(dtype="int8")
     with pytest.raises(InvalidInput, match="torch_threads: is 0"):
         settings(torch_threads=0)
+    with pytest.raises(InvalidInput, match="device: is 'gpu', expected auto, cpu, cuda or another device of torch"):
+        settings(device="gpu")
