@@ -88,6 +88,7 @@ OWN_TABLES = (
             Row(setting=f"{OURS}_set{LONG}", label="the same, set to 60 % of the map, threshold 0.995"),
             Row(setting=f"{OURS}_set_most{LONG}", label="the same, set to 60 % of the map, threshold 0.999"),
             Row(setting=f"{OURS}_held{LONG}", label="held at 66 % of the map, learning on, threshold 0.995"),
+            Row(setting=f"{OURS}_held_most{LONG}", label="the same weights, threshold 0.999"),
             Row(setting="pyramid_drop", label="PyramidDrop, the study's steps"),
             Row(setting=f"pyramid_drop{LONG}", label="PyramidDrop, twice the steps"),
             *CONTROLS,

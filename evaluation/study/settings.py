@@ -242,6 +242,8 @@ _ALL = (
       for name, title, rest in (("held", "held at 66 % of the map after 150 and learning on", {}),
                                 ("held_rest", "at rest and held at 66 % of the map after 150",
                                  {"selector_steps": SELECTOR_STEPS}))),
+    Setting(name=f"{OURS}_held_most{LONG}", weights_of=f"{OURS}_held{LONG}", text=(LAYER, 0.999),
+            title="both samplers, twice the steps, held at 66 % of the map after 150 and learning on, threshold 0.999"),
     Setting(name=f"{OURS}_fine{LONG}", times=2,
             title="both samplers, twice the steps, more regions at 1x1, threshold 0.995",
             optimizer={"selector_steps": SELECTOR_STEPS},
