@@ -24,6 +24,7 @@ from services.gateway.openai_response import CompletionWriter
 from services.gateway.stages import TIMEOUT_METADATA, Deadline
 
 REQUEST_ID_HEADER = "x-request-id"
+"""Of a request; Ray Serve makes one where there is none, and has it in the answer."""
 _ROUTES = {"/v1/chat/completions": "POST", "/v1/models": "GET"}
 _MODEL_PATH = "/v1/models/"
 _STATUSES = {
@@ -36,8 +37,11 @@ _STATUSES = {
     Code.DEADLINE_EXCEEDED: 504,
     Code.INTERNAL: 500,
 }
+_RETRY = {429: {"retry-after": "1"}, 503: {"retry-after": "1"}, 504: {"x-should-retry": "false"}}
+"""OpenAI's clients try again what ends with 429 or 500 and more; after a deadline nobody waits for it."""
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error",
-          405: "invalid_request_error", 413: "invalid_request_error", 429: "rate_limit_error"}  # fmt: skip
+          405: "invalid_request_error", 413: "invalid_request_error",
+          415: "invalid_request_error", 429: "rate_limit_error"}  # fmt: skip
 
 
 class HttpDoor:
@@ -68,24 +72,28 @@ class HttpDoor:
             return _refusal(error, request_id)
 
     async def _complete(self, request: Request, request_id: str) -> Response:
+        media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media_type != "application/json":  # which no page of another site can send without being asked first
+            return _error(415, f"content-type: is {media_type[:60]!r}, expected 'application/json'")
         body = await _read(request, _most_bytes(self._service.limits))
         wanted, chat = await asyncio.to_thread(self._read_chat, body, request_id)  # decodes megabytes
         del body
-        request_id = request_id_of(chat)
-        events = self._service.chat(chat, request_id, Deadline.said(request.headers.get(TIMEOUT_METADATA)))
-        headers = {REQUEST_ID_HEADER: request_id}
+        deadline = Deadline.said(request.headers.get(TIMEOUT_METADATA))
+        events = self._service.chat(chat, request_id_of(chat), deadline)
         try:
             writer = CompletionWriter(self._model, (await anext(events)).started)  # or what refuses it
             if not wanted.stream:
-                return await _whole(events, writer, wanted, headers)
+                return await _whole(events, writer, wanted)
+        except FocusError as error:
+            raise type(error)(named_here(str(error))) from None
         except BaseException:
             await events.aclose()
             raise
-        headers |= {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         return StreamingResponse(_chunks(events, writer, wanted), media_type="text/event-stream", headers=headers)
 
     def _read_chat(self, body: bytes, request_id: str) -> tuple[Wanted, focus_pb2.ChatRequest]:
-        asked = parse(body)
+        asked = parse(body, self._service.limits.max_text_chars)
         self._check_model(asked.model)
         return Wanted.of(asked), to_chat_request(asked, request_id)
 
@@ -133,7 +141,7 @@ async def _read(request: Request, limit: int) -> bytes:
 
 
 async def _whole(events: AsyncGenerator[focus_pb2.ChatResponse, None], writer: CompletionWriter,
-                 wanted: Wanted, headers: dict[str, str]) -> Response:  # fmt: skip
+                 wanted: Wanted) -> Response:  # fmt: skip
     tokens: list[llm_pb2.Token] = []
     async with contextlib.aclosing(events):
         async for event in events:
@@ -142,9 +150,9 @@ async def _whole(events: AsyncGenerator[focus_pb2.ChatResponse, None], writer: C
                 tokens.append(event.token)
             elif kind == "finished":
                 answer = writer.whole(tokens, event.finished, logprobs=wanted.logprobs)
-                return JSONResponse(answer, headers=headers)
+                return JSONResponse(answer)
             else:
-                return _error(_status(event.error.code), named_here(event.error.message), headers=headers)
+                return _error(_status(event.error.code), named_here(event.error.message))
     raise AssertionError("an answer ends with finished or error")
 
 
@@ -179,10 +187,11 @@ def _data(chunk: dict[str, Any]) -> bytes:
 def _refusal(error: Exception, request_id: str) -> Response:
     code, message = status_of(error, request_id)
     status = 413 if isinstance(error, TooLarge) else _STATUSES[code]  # 429 would be tried again, in vain
-    return _error(status, named_here(message), code="model_not_found" if isinstance(error, _ModelNotFound) else None)
+    return _error(status, message, code="model_not_found" if isinstance(error, _ModelNotFound) else None)
 
 
 def _error(status: int, message: str, *, code: str | None = None, headers: dict[str, str] | None = None) -> Response:
+    headers = {**_RETRY.get(status, {}), **(headers or {})}
     return JSONResponse(_error_object(status, message, code=code), status_code=status, headers=headers)
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NoReturn
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from focusllava.v1 import focus_pb2, llm_pb2
-from services.common.errors import InvalidInput
+from services.common.errors import InvalidInput, TooLarge
 
 _UINT32, _UINT64 = 2**32 - 1, 2**64 - 1
 _ROLES = {
@@ -19,6 +19,10 @@ _ROLES = {
     "user": llm_pb2.ROLE_USER,
     "assistant": llm_pb2.ROLE_ASSISTANT,
 }
+_MOST_FIELDS = 10_000
+"""And elements of a body, beside the commas and brackets of its text."""
+_DECODED_CHARS = 2**20
+"""Of base64 at once: others may run between two pieces. A multiple of 4."""
 _SHOWN_CHARS = 60
 """Of a refused value, which may be an image."""
 _HERE = (
@@ -35,13 +39,24 @@ _HERE = (
 Count = Annotated[int, Field(ge=0, le=_UINT32)]
 
 
+class _Unknown(ValueError):
+    """A field that there is none of."""
+
+
 class _Fields(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
-    def _null_is_unset(cls, fields: Any) -> Any:
-        return {k: v for k, v in fields.items() if v is not None} if isinstance(fields, dict) else fields
+    def _known_and_set(cls, fields: Any) -> Any:
+        """Without nulls, which say nothing. Raises for the first unknown field alone: there may be thousands."""
+        if not isinstance(fields, dict):
+            return fields
+        given = {name: value for name, value in fields.items() if value is not None}
+        for name in given:
+            if name not in cls.model_fields:
+                raise _Unknown(name)
+        return given
 
 
 class ImageUrl(_Fields):
@@ -69,7 +84,9 @@ class Message(_Fields):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
-        list[Part], BeforeValidator(lambda v: [{"type": "text", "text": v}] if isinstance(v, str) else v)
+        list[Part],
+        Field(fail_fast=True),
+        BeforeValidator(lambda v: [{"type": "text", "text": v}] if isinstance(v, str) else v),
     ]
 
 
@@ -96,7 +113,7 @@ class ChatCompletionRequest(_Fields):
     """The body of POST /v1/chat/completions. Unset settings are the gRPC API's: greedy, 256 tokens."""
 
     model: str
-    messages: list[Message]
+    messages: Annotated[list[Message], Field(fail_fast=True)]
     focus: FocusOptions = FocusOptions()
 
     max_tokens: Count | None = None
@@ -106,7 +123,7 @@ class ChatCompletionRequest(_Fields):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     seed: Annotated[int, Field(ge=0, le=_UINT64)] | None = None
-    stop: Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = []
+    stop: Annotated[list[str], Field(fail_fast=True), BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = []
     logprobs: bool = False
     top_logprobs: Count | None = None
     stream: bool = False
@@ -138,8 +155,12 @@ class ChatCompletionRequest(_Fields):
         return self
 
 
-def parse(body: bytes) -> ChatCompletionRequest:
-    """Raises InvalidInput: what is wrong, with which field and value."""
+def parse(body: bytes, max_text_chars: int) -> ChatCompletionRequest:
+    """Raises InvalidInput: what is wrong, with which field and value; TooLarge for more fields than such text needs."""
+    # Each becomes an object or an error, under the interpreter's lock: a small body of them would stop the replica.
+    fields = body.count(b",") + body.count(b"[") + body.count(b"{")
+    if fields > max_text_chars + _MOST_FIELDS:
+        raise TooLarge(f"has {fields} commas and brackets, the limit is {max_text_chars + _MOST_FIELDS}", field="body")
     try:
         return ChatCompletionRequest.model_validate_json(body)
     except ValidationError as error:
@@ -183,7 +204,7 @@ def named_here(line: str) -> str:
 
 def field_of(line: str) -> str | None:
     """The field that an error's line begins with."""
-    found = re.match(r"([a-z_-]+(?:\[\d+\])?(?:\.[a-z_]+(?:\[\d+\])?)*): ", line)
+    found = re.match(r"([a-zA-Z_][\w-]*(?:\[\d+\])?(?:\.\w+(?:\[\d+\])?)*): ", line)
     return found[1] if found else None
 
 
@@ -205,7 +226,10 @@ def _image(url: str, field: str) -> bytes:
         expected = "expected data:image/...;base64,... (nothing is fetched: send the file itself)"
         raise InvalidInput(f"is {url[:_SHOWN_CHARS]!r}, {expected}", field=field)
     try:
-        return base64.b64decode(data, validate=True)
+        if 0 <= data.find("=") < len(data) - 2:
+            raise ValueError("padding stands at its end only")
+        pieces = (data[start : start + _DECODED_CHARS] for start in range(0, len(data), _DECODED_CHARS))
+        return b"".join(base64.b64decode(piece, validate=True) for piece in pieces)
     except (binascii.Error, ValueError) as error:
         raise InvalidInput(f"is not base64: {error}", field=field) from None
 
@@ -214,15 +238,20 @@ def _refuse(error: ValidationError) -> NoReturn:
     first = error.errors(include_url=False)[0]
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).removeprefix(".")
     kind, message, value = first["type"], first["msg"], first.get("input")
-    if kind == "extra_forbidden":
-        message = "is not supported"
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, _Unknown):
+        where, message = f"{where}.{_shown(cause)}".removeprefix("."), "is not supported"
     elif kind == "missing":
         message = "is missing"
     elif kind == "value_error":
-        message = str(first["ctx"]["error"])
+        message = str(cause)
     elif kind == "json_invalid":
         where, message = "body", message[0].lower() + message[1:]
     else:
-        shown = repr(value) if len(repr(value)) <= _SHOWN_CHARS else repr(value)[:_SHOWN_CHARS] + "..."
-        message = f"is {shown}, " + re.sub(r"^Input should be ", "expected ", message)
+        message = f"is {_shown(repr(value))}, " + re.sub(r"^Input should be ", "expected ", message)
     raise InvalidInput(message, field=where or "body")
+
+
+def _shown(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "..."

@@ -44,6 +44,7 @@ class Door:
 
     async def refused(self, body: dict | bytes, **headers: str) -> tuple[int, dict]:
         content = body if isinstance(body, bytes) else json.dumps({"model": "tiny", "messages": [QUESTION], **body})
+        headers = {"content-type": "application/json", **headers}
         response = await self.raw.post("/v1/chat/completions", content=content, headers=headers)
         return response.status_code, response.json()["error"]
 
@@ -161,6 +162,11 @@ REFUSED = [
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 400, "messages[0].content[0]", "expected text"),
     ({"messages": [QUESTION, {"role": "assistant", "content": "x"}]}, 400, "messages[1].role", "must be the user's"),
     ({"tools": [{}]}, 400, "tools", "is not supported"),
+    ({"turns": 1}, 400, "turns", "is not supported"),
+    ({"request_id": "r"}, 400, "request_id", "is not supported"),
+    ({f"k{n}": 1 for n in range(9_000)}, 400, "k0", "is not supported"),
+    ({"messages": [1] * 70_000}, 400, "messages[0]", "is 1, expected"),
+    ({"messages": [1] * 80_000}, 413, "body", "commas and brackets, the limit is 75536"),
     ({"focus": {"treshold": 0.5}}, 400, "focus.treshold", "is not supported"),
     ({"focus": {"threshold": 1.5}}, 400, "focus.threshold", "is 1.5"),
     ({"n": 2}, 400, "n", "is 2, expected 1"),
@@ -180,6 +186,7 @@ NO_IMAGES = [
     ("file:///etc/passwd", "nothing is fetched"),
     ("data:image/png,abc", "expected data:image/...;base64,..."),
     ("data:image/png;base64,a", "is not base64"),
+    ("data:image/png;base64,AA==AAAA", "is not base64: padding stands at its end only"),
     ("data:image/png;base64,ab\u00e9=", "is not base64"),
     ("data:image/png;base64,", "has 0 bytes"),
     ("data:image/png;base64,AAAA", "is not a readable image"),
@@ -212,9 +219,30 @@ async def test_a_body_over_the_limit():
 
     async with open_door(limits=AdmissionLimits(max_image_bytes_total=2**20)) as door:
         for content in (b" " * 2**24, pieces()):  # with a length in its header and without
-            response = await door.raw.post("/v1/chat/completions", content=content)
+            headers = {"content-type": "application/json"}
+            response = await door.raw.post("/v1/chat/completions", content=content, headers=headers)
             assert response.status_code == 413 and response.json()["error"]["param"] == "body"
         assert (await door.ask()).choices[0].message.content == TEXT
+
+
+async def test_a_large_image_in_pieces_is_the_image():
+    image = PNG + bytes(range(256)) * 8_000  # over a mebibyte of base64; what follows a PNG's end is not looked at
+    url = "data:image/png;base64," + base64.b64encode(image).decode()
+    asked = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, QUESTION["content"][1]]}
+    async with open_door() as door:
+        await door.ask(messages=[asked])
+    assert door.encoder.requests[0].image == image
+
+
+async def test_a_page_of_another_site_cannot_ask():
+    async with open_door() as door:
+        for media_type in ("text/plain", "application/x-www-form-urlencoded", ""):
+            status, error = await door.refused({}, **{"content-type": media_type})
+            assert (status, error["param"]) == (415, "content-type"), media_type
+        assert not door.encoder.requests
+        body = json.dumps({"model": "tiny", "messages": [QUESTION]})
+        with_charset = {"content-type": "Application/JSON; charset=utf-8"}
+        assert (await door.raw.post("/v1/chat/completions", content=body, headers=with_charset)).status_code == 200
 
 
 async def test_other_paths_and_methods():
@@ -233,7 +261,7 @@ async def test_the_request_id_is_the_callers():
             model="tiny", messages=[QUESTION], extra_headers={"x-request-id": "mine-1"}
         )
         status, error = await door.refused({}, **{"x-request-id": "no spaces"})
-    assert answer.headers["x-request-id"] == "mine-1" and answer.parse().id == "chatcmpl-mine-1"
+    assert answer.parse().id == "chatcmpl-mine-1"
     assert door.model.requests[0].request_id.startswith("mine-1.")
     assert (status, error["param"]) == (400, "x-request-id")
 
@@ -241,19 +269,20 @@ async def test_the_request_id_is_the_callers():
 @pytest.mark.parametrize(
     "stage, code, details, expected",
     [
-        ("llm", grpc.StatusCode.RESOURCE_EXHAUSTED, "... backpressure ...", openai.RateLimitError),
-        ("llm", grpc.StatusCode.INVALID_ARGUMENT, "turns: are too long", openai.BadRequestError),
-        ("llm", grpc.StatusCode.FAILED_PRECONDITION, "model_fingerprint: is ab...", openai.InternalServerError),
-        ("llm", grpc.StatusCode.UNAVAILABLE, DIED, openai.InternalServerError),
-        ("encoder", grpc.StatusCode.INVALID_ARGUMENT, "image: is damaged", openai.BadRequestError),
+        ("llm", grpc.StatusCode.RESOURCE_EXHAUSTED, "... backpressure ...", 429),
+        ("llm", grpc.StatusCode.INVALID_ARGUMENT, "turns: are too long", 400),
+        ("llm", grpc.StatusCode.FAILED_PRECONDITION, "model_fingerprint: is ab...", 503),
+        ("llm", grpc.StatusCode.UNAVAILABLE, DIED, 503),
+        ("encoder", grpc.StatusCode.INVALID_ARGUMENT, "image: is damaged", 400),
     ],
 )
 async def test_a_stages_refusal_is_the_clients_error(stage, code, details, expected):
     failures = [(0, code, details)] * 3 if stage == "llm" else []
     encoder = Encoder((code, details)) if stage == "encoder" else Encoder()
     async with open_door(LanguageModel(*failures), encoder) as door:
-        with pytest.raises(expected) as caught:
+        with pytest.raises(openai.APIStatusError) as caught:
             await door.ask(stream=True)
+    assert caught.value.status_code == expected
     if "image" in details:
         assert caught.value.param == "messages[0].content[0].image_url.url"
     if "turns" in details:
@@ -292,3 +321,19 @@ async def test_the_callers_deadline_holds():
     async with open_door(LanguageModel(pause_s=5)) as door:
         status, error = await door.refused({}, **{"focusllava-timeout-ms": "300"})
     assert status == 504 and "deadline" in error["message"]
+
+
+async def test_a_client_tries_again_what_may_succeed_and_nothing_else():
+    """With its own retries on: a full stage is asked again, a deadline that passed is not."""
+    full = (0, grpc.StatusCode.RESOURCE_EXHAUSTED, "... backpressure ...")
+    async with open_door(LanguageModel(full)) as door:
+        answer = await door.client.with_options(max_retries=1).chat.completions.create(
+            model="tiny", messages=[QUESTION]
+        )
+    assert answer.choices[0].message.content == TEXT and len(door.model.requests) == 2
+    async with open_door(LanguageModel(pause_s=5)) as door:
+        with pytest.raises(openai.InternalServerError):
+            await door.client.with_options(max_retries=2).chat.completions.create(
+                model="tiny", messages=[QUESTION], extra_headers={"focusllava-timeout-ms": "300"}
+            )
+    assert len(door.model.requests) == 1

@@ -61,18 +61,31 @@ def test_a_client_that_leaves_frees_its_slot(cluster, client):
     def cancelled() -> float:
         return sum(map(float, re.findall(outcomes, scrape(cluster), re.M)))
 
+    model = client.models.list().data[0].id
     before = cancelled()
     for _ in range(5):
         stream = ask(client, picture(103), tokens=1000, stream=True)
         next(iter(stream))
         stream.close()
     assert until(lambda: cancelled() > before), "the llm stage saw none of five streams cancelled"
-    whole = client.with_options(timeout=0.3)
+    before = cancelled()
     for _ in range(5):
         with pytest.raises(openai.APITimeoutError):
-            ask(whole, picture(104), tokens=1000)
+            client.with_options(timeout=0.3).chat.completions.create(
+                model=model, messages=messages(picture(103)), max_tokens=1000, extra_body={"ignore_eos": True}
+            )
+    assert until(lambda: cancelled() > before), "the llm stage saw none of five whole answers cancelled"
     assert until(lambda: gauge(cluster, "focusllava_running_requests") == 0)
     assert until(lambda: gauge(cluster, "focusllava_kv_blocks_used") == 0)
+
+
+def test_the_request_id_is_there_once(client):
+    asked = client.chat.completions.with_raw_response
+    model = client.models.list().data[0].id
+    for headers, expected in (({"x-request-id": "mine-1"}, "mine-1"), ({}, None)):
+        answer = asked.create(model=model, messages=messages(picture(106)), max_tokens=2, extra_headers=headers)
+        (found,) = answer.headers.get_list("x-request-id")
+        assert answer.parse().id == f"chatcmpl-{found}" and expected in (found, None)
 
 
 def test_errors_are_openais(client):
