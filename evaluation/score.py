@@ -44,7 +44,7 @@ from services.encoder.pipeline import EncoderPipeline
 from services.llm.engine import Engine
 from training.data.questions import QuestionAnswer
 
-COLUMNS = ("fine", "coarse", *POSTER_KINDS)
+COLUMNS = ("all", "fine", "coarse", *POSTER_KINDS)
 HeldOut = Sequence[tuple[bytes, list[QuestionAnswer]]]
 """Image files, each with its questions."""
 

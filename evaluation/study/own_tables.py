@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from evaluation.study.rows import CONTROLS, Claim, Row, Table
-from evaluation.study.settings import LONG, OURS
+from evaluation.study.settings import LONG, OURS, SETTINGS
 
 OWN_TABLES = (
     Table(
@@ -88,7 +88,6 @@ OWN_TABLES = (
             Row(setting=f"{OURS}_set{LONG}", label="the same, set to 60 % of the map, threshold 0.995"),
             Row(setting=f"{OURS}_set_most{LONG}", label="the same, set to 60 % of the map, threshold 0.999"),
             Row(setting=f"{OURS}_held{LONG}", label="held at 66 % of the map, learning on, threshold 0.995"),
-            Row(setting=f"{OURS}_held_most{LONG}", label="the same weights, threshold 0.999"),
             Row(setting="pyramid_drop", label="PyramidDrop, the study's steps"),
             Row(setting=f"pyramid_drop{LONG}", label="PyramidDrop, twice the steps"),
             *CONTROLS,
@@ -140,8 +139,10 @@ OWN_TABLES = (
         title="Keep or drop",
         compared=(
             "A window of one token, which is kept or dropped, where the paper pools regions of 4x4: alone it reads "
-            "as well as full resolution on a fifth of the map. With both samplers it is to leave half of it. "
-            "The paper found pooling ahead of dropping."
+            "as well as full resolution on a fifth of the map. With both samplers it is to leave half of it. Twice the "
+            "steps bring both, near 38 % of all visual tokens, to 0.9 points behind full resolution trained as long (three "
+            "seeds, the text-guided one a layer later). How the share is held, and which sampler leaves how much, "
+            "changes less than the seed. The paper found pooling ahead of dropping."
         ),
         columns=(),
         rows=(
@@ -152,11 +153,8 @@ OWN_TABLES = (
             Row(setting=f"{OURS}_keep", label="both samplers, keep or drop"),
             Row(setting=f"{OURS}_keep_more", label="the same weights, threshold 0.995"),
             Row(setting=f"off{LONG}", label="full resolution, twice the steps"),
-            Row(setting=f"{OURS}_keep_held{LONG}",
-                label="both samplers, keep or drop, twice the steps, held at 58 % of the map, threshold 0.995"),
-            Row(setting=f"{OURS}_keep_late{LONG}",
-                label="the same held at 42 %, the text-guided one before layer 4 instead of 3"),
-            Row(setting=f"{OURS}_keep_gradual{LONG}", label="held at 58 %, the share falling to it in 200 steps"),
+            *(Row(setting=name, label=SETTINGS[name].title)
+              for name in (f"{OURS}_keep_held{LONG}", f"{OURS}_keep_late{LONG}", f"{OURS}_keep_gradual{LONG}")),
             Row(setting="visionzip_patches", label="VisionZip, attention of the patches"),
             *CONTROLS,
         ),

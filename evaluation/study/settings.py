@@ -209,13 +209,12 @@ _ALL = (
             text=TEXT_MORE),
     # Twice the steps of it, held near 38 % of the tokens.
     *(Setting(name=f"{OURS}_keep_{name}{LONG}", times=2, text=(layer, TEXT_MORE[1]),
-              title=f"both samplers, keep or drop, twice the steps, held at {share:.0%} of the map, "
-                    f"the text-guided one before layer {layer}",
+              title=f"both samplers, keep or drop, twice the steps, held at {100 * share:.0f} % of the map, layer {layer}",
               stage=merged(_vision(**KEEP, shares=(share, 1 - share), order="row"),
                            {**prune, "hold": {"share": share, "after": SELECTOR_STEPS}}))
       for name, layer, share, prune in (("held", LAYER, 0.58, FIXED_PRUNE), ("late", LAYER + 1, 0.42, LATE_PRUNE))),
     Setting(name=f"{OURS}_keep_gradual{LONG}", times=2, text=TEXT_MORE,
-            title="both samplers, keep or drop, twice the steps, the share falling to 58 % of the map until step 200",
+            title="both samplers, keep or drop, twice the steps, falling to 58 % of the map in 200",
             stage=merged(_vision(**KEEP, shares=(0.5, 0.5), order="row"),
                          {**FIXED_PRUNE, "hold": {"share": 0.58, "after": 200, "falls_from": 10}})),
     # Twice the steps.
@@ -242,8 +241,6 @@ _ALL = (
       for name, title, rest in (("held", "held at 66 % of the map after 150 and learning on", {}),
                                 ("held_rest", "at rest and held at 66 % of the map after 150",
                                  {"selector_steps": SELECTOR_STEPS}))),
-    Setting(name=f"{OURS}_held_most{LONG}", weights_of=f"{OURS}_held{LONG}", text=(LAYER, 0.999),
-            title="both samplers, twice the steps, held at 66 % of the map after 150 and learning on, threshold 0.999"),
     Setting(name=f"{OURS}_fine{LONG}", times=2,
             title="both samplers, twice the steps, more regions at 1x1, threshold 0.995",
             optimizer={"selector_steps": SELECTOR_STEPS},
