@@ -37,7 +37,8 @@ training images.
 
 With both samplers on the vision-guided sampler's branches are used for {branches} of the regions (1x1, 2x2, 4x4).
 
-`python -m evaluation.score checkpoints/{name} --images {images}` prints this table.
+`python -m evaluation.score checkpoints/{name} --images {images}` prints this table. Another
+processor rounds otherwise, and a few answers differ.
 
 ## How it was trained
 

@@ -138,11 +138,11 @@ OWN_TABLES = (
         number=13,
         title="Keep or drop",
         compared=(
-            "A window of one token, which is kept or dropped, where the paper pools regions of 4x4: alone it reads "
-            "as well as full resolution on a fifth of the map. With both samplers it is to leave half of it. Twice the "
-            "steps bring both, near 38 % of all visual tokens, to 0.9 points behind full resolution trained as long (three "
-            "seeds, the text-guided one a layer later). How the share is held, and which sampler leaves how much, "
-            "changes less than the seed. The paper found pooling ahead of dropping."
+            "A window of one token, which is kept or dropped, where the paper pools regions of 4x4: alone it "
+            "reads as well as full resolution on a fifth of the map. With both samplers it is to leave half of "
+            "it. Twice the steps bring both, near 38 % of all visual tokens, to 0.9 points behind full resolution "
+            "trained as long (three seeds, the text-guided one a layer later). How the share is held, and which "
+            "sampler leaves how much, changes less than the seed. The paper found pooling ahead of dropping."
         ),
         columns=(),
         rows=(

@@ -209,7 +209,8 @@ _ALL = (
             text=TEXT_MORE),
     # Twice the steps of it, held near 38 % of the tokens.
     *(Setting(name=f"{OURS}_keep_{name}{LONG}", times=2, text=(layer, TEXT_MORE[1]),
-              title=f"both samplers, keep or drop, twice the steps, held at {100 * share:.0f} % of the map, layer {layer}",
+              title="both samplers, keep or drop, twice the steps, "
+                    f"held at {100 * share:.0f} % of the map, layer {layer}",
               stage=merged(_vision(**KEEP, shares=(share, 1 - share), order="row"),
                            {**prune, "hold": {"share": share, "after": SELECTOR_STEPS}}))
       for name, layer, share, prune in (("held", LAYER, 0.58, FIXED_PRUNE), ("late", LAYER + 1, 0.42, LATE_PRUNE))),
