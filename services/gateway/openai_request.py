@@ -1,4 +1,4 @@
-"""A chat completion request as OpenAI's clients send it -> ChatRequest. Nothing is ignored in silence."""
+"""A chat completion request as OpenAI's clients send it -> ChatRequest. What is not supported is refused by name."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ class ChatCompletionRequest(_Fields):
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: dict[str, Any] | None = None  # not looked at, and so no error for each of its thousands
 
     @model_validator(mode="after")
     def _agree(self) -> ChatCompletionRequest:

@@ -106,8 +106,8 @@ async def test_every_setting_reaches_the_stage_under_its_own_name():
     async with open_door() as door:
         await door.ask(
             max_completion_tokens=7, temperature=0.5, top_p=0.9, seed=2**63, stop=["x", "y"], presence_penalty=-1,
-            frequency_penalty=1.5, logprobs=True, top_logprobs=3, user="u", metadata={"a": "b"}, n=1, store=False,
-            response_format={"type": "text"},
+            frequency_penalty=1.5, logprobs=True, top_logprobs=3, metadata={"a": "b", "c": 1}, n=1, store=False,
+            response_format={"type": "text"}, user="u",
             extra_body={"top_k": 5, "min_p": 0.25, "repetition_penalty": 1.25, "ignore_eos": True,
                         "focus": {"keep_ratio": 0.5, "vision_sampler": False}},
         )  # fmt: skip
