@@ -58,12 +58,14 @@ class ChatResponse(_message.Message):
     def __init__(self, started: _Optional[_Union[ChatStarted, _Mapping]] = ..., token: _Optional[_Union[_llm_pb2.Token, _Mapping]] = ..., finished: _Optional[_Union[_llm_pb2.Finished, _Mapping]] = ..., error: _Optional[_Union[_error_pb2.StreamError, _Mapping]] = ...) -> None: ...
 
 class ChatStarted(_message.Message):
-    __slots__ = ("request_id", "images")
+    __slots__ = ("request_id", "images", "prompt_tokens")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     images: _containers.RepeatedCompositeFieldContainer[ImageInfo]
-    def __init__(self, request_id: _Optional[str] = ..., images: _Optional[_Iterable[_Union[ImageInfo, _Mapping]]] = ...) -> None: ...
+    prompt_tokens: int
+    def __init__(self, request_id: _Optional[str] = ..., images: _Optional[_Iterable[_Union[ImageInfo, _Mapping]]] = ..., prompt_tokens: _Optional[int] = ...) -> None: ...
 
 class ImageInfo(_message.Message):
     __slots__ = ("content_hash", "cached", "visual_tokens_uncompressed", "visual_tokens_sampled", "notes")

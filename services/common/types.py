@@ -243,6 +243,8 @@ class TokenEvent:
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     """One a token id when the request asked for them, otherwise empty."""
+    prompt_tokens: int = 0
+    """Text and visual tokens that entered layer 0: the same in every event."""
 
 
 @dataclass(frozen=True, kw_only=True)
