@@ -35,6 +35,7 @@ _COMPLETIONS: dict[str, tuple[type[Settings], type[Writer]]] = {
 }
 _ROUTES = {**dict.fromkeys(_COMPLETIONS, "POST"), "/v1/models": "GET", "/health": "GET"}
 _MODEL_PATH = "/v1/models/"
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 Events = AsyncGenerator[focus_pb2.ChatResponse, None]
 
@@ -183,4 +184,4 @@ async def _chunks(events: Events, writer: Writer, asked: Asked) -> AsyncGenerato
 
 
 def _data(chunk: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+    return f"data: {_JSON.encode(chunk)}\n\n".encode()

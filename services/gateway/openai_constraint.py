@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from focusllava.v1 import llm_pb2
 from services.common.errors import InvalidInput
-from services.gateway.openai_fields import Fields, shown
+from services.gateway.openai_fields import Fields, Wrong, shown
 
 
 def _schema_text(value: Any) -> Any:
@@ -22,6 +22,7 @@ def _schema_text(value: Any) -> Any:
 
 
 Schema = Annotated[str, BeforeValidator(_schema_text)]
+Choices = Annotated[list[str], Field(fail_fast=True)]
 
 
 class JsonSchema(Fields):
@@ -32,15 +33,18 @@ class JsonSchema(Fields):
 
 
 class ResponseFormat(Fields):
-    """OpenAI's."""
+    """OpenAI's; `schema` beside "json_object" is llama.cpp's and others'."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+    schema_: Schema | None = Field(alias="schema", default=None)
 
     @model_validator(mode="after")
     def _holds_its_type(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise ValueError(f"has type {self.type!r}, expected json_schema with 'json_schema' and only with it")
+        if self.schema_ is not None and self.type != "json_object":
+            raise Wrong("schema", f"is not supported with type {self.type!r}, expected 'json_object'")
         return self
 
 
@@ -55,7 +59,7 @@ class StructuredOutputs(Fields):
         "structural_tag": (),
     }
     json_: Schema | None = Field(alias="json", default=None)
-    choice: list[str] | None = None
+    choice: Choices | None = None
     regex: str | None = None
     grammar: str | None = None
     json_object: bool = False
@@ -68,7 +72,7 @@ class Constrained(Fields):
     structured_outputs: StructuredOutputs = StructuredOutputs()
     # vLLM's before there was structured_outputs
     guided_json: Schema | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Choices | None = None
     guided_regex: str | None = None
     guided_grammar: str | None = None
 
@@ -90,6 +94,8 @@ class Constrained(Fields):
 def _of_format(asked: ResponseFormat | None) -> list[tuple[str, llm_pb2.Constraint]]:
     if asked is None or asked.type == "text":
         return []
+    if asked.schema_ is not None:
+        return [("response_format.schema", llm_pb2.Constraint(json_schema=asked.schema_))]
     if asked.json_schema is None:
         return [("response_format", llm_pb2.Constraint(json_object=True))]
     schema = llm_pb2.Constraint(json_schema=asked.json_schema.schema_)

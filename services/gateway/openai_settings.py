@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Self
@@ -29,9 +30,11 @@ def _bias(value: Any) -> Any:
     """By token id, which JSON can only write as a string."""
     if not isinstance(value, dict):
         return value
-    for name in value:
-        if not (name.isascii() and name.isdecimal() and int(name) <= _UINT32):
+    for name, bias in value.items():  # the first wrong one alone: there may be thousands
+        if not (name.isascii() and name.isdecimal() and len(name) <= 10 and int(name) <= _UINT32):
             raise ValueError(f"has the key {shown(repr(name))}, expected token ids")
+        if type(bias) not in (int, float) or not math.isfinite(bias):
+            raise ValueError(f"is {shown(repr(bias))} for token {name}, expected a number")
     return {int(name): bias for name, bias in value.items()}
 
 
@@ -83,7 +86,7 @@ class Settings(Constrained):
     frequency_penalty: float | None = None
     seed: Annotated[int, Field(ge=0, lt=2**64), BeforeValidator(_seed)] | None = None
     stop: Annotated[list[str], Field(fail_fast=True), BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = []
-    logit_bias: Annotated[dict[int, float], Field(fail_fast=True), BeforeValidator(_bias)] = {}
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_bias)] = {}
 
     # vLLM's, beside OpenAI's.
     top_k: Annotated[Count, BeforeValidator(lambda v: 0 if v == -1 else v)] | None = None

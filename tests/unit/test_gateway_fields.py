@@ -95,7 +95,11 @@ REFUSED_EVERYWHERE = [
     ({"logit_bias": {"7": 101}}, "logit_bias[7]", "is 101.0, expected [-100, 100]"),
     ({"logit_bias": {"seven": 1}}, "logit_bias", "has the key 'seven', expected token ids"),
     ({"logit_bias": {str(2**32): 1}}, "logit_bias", "has the key '4294967296', expected token ids"),
-    ({"logit_bias": {"7": "1"}}, "logit_bias[7]", "is '1', expected"),
+    ({"logit_bias": {"7": "1"}}, "logit_bias", "is '1' for token 7, expected a number"),
+    ({"logit_bias": {"7": True}}, "logit_bias", "is True for token 7"),
+    ({"logit_bias": {"-7": 1}}, "logit_bias", "has the key '-7'"),
+    ({"logit_bias": [7]}, "logit_bias", "is [7], expected"),
+    ({"logit_bias": {str(n): 1 for n in range(1025)}}, "logit_bias", "has 1025 tokens, expected at most 1024"),
     ({"top_k": -2}, "top_k", "is -2"),
     ({"seed": 2**64}, "seed", "is 18446744073709551616"),
     ({"seed": -(2**63) - 1}, "seed", "is -9223372036854775809"),
@@ -104,6 +108,16 @@ REFUSED_EVERYWHERE = [
     ({"nonsense": 1}, "nonsense", "is not supported"),
     ({"response_format": {"type": "structural_tag"}}, "response_format.type", "is 'structural_tag', expected 'text'"),
     ({"response_format": {"type": "json_schema"}}, "response_format", "expected json_schema with"),
+    (
+        {"response_format": {"type": "text", "schema": {}}},
+        "response_format.schema",
+        "is not supported with type 'text'",
+    ),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": 5}}},
+        "response_format.json_schema.schema",
+        "is 5, expected a JSON Schema",
+    ),
     (
         {"response_format": {"type": "json_object"}, "guided_regex": "a"},
         "guided_regex",
@@ -230,6 +244,7 @@ CONSTRAINTS = [
                 }
             },
             {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA, "strict": False}}},
+            {"response_format": {"type": "json_object", "schema": SCHEMA}},
             {"guided_json": SCHEMA},
             {"structured_outputs": {"json": SCHEMA}},
             {"guided_json": '{"type":"object","properties":{"a":{"type":"string","default":null}}}'},
