@@ -100,6 +100,17 @@ class Encoder(GrpcOnly):
             self._metrics.count("focusllava_encode_requests", outcome=outcome)
             self._metrics.observe("focusllava_encode_seconds", time.monotonic() - received)
 
+    async def CheckEncoder(
+        self, request: encoder_pb2.CheckEncoderRequest, grpc_context: RayServegRPCContext
+    ) -> encoder_pb2.CheckEncoderResponse:
+        """EncoderService.CheckEncoder."""
+        try:
+            check_fingerprint(request.model_fingerprint, self._pipeline.fingerprint)
+            self.check_health()
+            return encoder_pb2.CheckEncoderResponse()
+        except Exception as error:
+            raise refuse(grpc_context, error) from None
+
     def check_health(self) -> None:
         """Called by Serve; raising has the replica replaced."""
         self._reporter.check()

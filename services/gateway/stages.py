@@ -7,8 +7,9 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -97,9 +98,19 @@ class _Stage:
         self.name, self.address, self._metrics = name, address, metrics
         self._channel = grpc.aio.insecure_channel(address.target, options=CHANNEL_OPTIONS)
         self._metadata = (("application", address.application or name),)
+        self.heard_at = -math.inf
+        """When the stage last answered, as time.monotonic() has it."""
 
     async def close(self) -> None:
         await self._channel.close(grace=None)
+
+    async def _answered(self, call: Awaitable[Any]) -> None:
+        """Waits for a call that asks for nothing but an answer. Raises FocusError."""
+        try:
+            await call
+        except grpc.aio.AioRpcError as error:
+            raise self._error_of(error) from error
+        self.heard_at = time.monotonic()
 
     async def _pause(self, attempt: int, error: FocusError, deadline: Deadline) -> None:
         """Waits before the next try, or raises `error` when there is none."""
@@ -147,6 +158,11 @@ class EncoderClient(_Stage):
         self._fingerprint = model_fingerprint
         self._stub = encoder_pb2_grpc.EncoderServiceStub(self._channel)  # type: ignore[no-untyped-call]
 
+    async def check(self, model_fingerprint: str, timeout_s: float) -> None:
+        """Raises FocusError unless a replica that serves this checkpoint answers within `timeout_s`."""
+        request = encoder_pb2.CheckEncoderRequest(model_fingerprint=model_fingerprint)
+        await self._answered(self._stub.CheckEncoder(request, timeout=timeout_s, metadata=self._metadata))
+
     async def encode(
         self, image: bytes, vision_sampler: bool, options: ImageOptions, deadline: Deadline
     ) -> encoder_pb2.CompressedVisualTokens:
@@ -161,6 +177,7 @@ class EncoderClient(_Stage):
             timeout_s = deadline.remaining_s(self.address.timeout_s)
             try:
                 response = await self._stub.Encode(request, timeout=timeout_s, metadata=self._metadata)
+                self.heard_at = time.monotonic()
                 return response.visual_tokens
             except grpc.aio.AioRpcError as error:
                 failure = self._error_of(error)
@@ -176,6 +193,11 @@ class LanguageModelClient(_Stage):
     def __init__(self, address: StageAddress, metrics: Metrics):
         super().__init__("llm", address, metrics)
         self._stub = llm_pb2_grpc.LanguageModelServiceStub(self._channel)  # type: ignore[no-untyped-call]
+
+    async def check(self, model_fingerprint: str, timeout_s: float) -> None:
+        """Raises FocusError unless a replica that serves this checkpoint answers within `timeout_s`."""
+        request = llm_pb2.CheckLanguageModelRequest(model_fingerprint=model_fingerprint)
+        await self._answered(self._stub.CheckLanguageModel(request, timeout=timeout_s, metadata=self._metadata))
 
     async def generate(
         self, request: llm_pb2.GenerateRequest, deadline: Deadline
@@ -217,6 +239,7 @@ class LanguageModelClient(_Stage):
         ended = False
         try:
             async for event in call:
+                self.heard_at = time.monotonic()
                 kind = event.WhichOneof("event")
                 if kind == "token":
                     fresh = answer.take(event.token)
