@@ -49,6 +49,8 @@ class GatewaySettings:
     """Longest that storing a value may take. No request waits for it, and a failure has no other effect."""
     cache_bytes: int = 256 * 2**20
     """Bound of the cache in this process."""
+    max_model_len: int | None = None
+    """The language model's setting of this name, for what the door says of the model."""
     limits: AdmissionLimits = field(default_factory=AdmissionLimits)
     """The `user_config` of the Serve configuration, where it sets one of them, has the last word."""
 
@@ -75,7 +77,7 @@ class Gateway:
             put_timeout_s=settings.redis_put_timeout_s,
         )
         self._cache = VisualTokenCache(store, metrics)
-        self._limits = settings.limits
+        self._limits, self._max_model_len = settings.limits, settings.max_model_len
         self._service = ChatService(
             model_fingerprint=self._fingerprint,
             encoder=EncoderClient(settings.encoder, self._fingerprint, metrics),
@@ -128,7 +130,7 @@ class Gateway:
             prune_threshold=config.text_sampler.threshold,
             tile_px=config.tile_px,
             region_window=config.vision_sampler.window,
-            max_context_tokens=text.max_position_embeddings,
+            max_context_tokens=self._max_model_len or text.max_position_embeddings,
             max_image_bytes=limits.media.max_bytes,
             max_images=limits.max_images,
             server_version=_version(),
