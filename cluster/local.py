@@ -39,6 +39,7 @@ from services.common.errors import FocusError
 SERVE_CONFIG = pathlib.Path(__file__).with_name("serve.yaml")
 DEFAULT_GRPC_PORT = 9000
 MIN_FREE_BYTES = 2**30
+LARGE_BYTES = 2**30
 _FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 
 Progress = Callable[[str], None]
@@ -47,8 +48,8 @@ Progress = Callable[[str], None]
 class LocalCluster:
     """Starts and stops a local cluster; as a context manager it is stopped at the end of the block.
 
-    grpc_port 0 takes a free one, http_port 0 the usual 8000 or else a free one. args: per application, settings laid
-    over those of the Serve configuration.
+    grpc_port 0 takes a free one, http_port 0 the usual 8000 or else a free one. args and options: per application,
+    settings and its deployment's options, laid over those of the Serve configuration (`cluster/placing.py` makes them).
     """
 
     def __init__(
@@ -59,12 +60,14 @@ class LocalCluster:
         http_port: int = 0,
         config: str | os.PathLike[str] = SERVE_CONFIG,
         args: Mapping[str, Mapping[str, Any]] | None = None,
+        options: Mapping[str, Mapping[str, Any]] | None = None,
         env: Mapping[str, str] | None = None,
         timeout_s: float = 300.0,
     ):
         self._checkpoint, self._config = checkpoint, pathlib.Path(config)
         self._grpc_port, self._http_port = grpc_port, http_port
         self._args, self._env, self._timeout_s = args or {}, env or {}, timeout_s
+        self._options = options or {}
         self._head: subprocess.Popen[bytes] | None = None
         self._state: ClusterState | None = None
 
@@ -153,7 +156,7 @@ class LocalCluster:
             time.sleep(0.3)
 
     def _deploy(self, deadline: float) -> None:
-        config = serve_config(self._config, self.state.ports, self.state.checkpoint, self._args)
+        config = serve_config(self._config, self.state.ports, self.state.checkpoint, self._args, self._options)
         while True:
             try:
                 request_json(self.dashboard_url + "/api/serve/applications/", config, timeout_s=self._timeout_s)
@@ -189,19 +192,25 @@ class LocalCluster:
 
 
 def serve_config(
-    path: pathlib.Path, ports: Ports, checkpoint: str, args: Mapping[str, Mapping[str, Any]]
+    path: pathlib.Path,
+    ports: Ports,
+    checkpoint: str,
+    args: Mapping[str, Mapping[str, Any]],
+    options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """The Serve configuration file with this cluster's ports, checkpoint and settings."""
+    """The Serve configuration file with this cluster's ports, checkpoint, settings and options."""
     config = copy.deepcopy(yaml.safe_load(path.read_text(encoding="utf8")))
     config["grpc_options"]["port"] = ports.grpc
     config["http_options"] = {**config["http_options"], "host": "127.0.0.1", "port": ports.http}
     for application in config["applications"]:
-        settings = application.setdefault("args", {})
+        settings = application["args"] = application.get("args") or {}
         settings["checkpoint"] = checkpoint
         if application["name"] == "gateway":
             for stage in ("encoder", "llm"):
                 settings[stage] = {**settings.get(stage, {}), "target": f"127.0.0.1:{ports.grpc}"}
         settings.update(args.get(application["name"], {}))
+        for deployment in application.get("deployments", ()):
+            deployment.update((options or {}).get(application["name"], {}))
     return config
 
 
@@ -264,9 +273,23 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+def placed(checkpoint: str | None, progress: Progress) -> dict[str, Any]:
+    """Arguments of LocalCluster for a checkpoint that is large enough to be worth the seconds: a small one's replicas
+    find their sizes themselves, on the CPU. Raises InvalidInput for what could never answer here."""
+    folder = find_checkpoint(checkpoint)
+    if sum(path.stat().st_size for path in folder.glob("*.safetensors")) < LARGE_BYTES:
+        return {}
+    from cluster.placing import Wishes, place
+
+    found = place(folder, SERVE_CONFIG, Wishes())
+    for line in found.lines:
+        progress(line)
+    return found.cluster_arguments
+
+
 def _up(options: argparse.Namespace) -> int:
     ports = {"grpc_port": options.grpc_port, "http_port": options.http_port}
-    state = LocalCluster(checkpoint=options.checkpoint, **ports).start(_say).state
+    state = LocalCluster(checkpoint=options.checkpoint, **ports, **placed(options.checkpoint, _say)).start(_say).state
     port = "" if state.ports.grpc == DEFAULT_GRPC_PORT else f" --grpc-port {state.ports.grpc}"
     _say(f"OpenAI's API at {state.openai_url}")
     _say(f"dashboard {state.dashboard_url}, metrics {state.metrics_url}")

@@ -21,7 +21,7 @@ import cluster.local, focusllava.serve
 class Cluster:
     dashboard_url = metrics_url = grpc_address = openai_url = "somewhere"
 
-    def __init__(self, *, checkpoint, grpc_port, http_port):
+    def __init__(self, *, checkpoint, grpc_port, http_port, config, args, options, timeout_s):
         self.state = types.SimpleNamespace(temp_dir="/the/logs", pids=self.pids)
 
     def __enter__(self):
