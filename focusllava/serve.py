@@ -35,6 +35,7 @@ class Size(click.ParamType):
 
 @click.command()
 @click.argument("checkpoint", required=False, type=click.Path(file_okay=False))
+@click.option("--host", default="127.0.0.1", show_default=True, help="Where both APIs listen; 0.0.0.0: everywhere.")
 @click.option("--grpc-port", type=click.IntRange(0, 65535), default=9000, show_default=True, help="0: a free one.")
 @click.option(
     "--port",
@@ -75,6 +76,7 @@ class Size(click.ParamType):
               help="Of a GPU's memory, or of a CPU's that is free, what to use.  [default: 0.9]")  # fmt: skip
 def serve(
     checkpoint: str | None,
+    host: str,
     grpc_port: int,
     http_port: int,
     config: pathlib.Path | None,
@@ -99,6 +101,7 @@ def serve(
             interrupts.signals_interrupt(),
             local.LocalCluster(
                 checkpoint=folder,
+                host=host,
                 grpc_port=grpc_port,
                 http_port=http_port,
                 config=file,
@@ -106,8 +109,7 @@ def serve(
             ) as cluster,
         ):
             cluster.start(click.echo)
-            click.echo(f"OpenAI's API at {cluster.openai_url}")
-            click.echo(f"dashboard {cluster.dashboard_url}, metrics {cluster.metrics_url}")
+            click.echo("\n".join(local.opened(cluster.state)))
             click.echo(f"ask: focusllava ask --address {cluster.grpc_address} IMAGE QUESTION; Ctrl-C stops it")
             try:
                 while cluster.state.pids():
