@@ -201,10 +201,13 @@ def info(
 @click.argument("source", metavar="SRC", type=click.Path(exists=True, file_okay=False, path_type=pathlib.Path))
 @click.argument("destination", metavar="DST", type=click.Path(file_okay=False, path_type=pathlib.Path))
 def import_checkpoint(source: pathlib.Path, destination: pathlib.Path) -> None:
-    """Turn a hub-format LLaVA-NeXT folder SRC into a FocusLLaVA checkpoint DST, with fresh samplers."""
-    importer = part("services.checkpoint.import_llava_next", "serve")
+    """Turn a hub-format LLaVA-NeXT folder SRC into a FocusLLaVA checkpoint DST, with fresh samplers.
+
+    Before DST appears it answers two tokens about an image, with as many layers as half of the free memory holds.
+    """
+    importer, trial = part("services.checkpoint.import_llava_next", "serve"), part("cluster.dry_run", "serve")
     with _Percent("importing") as percent:
-        report = importer.import_llava_next(source, destination, progress=percent)
+        report = importer.import_llava_next(source, destination, progress=percent, dry_run=trial.dry_run)
     click.echo(report)
 
 

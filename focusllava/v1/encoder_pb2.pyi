@@ -8,6 +8,16 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class CheckEncoderRequest(_message.Message):
+    __slots__ = ("model_fingerprint",)
+    MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    model_fingerprint: str
+    def __init__(self, model_fingerprint: _Optional[str] = ...) -> None: ...
+
+class CheckEncoderResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class EncodeRequest(_message.Message):
     __slots__ = ("image", "model_fingerprint", "vision_sampler", "options")
     IMAGE_FIELD_NUMBER: _ClassVar[int]

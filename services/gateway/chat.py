@@ -93,16 +93,16 @@ class ChatService:
         admitted = await asyncio.to_thread(admit, request, self.limits, request_id)  # hashes megabytes
         images = await self._visual_tokens(admitted, deadline)
         generate = self._generate_request(admitted, [tokens for tokens, _ in images])
-        started = focus_pb2.ChatResponse(
-            started=focus_pb2.ChatStarted(request_id=request_id, images=[_image_info(*image) for image in images])
-        )
+        started = focus_pb2.ChatStarted(request_id=request_id, images=[_image_info(*image) for image in images])
         first_token_s: float | None = None
         announced = False
         async with contextlib.aclosing(self._language_model.generate(generate, deadline)) as events:
             async for event in events:
                 if not announced:  # only now is it sure that the model takes the request
                     announced = True
-                    yield started
+                    usage = event.finished.usage  # of an answer without a token
+                    started.prompt_tokens = event.token.prompt_tokens or usage.prompt_tokens
+                    yield focus_pb2.ChatResponse(started=started)
                 kind = event.WhichOneof("event")
                 if kind == "token":
                     if first_token_s is None:
@@ -152,6 +152,8 @@ class ChatService:
             request_id=f"{admitted.request_id}.{secrets.token_hex(4)}",
             model_fingerprint=self._fingerprint,
             turns=admitted.turns,
+            continue_final_message=admitted.continue_final_message,
+            raw_prompt=admitted.raw_prompt,
             images=images,
             sampling=admitted.sampling,
             prune=admitted.prune,

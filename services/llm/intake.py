@@ -77,7 +77,8 @@ class Intake:
             needed = max(cache.blocks(lower) * cache.block_bytes, cache.pages_needed(lower, upper) * cache.page_bytes)
             raise TooLarge(
                 f"a prompt of {sequence.prompt_len} tokens and up to {sequence.max_new_tokens} new ones need "
-                f"{needed} bytes of KV cache, this server has {cache.num_slots * cache.block_bytes}; "
+                f"{needed} bytes of KV cache, this server has {cache.num_slots * cache.block_bytes}, "
+                f"{cache.num_slots * cache.block_size} tokens; "
                 "ask for fewer max_tokens or send smaller images",
                 field="request",
             )

@@ -12,7 +12,9 @@ import pytest
 import redis
 import yaml
 
-from cluster.local import SERVE_CONFIG, LocalCluster, request_json
+from cluster.local import SERVE_CONFIG, LocalCluster
+from cluster.serve_api import request_json
+from cluster.watch import check_listeners
 from focusllava.v1 import llm_pb2
 from tests.redis_server import RedisServer
 from tests.serving_client import OPTIONS, chat, ids_of, picture, question, replica_pids, until
@@ -53,7 +55,7 @@ def channel(cluster):
 
 def llm_replicas(cluster) -> int:
     """Running ones, as `serve status` counts them."""
-    details = request_json(cluster.dashboard_url + "/api/serve/applications/")
+    details = request_json(cluster.state, "/api/serve/applications/")
     replicas = details["applications"]["llm"]["deployments"]["LanguageModel"]["replicas"]
     return sum(replica["state"] == "RUNNING" for replica in replicas)
 
@@ -73,6 +75,7 @@ def test_load_brings_a_second_llm_replica_and_both_answer(cluster, channel):
         answers.extend(pool.map(lambda _: ids_of(chat(channel, request)), range(12)))
     assert all(answer == alone for answer in answers)
     assert len(replica_pids(cluster, "llm")) == 2
+    check_listeners(cluster.state)  # the new one's ports are closed too
 
 
 def test_a_new_gateway_finds_the_visual_tokens_in_redis(cluster, channel, redis_server):
