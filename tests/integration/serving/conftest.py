@@ -13,7 +13,7 @@ import grpc
 import pytest
 
 from cluster.local import LocalCluster
-from tests.serving_client import OPTIONS
+from tests.serving_client import FP32, OPTIONS
 from tests.tiny_checkpoints import make_random_checkpoint
 
 
@@ -31,7 +31,7 @@ def cluster(checkpoint):
         checkpoint=checkpoint[0],
         grpc_port=0,
         timeout_s=400,
-        args={stage: {"dtype": "float32"} for stage in ("encoder", "llm")},  # compared with fp32
+        args=FP32,
     ) as local:
         killer = threading.Thread(target=kill_first_raylet, args=(local, killed), daemon=True)
         killer.start()
