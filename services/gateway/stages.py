@@ -15,6 +15,7 @@ import grpc
 import grpc.aio
 
 from focusllava.v1 import encoder_pb2, encoder_pb2_grpc, llm_pb2, llm_pb2_grpc
+from services.common import wire
 from services.common.errors import (
     DeadlineExceeded,
     FocusError,
@@ -26,6 +27,7 @@ from services.common.errors import (
 )
 from services.common.settings import require
 from services.common.telemetry import Metrics
+from services.common.types import ImageOptions
 from services.gateway.replay import Answer
 
 _log = logging.getLogger("focusllava")
@@ -162,11 +164,14 @@ class EncoderClient(_Stage):
         await self._answered(self._stub.CheckEncoder(request, timeout=timeout_s, metadata=self._metadata))
 
     async def encode(
-        self, image: bytes, vision_sampler: bool, deadline: Deadline
+        self, image: bytes, vision_sampler: bool, options: ImageOptions, deadline: Deadline
     ) -> encoder_pb2.CompressedVisualTokens:
         """Encoding has no effect but its answer, so any lost call is tried again."""
         request = encoder_pb2.EncodeRequest(
-            image=image, model_fingerprint=self._fingerprint, vision_sampler=vision_sampler
+            image=image,
+            model_fingerprint=self._fingerprint,
+            vision_sampler=vision_sampler,
+            options=wire.image_options_to_proto(options),
         )
         for attempt in range(self.address.attempts):
             timeout_s = deadline.remaining_s(self.address.timeout_s)

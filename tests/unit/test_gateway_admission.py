@@ -10,11 +10,12 @@ import grpc
 import pytest
 from PIL import Image
 
-from focusllava.v1 import focus_pb2, llm_pb2
+from focusllava.v1 import focus_pb2, image_pb2, llm_pb2
 from services.common.errors import FocusError, InvalidInput, StageUnavailable, TooLarge
 from services.common.grpc_status import MAX_MESSAGE_CHARS, check_fingerprint, refuse, status_of
 from services.common.media import MediaLimits, content_hash
 from services.common.settings import build_settings
+from services.common.types import ImageOptions
 from services.gateway.admission import AdmissionLimits, admit, request_id_of
 
 USER, SYSTEM, ASSISTANT = llm_pb2.ROLE_USER, llm_pb2.ROLE_SYSTEM, llm_pb2.ROLE_ASSISTANT
@@ -51,6 +52,18 @@ def raw(prompt: llm_pb2.RawPrompt, **fields) -> focus_pb2.ChatRequest:
 
 def admitted(request: focus_pb2.ChatRequest):
     return admit(request, LIMITS, request_id_of(request))
+
+
+def test_each_image_is_read_as_its_part_says():
+    request = ask(turn(USER, PNG, PNG, "what?"))
+    request.turns[0].parts[1].image_options.detail = image_pb2.IMAGE_DETAIL_LOW
+    request.turns[0].parts[1].image_options.reduced_jpeg = False
+    request.turns[0].parts[2].image_options.detail = image_pb2.IMAGE_DETAIL_LOW  # words have none
+    found = [image.options for image in admitted(request).images]
+    assert found == [ImageOptions(), ImageOptions(detail="low", reduced_jpeg=False)]
+    request.turns[0].parts[0].image_options.detail = 9  # type: ignore[assignment]
+    with pytest.raises(InvalidInput, match=r"^turns\[0\]\.parts\[0\]\.image_options\.detail: is 9, expected"):
+        admitted(request)
 
 
 def test_an_admitted_request_keeps_its_order_and_points_at_its_images():

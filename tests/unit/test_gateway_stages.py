@@ -10,8 +10,10 @@ import grpc.aio
 import pytest
 
 from focusllava.v1 import encoder_pb2, encoder_pb2_grpc, focus_pb2, llm_pb2, llm_pb2_grpc
+from services.common import wire
 from services.common.errors import DeadlineExceeded, FocusError, InvalidInput, Overloaded, StageUnavailable, TooLarge
 from services.common.telemetry import Metrics
+from services.common.types import ImageOptions
 from services.gateway.admission import AdmissionLimits
 from services.gateway.cache import InProcessStore, VisualTokenCache
 from services.gateway.chat import ChatService
@@ -257,8 +259,10 @@ async def test_a_deadline_reaches_the_stage():
 async def test_encode_is_tried_again_and_names_the_fingerprint():
     encoder = Encoder((grpc.StatusCode.UNAVAILABLE, ""), (grpc.StatusCode.INTERNAL, DIED))
     async with serving(encoder=encoder) as (client, _):
-        assert await client.encode(b"image", True, Deadline()) == message_for(KEY)
+        options = ImageOptions(detail="low", reduced_jpeg=False)
+        assert await client.encode(b"image", True, options, Deadline()) == message_for(KEY)
     assert len(encoder.requests) == 3 and encoder.requests[0].model_fingerprint == KEY.model_fingerprint
+    assert [wire.image_options_from_proto(request.options) for request in encoder.requests] == [options] * 3
 
 
 @pytest.mark.parametrize(
