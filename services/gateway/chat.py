@@ -153,6 +153,8 @@ class ChatService:
             images=images,
             sampling=admitted.sampling,
             prune=admitted.prune,
+            continue_final_message=admitted.continue_final_message,
+            raw_prompt=admitted.raw_prompt,
         )
         if generate.sampling.temperature > 0 and not generate.sampling.HasField("seed"):
             generate.sampling.seed = secrets.randbits(63)  # so that a lost stage can repeat its draws

@@ -45,6 +45,10 @@ def ask(*turns: focus_pb2.ChatTurn, **fields) -> focus_pb2.ChatRequest:
     return focus_pb2.ChatRequest(turns=turns or (turn(USER, "what?"),), **fields)
 
 
+def raw(text: str | None = None, token_ids: llm_pb2.TokenIds | None = None, **fields) -> focus_pb2.ChatRequest:
+    return focus_pb2.ChatRequest(raw_prompt=llm_pb2.RawPrompt(text=text, token_ids=token_ids), **fields)
+
+
 def admitted(request: focus_pb2.ChatRequest):
     return admit(request, LIMITS, request_id_of(request))
 
@@ -69,6 +73,25 @@ def test_an_admitted_request_keeps_its_order_and_points_at_its_images():
     assert result.turns[1].parts[2].image_index == 1
 
 
+def test_conversations_of_every_shape_enter():
+    for turns in (
+        [turn(USER, PNG)],
+        [turn(USER, PNG, " ")],
+        [turn(USER, "x"), turn(ASSISTANT, "y")],
+        [turn(SYSTEM, "a"), turn(SYSTEM, "b"), turn(USER, "x"), turn(SYSTEM, "c")],
+        [turn(SYSTEM, "alone")],
+    ):
+        result = admitted(ask(*turns))
+        assert [t.role for t in result.turns] == [t.role for t in turns] and result.raw_prompt is None
+    assert admitted(ask(turn(USER, "x"), turn(ASSISTANT, "y"), continue_final_message=True)).continue_final_message
+
+
+def test_a_raw_prompt_enters_as_it_is():
+    for request in (raw(text="<s>[INST] x"), raw(token_ids=llm_pb2.TokenIds(ids=[1, 7]))):
+        result = admitted(request)
+        assert result.raw_prompt == request.raw_prompt and not result.turns and not result.images
+
+
 @pytest.mark.parametrize(
     "request_, error, says",
     [
@@ -76,14 +99,18 @@ def test_an_admitted_request_keeps_its_order_and_points_at_its_images():
         (ask(turn(USER)), InvalidInput, "turns[0].parts: is empty"),
         (ask(turn(USER, "")), InvalidInput, "the question is empty"),
         (ask(turn(USER, " \n\t ")), InvalidInput, "the question is empty"),
-        (ask(turn(USER, PNG)), InvalidInput, "the question is empty"),
+        (ask(turn(USER, "x"), turn(ASSISTANT, "y"), turn(USER, "")), InvalidInput, "turns[2].parts: the question is"),
         (ask(turn(USER, "x" * 21)), TooLarge, "21 characters, the limit is 20"),
         (ask(turn(USER, "x" * 20), turn(ASSISTANT, "x" * 45), turn(USER, "x")), TooLarge, "66 characters"),
         (ask(*[turn(USER, "x")] * 5), TooLarge, "5 turns, the limit is 4"),
-        (ask(turn(USER, "x"), turn(ASSISTANT, "y")), InvalidInput, "turns[1].role: the last turn must be the user's"),
+        (ask(turn(USER, "x"), continue_final_message=True), InvalidInput, "continue_final_message: expects the last"),
+        (raw(text="x", turns=[turn(USER, "x")]), InvalidInput, "turns: is set beside raw_prompt"),
+        (raw(text="x", continue_final_message=True), InvalidInput, "continue_final_message: is set beside raw_prompt"),
+        (raw(), InvalidInput, "raw_prompt: is neither text nor token_ids"),
+        (raw(text="x" * 61), TooLarge, "raw_prompt: has 61 characters, the limit is 60"),
+        (raw(token_ids=llm_pb2.TokenIds(ids=[1] * 61)), TooLarge, "raw_prompt: has 61 tokens, the limit is 60"),
         (ask(turn(0, "x"), turn(USER, "y")), InvalidInput, "turns[0].role: is 0"),
         (ask(turn(77, "x"), turn(USER, "y")), InvalidInput, "turns[0].role: is 77"),
-        (ask(turn(USER, "x"), turn(SYSTEM, "x"), turn(USER, "y")), InvalidInput, "only the first turn"),
         (ask(turn(SYSTEM, PNG), turn(USER, "y")), InvalidInput, "turns[0].parts[0].image: images may stand in user"),
         (ask(focus_pb2.ChatTurn(role=USER, parts=[focus_pb2.ChatPart()])), InvalidInput, "neither text nor an image"),
         (ask(turn(USER, PNG, PNG, PNG, "x")), TooLarge, "turns[0].parts[2].image: more than 2 images"),
