@@ -106,6 +106,7 @@ REFUSED_EVERYWHERE = [
     ({"seed": 1.5}, "seed", "is 1.5"),
     ({"stream_options": {"include": True}}, "stream_options.include", "is not supported"),
     ({"nonsense": 1}, "nonsense", "is not supported"),
+    ({"request_id": "no spaces"}, "request_id", "expected up to 128 letters"),
     ({"response_format": {"type": "structural_tag"}}, "response_format.type", "is 'structural_tag', expected 'text'"),
     ({"response_format": {"type": "json_schema"}}, "response_format", "expected json_schema with"),
     (
@@ -139,6 +140,7 @@ REFUSED_EVERYWHERE = [
 REFUSED_IN_CHAT = [
     ({"tools": [TOOL]}, "tools", "which is not supported; expected []"),
     ({"tools": [TOOL], "tool_choice": "auto"}, "tools", "which is not supported; expected []"),
+    ({"tool_choice": "required", "tools": [TOOL]}, "tools", "which is not supported; expected []"),
     ({"tool_choice": "required"}, "tool_choice", 'is \'required\', which is not supported; expected "none" or "auto"'),
     ({"functions": [{"name": "f"}]}, "functions", "which is not supported"),
     ({"function_call": {"name": "f"}}, "function_call", "is {'name': 'f'}"),
@@ -152,7 +154,7 @@ REFUSED_IN_CHAT = [
     ({"chat_template_kwargs": {"x": 1}}, "chat_template_kwargs", "is {'x': 1}"),
     ({"chat_template": "x"}, "chat_template", "is 'x'"),
     ({"add_generation_prompt": False}, "add_generation_prompt", "is False, as continue_final_message is"),
-    ({"continue_final_message": True}, "messages[0].role", "expected the assistant's turn last"),
+    ({"continue_final_message": True}, "continue_final_message", "expects the last turn to be the assistant's"),
     ({"max_completion_tokens": 9999, "max_tokens": 1}, "max_completion_tokens", "is 9999, the limit is 4096"),
     ({"logprobs": 1}, "logprobs", "is 1"),
     ({"prompt": "x"}, "prompt", "is not supported"),
@@ -164,7 +166,6 @@ REFUSED_IN_TEXT = [
     ({"prompt": [[1], [2]]}, "prompt", "holds 2 prompts, expected one"),
     ({"prompt": []}, "prompt", "is [], expected text or token ids"),
     ({"prompt": [1, "a"]}, "prompt", "expected text or token ids"),
-    ({"prompt": ""}, "prompt", "is empty"),
     ({"prompt": "x" * 65_537}, "prompt", "has 65537 characters, the limit is 65536"),
     ({"prompt": [5, -1]}, "prompt", "holds -1, expected token ids"),
     ({"prompt": None}, "prompt", "is missing"),
