@@ -17,6 +17,7 @@ from focusllava.v1 import encoder_pb2, encoder_pb2_grpc, llm_pb2, llm_pb2_grpc
 from services.common.errors import (
     DeadlineExceeded,
     FocusError,
+    InternalError,
     InvalidInput,
     Overloaded,
     StageUnavailable,
@@ -87,6 +88,10 @@ class Deadline:
         return left
 
 
+class UnusableVisualTokens(InternalError):
+    """The LLM stage refuses what the encoder or the cache gave for an image."""
+
+
 class _Stage:
     """One channel and the retry rule."""
 
@@ -125,6 +130,9 @@ def stage_error(stage: str, code: grpc.StatusCode, details: str) -> FocusError:
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceeded("the request took longer than its deadline")
     if code is grpc.StatusCode.INVALID_ARGUMENT:
+        if stage == "llm" and details.startswith("images["):  # the encoder made them, or the cache gave them
+            _log.error("%s stage: %s", stage, details)
+            return UnusableVisualTokens("an image's visual tokens were of no use; try again")
         return InvalidInput(details)
     if code is grpc.StatusCode.FAILED_PRECONDITION:
         return WrongFingerprint(details)

@@ -9,6 +9,8 @@ import queue
 import threading
 from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as Seq
+from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
 
 from services.common.errors import FocusError, InternalError, StageUnavailable
 from services.common.types import FinishedEvent, GenerateRequest
@@ -19,6 +21,13 @@ from services.llm.sequence import Sequence
 MOST_FAILED_STEPS = 3
 """After more than these, with no request that ended well between, a replica is unwell. It fails requests faster than
 others answer theirs, so it would get most of the traffic."""
+
+INTAKE_THREADS = 2
+"""Threads that take requests in. Each keeps the memory of its largest request (`services/common/malloc.py`), and the
+tokenizer serves one at a time."""
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +52,7 @@ class AsyncEngine:
         self._streams: dict[str, _Stream] = {}  # touched by the engine's thread only
         self._inbox_lock = threading.Lock()
         self._closing = False
+        self._intake = ThreadPoolExecutor(INTAKE_THREADS, thread_name_prefix="intake")
         self._thread = threading.Thread(target=self._run, name="llm-engine", daemon=True)
         self._thread.start()
 
@@ -52,7 +62,7 @@ class AsyncEngine:
         Raises before the first event what `Engine.submit` raises; after it InternalError when a pass failed, or
         StageUnavailable when the engine is closed.
         """
-        sequence = await asyncio.to_thread(self.engine.prepare, request)
+        sequence = await self.take_in(self.engine.prepare, request)
         stream = _Stream()
         self._post(lambda: self._enqueue(sequence, stream))
         ended = False
@@ -67,6 +77,17 @@ class AsyncEngine:
         finally:
             if not ended:
                 self._inbox.put(lambda: self._abort(request.request_id, stream))
+
+    async def take_in(self, work: Callable[Given, Result], *given: Given.args, **named: Given.kwargs) -> Result:
+        """Does a part of a request's intake off the event loop; a caller cancelled before its turn costs nothing.
+
+        Raises StageUnavailable when the engine is closed.
+        """
+        with self._inbox_lock:
+            if self._closing:
+                raise _shutting_down()
+            taken = self._intake.submit(work, *given, **named)
+        return await asyncio.wrap_future(taken)
 
     def stats(self) -> EngineStats:
         return self.engine.stats()
@@ -85,6 +106,7 @@ class AsyncEngine:
             self._closing = True
             self._inbox.put(lambda: None)
         self._thread.join()
+        self._intake.shutdown(wait=False)
 
     def _post(self, request: Callable[[], None]) -> None:
         with self._inbox_lock:

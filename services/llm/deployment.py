@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator
@@ -50,6 +49,15 @@ class LanguageModelSettings(ModelSettings):
         require(self.quantize in (None, "int8"), "quantize", self.quantize, '"int8" or nothing')
 
 
+def request_sizes(engine: Engine) -> wire.RequestSizes:
+    """The most that a request to this engine may hold."""
+    return wire.RequestSizes(
+        context=engine.decoder.context,
+        width=engine.decoder.config.hidden_size,
+        longest_token=max(len(token.encode()) for token in engine.renderer.tokenizer.get_vocab()),
+    )
+
+
 @serve.deployment(name="LanguageModel")
 class LanguageModel(GrpcOnly):
     """One replica of stage 2; takes no encoder weight into memory."""
@@ -72,6 +80,7 @@ class LanguageModel(GrpcOnly):
         self._stall_s = settings.stall_s
         self._progress = (0, time.monotonic())  # passes so far, and when that last changed or there was nothing to do
         self._token_texts = TokenTexts(self._model.renderer.tokenizer)
+        self._sizes = request_sizes(self._model)
         self._reporter = Reporter(self._report)
 
     async def Generate(
@@ -81,7 +90,8 @@ class LanguageModel(GrpcOnly):
         received, outcome, started = time.monotonic(), "cancelled", False
         try:
             check_fingerprint(request.model_fingerprint, self._model.fingerprint)
-            asked = await asyncio.to_thread(wire.generate_request_from_proto, request)  # checks megabytes
+            self._sizes.check(request)
+            asked = await self._engine.take_in(wire.generate_request_from_proto, request)  # copies megabytes
             async with contextlib.aclosing(self._engine.generate(asked)) as events:
                 async for event in events:
                     if not started:
