@@ -51,11 +51,7 @@ class LanguageModelSettings(ModelSettings):
 
 def request_sizes(engine: Engine) -> wire.RequestSizes:
     """The most that a request to this engine may hold."""
-    return wire.RequestSizes(
-        context=engine.decoder.context,
-        width=engine.decoder.config.hidden_size,
-        longest_token=max(len(token.encode()) for token in engine.renderer.tokenizer.get_vocab()),
-    )
+    return wire.RequestSizes(context=engine.decoder.context, width=engine.decoder.config.hidden_size)
 
 
 @serve.deployment(name="LanguageModel")

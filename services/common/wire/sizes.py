@@ -8,7 +8,10 @@ from focusllava.v1 import llm_pb2
 from services.common.errors import InvalidInput
 
 MAX_REST_BYTES = 2**20
-"""Of a request's fields beside its images' visual tokens and its turns."""
+"""Of a request's fields beside its images' visual tokens and its texts."""
+MAX_TEXT_BYTES_A_TOKEN = 16
+"""On average over a prompt that fills the context; words have 3 to 5. To count the tokens of a megabyte takes seconds and
+hundreds of megabytes."""
 _MAX_BYTES_A_VALUE = 4  # of a visual token on the wire: float32
 
 
@@ -20,8 +23,6 @@ class RequestSizes:
     """Tokens of the model's context."""
     width: int
     """Values of a visual token."""
-    longest_token: int
-    """Bytes of the longest text that one token stands for."""
 
     def check(self, message: llm_pb2.GenerateRequest) -> None:
         """Raises InvalidInput naming the field. What passes may still be too long: tokens are counted later."""
@@ -32,15 +33,15 @@ class RequestSizes:
                 f"hold {visual} bytes of visual tokens, the model's context of {self.context} has room for {most}",
                 field="images",
             )
-        most = self.context * self.longest_token + MAX_REST_BYTES  # the names of roles and parts take a little
-        turns = sum(turn.ByteSize() for turn in message.turns)
-        if turns > most:
+        most = self.context * MAX_TEXT_BYTES_A_TOKEN
+        text = sum(len(part.text.encode()) for turn in message.turns for part in turn.parts)
+        if text > most:
             raise InvalidInput(
-                f"hold {turns} bytes, more than a prompt can that fits the model's context of {self.context} tokens",
+                f"hold {text} bytes of text, the model's context of {self.context} tokens has room for {most} at most",
                 field="turns",
             )
-        rest = message.ByteSize() - visual - turns
-        if rest > MAX_REST_BYTES + 8 * (len(message.turns) + len(message.images)):
+        rest = message.ByteSize() - visual - text
+        if rest > MAX_REST_BYTES:
             raise InvalidInput(
-                f"has {rest} bytes beside visual tokens and turns, expected at most {MAX_REST_BYTES}", field="request"
+                f"has {rest} bytes beside visual tokens and texts, expected at most {MAX_REST_BYTES}", field="request"
             )
