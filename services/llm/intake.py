@@ -10,7 +10,7 @@ import time
 import torch
 
 from services.checkpoint.config import FocusLlavaConfig
-from services.common.dtypes import all_finite
+from services.common.dtypes import all_finite, dtype_name
 from services.common.errors import InvalidInput, TooLarge, WrongFingerprint
 from services.common.ranges import check_prune, check_sampling
 from services.common.types import GenerateRequest
@@ -120,7 +120,9 @@ class Intake:
                 )
             parts.append(tokens.to(self.decoder.dtype))
             if not all_finite(parts[-1]):
-                raise InvalidInput(f"has values that are not finite in {self.decoder.dtype}", field=field)
+                raise InvalidInput(
+                    f"holds NaN, infinity, or values beyond the range of {dtype_name(self.decoder.dtype)}", field=field
+                )
         if not parts:
             return None
         visual_ND = torch.cat(parts) if len(parts) > 1 else parts[0]
