@@ -141,7 +141,7 @@ def size_llm(
         activations = _activations(config, dtype, step_tokens, most, on_gpu)
         left = sys.maxsize if budget is None else budget - weights - activations
         # A quarter of what runs may be full images: questions without one, and pruned prompts, are smaller.
-        if max_running or most == 1 or left >= (kv_cache_bytes or most // 4 * a_request):
+        if max_running or most == 1 or left >= (kv_cache_bytes or max(1, most // 4) * a_request):
             break
         most //= 2
     if budget is not None and left < (kv_cache_bytes or a_request):
