@@ -192,5 +192,8 @@ def _activations(config: FocusLlavaConfig, dtype: torch.dtype, step_tokens: int,
     logits = 6 * running * text.vocab_size * 4
     # The choice of what to keep: `SCORED_QUERIES` rows of float32 scores a head, twice.
     choice = 2 * min(256, TEXT_TOKENS) * visual * text.num_attention_heads * 4
-    held = 0 if on_gpu else 2 * running * visual * text.hidden_size * dtype.itemsize
-    return step + logits + choice + held + (CUDA_BYTES if on_gpu else PROCESS_BYTES)
+    if on_gpu:
+        return step + logits + choice + CUDA_BYTES
+    held = 2 * running * visual * text.hidden_size * dtype.itemsize
+    loading = text.vocab_size * text.hidden_size * dtype.itemsize  # the head, beside its packed form
+    return max(step + logits + choice + held, loading) + PROCESS_BYTES

@@ -54,7 +54,9 @@ def hub_config(text: dict[str, Any]) -> FocusLlavaConfig:
 
 def elements(config: FocusLlavaConfig, prefix: str) -> int:
     shapes = expected_shapes(config).items()
-    return sum(torch.Size(shape).numel() for name, shape in shapes if name.startswith("language_model.") == bool(prefix))
+    return sum(
+        torch.Size(shape).numel() for name, shape in shapes if name.startswith("language_model.") == bool(prefix)
+    )
 
 
 def sized(text: dict[str, Any], budget: int, **options: Any):
@@ -180,8 +182,9 @@ def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) * 1024
 def answer(engine, visual):
     width = engine.decoder.config.hidden_size
-    tokens = CompressedVisualTokens(tokens_ND=torch.randn(visual, width), branch_ids_M=torch.empty(0, dtype=torch.uint8),
-        map_hw=(1, 1), uncompressed_tokens=visual, content_hash="0" * 64, model_fingerprint=engine.fingerprint)
+    tokens = CompressedVisualTokens(tokens_ND=torch.randn(visual, width), map_hw=(1, 1), content_hash="0" * 64,
+        branch_ids_M=torch.empty(0, dtype=torch.uint8), uncompressed_tokens=visual,
+        model_fingerprint=engine.fingerprint)
     turn = ChatTurn(role="user", parts=(ImagePart(image=0), TextPart(text="What number is on the red card?")))
     engine.submit(GenerateRequest(request_id="r", turns=(turn,), images=(tokens,), prune=PruneParams(threshold=1.0),
         sampling=SamplingParams(max_tokens=256, ignore_eos=True)))
