@@ -47,6 +47,9 @@ def say(line):
 
 DEAD, LOG = pathlib.Path(sys.argv[1]), sys.argv[2]
 cluster.local.LocalCluster = Cluster
+# What is placed where is test_placing.py's; here it would only bring torch, in each of these processes.
+placement = types.SimpleNamespace(lines=(), cluster_arguments={})
+sys.modules["cluster.placing"] = types.SimpleNamespace(Wishes=dict, place=lambda *_: placement)
 cluster.local.opened = lambda state: ["OpenAI's API somewhere"]
 focusllava.serve.POLL_S = 0.1
 from focusllava.cli import main
