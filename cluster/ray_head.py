@@ -86,7 +86,8 @@ def start_head(state: ClusterState, extra_env: Mapping[str, str]) -> subprocess.
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "RAY_AUTH_MODE": "disabled",  # so that `serve status` needs no token
-        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # a killed proxy is back in 4 s, not 31
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # a killed proxy is back in 5 to 10 s, not 31
+        "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(2**29),  # of Ray's 2 GB a stranger's one message would fill a laptop
         "RAY_metrics_report_interval_ms": "2000",
         "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",  # fresh from the disk on a busy machine Ray's 60 are too few
         "RAY_worker_niceness": "0",  # Ray's 15 starves the replicas whenever anything else runs

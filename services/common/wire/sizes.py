@@ -10,8 +10,8 @@ from services.common.errors import InvalidInput
 MAX_REST_BYTES = 2**20
 """Of a request's fields beside its images' visual tokens and its texts."""
 MAX_TEXT_BYTES_A_TOKEN = 16
-"""On average over a prompt that fills the context; words have 3 to 5. To count the tokens of a megabyte takes seconds and
-hundreds of megabytes."""
+"""On average over a prompt that fills the context; words have 3 to 5. To count the tokens of a megabyte takes seconds
+and hundreds of megabytes."""
 _MAX_BYTES_A_VALUE = 4  # of a visual token on the wire: float32
 
 
