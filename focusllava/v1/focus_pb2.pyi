@@ -25,18 +25,22 @@ class ChatTurn(_message.Message):
     def __init__(self, role: _Optional[_Union[_llm_pb2.Role, str]] = ..., parts: _Optional[_Iterable[_Union[ChatPart, _Mapping]]] = ...) -> None: ...
 
 class ChatRequest(_message.Message):
-    __slots__ = ("turns", "sampling", "prune", "vision_sampler_off", "request_id")
+    __slots__ = ("turns", "sampling", "prune", "vision_sampler_off", "request_id", "continue_final_message", "raw_prompt")
     TURNS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     PRUNE_FIELD_NUMBER: _ClassVar[int]
     VISION_SAMPLER_OFF_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    CONTINUE_FINAL_MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    RAW_PROMPT_FIELD_NUMBER: _ClassVar[int]
     turns: _containers.RepeatedCompositeFieldContainer[ChatTurn]
     sampling: _llm_pb2.SamplingParams
     prune: _llm_pb2.PruneParams
     vision_sampler_off: bool
     request_id: str
-    def __init__(self, turns: _Optional[_Iterable[_Union[ChatTurn, _Mapping]]] = ..., sampling: _Optional[_Union[_llm_pb2.SamplingParams, _Mapping]] = ..., prune: _Optional[_Union[_llm_pb2.PruneParams, _Mapping]] = ..., vision_sampler_off: _Optional[bool] = ..., request_id: _Optional[str] = ...) -> None: ...
+    continue_final_message: bool
+    raw_prompt: _llm_pb2.RawPrompt
+    def __init__(self, turns: _Optional[_Iterable[_Union[ChatTurn, _Mapping]]] = ..., sampling: _Optional[_Union[_llm_pb2.SamplingParams, _Mapping]] = ..., prune: _Optional[_Union[_llm_pb2.PruneParams, _Mapping]] = ..., vision_sampler_off: _Optional[bool] = ..., request_id: _Optional[str] = ..., continue_final_message: _Optional[bool] = ..., raw_prompt: _Optional[_Union[_llm_pb2.RawPrompt, _Mapping]] = ...) -> None: ...
 
 class ChatResponse(_message.Message):
     __slots__ = ("started", "token", "finished", "error")

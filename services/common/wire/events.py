@@ -80,13 +80,15 @@ def event_from_proto(message: llm_pb2.GenerateResponse) -> Event:
 
 def _logprobs_to_proto(logprobs: TokenLogprobs) -> llm_pb2.TokenLogprobs:
     def entry(token: TokenLogprob) -> llm_pb2.TokenLogprob:
-        return llm_pb2.TokenLogprob(token_id=token.token_id, logprob=token.logprob, text=token.text)
+        return llm_pb2.TokenLogprob(
+            token_id=token.token_id, logprob=token.logprob, text=token.text, raw_bytes=token.raw_bytes
+        )
 
     return llm_pb2.TokenLogprobs(chosen=entry(logprobs.chosen), top=[entry(token) for token in logprobs.top])
 
 
 def _logprobs_from_proto(message: llm_pb2.TokenLogprobs) -> TokenLogprobs:
     def entry(token: llm_pb2.TokenLogprob) -> TokenLogprob:
-        return TokenLogprob(token_id=token.token_id, logprob=token.logprob, text=token.text)
+        return TokenLogprob(token_id=token.token_id, logprob=token.logprob, text=token.text, raw_bytes=token.raw_bytes)
 
     return TokenLogprobs(chosen=entry(message.chosen), top=tuple(entry(token) for token in message.top))
