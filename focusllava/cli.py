@@ -95,6 +95,16 @@ cli.add_command(serve)
 @click.option("--keep-ratio", type=float, help="Keep this share of visual tokens instead of by threshold, in (0, 1].")
 @click.option("--no-vision-sampler", is_flag=True, help="Leave the vision-guided sampler out.")
 @click.option("--no-text-sampler", is_flag=True, help="Leave the text-guided sampler out.")
+@click.option(
+    "--detail",
+    type=click.Choice(["low", "high", "auto"]),
+    help="low: the model sees each image in one tile alone, for a fraction of the visual tokens.",
+)
+@click.option(
+    "--reduced-jpeg/--whole-jpeg",
+    default=None,
+    help="Whether large JPEGs may be decoded at reduced scale; without it, as the served checkpoint says.",
+)
 @click.option("--max-tokens", type=int, help="Most tokens to generate.")
 @click.option("--temperature", type=float, help="In [0, 2]; 0 is greedy.")
 @click.option("--top-k", type=int, help="Draw from so many of the likeliest tokens; 0 is all.")
@@ -115,6 +125,8 @@ cli.add_command(serve)
 def ask(
     images: tuple[str, ...],
     question: str,
+    detail: str | None,
+    reduced_jpeg: bool | None,
     no_vision_sampler: bool,
     no_text_sampler: bool,
     as_json: bool,
@@ -134,7 +146,7 @@ def ask(
     sources: list[ImageSource] = [sys.stdin.buffer if image == "-" else image for image in images]
     credentials, retry = _credentials(tls, tls_ca), RetryPolicy(on_wait=_say_once())
     with FocusClient(address, timeout_s=timeout, token=token, credentials=credentials, retry=retry) as client:
-        with client.ask(sources, question, **settings) as stream:
+        with client.ask(sources, question, detail=detail, reduced_jpeg=reduced_jpeg, **settings) as stream:
             if not as_json:
                 try:
                     for text in stream:
@@ -191,10 +203,13 @@ def info(
 @click.argument("source", metavar="SRC", type=click.Path(exists=True, file_okay=False, path_type=pathlib.Path))
 @click.argument("destination", metavar="DST", type=click.Path(file_okay=False, path_type=pathlib.Path))
 def import_checkpoint(source: pathlib.Path, destination: pathlib.Path) -> None:
-    """Turn a hub-format LLaVA-NeXT folder SRC into a FocusLLaVA checkpoint DST, with fresh samplers."""
-    importer = part("services.checkpoint.import_llava_next", "serve")
+    """Turn a hub-format LLaVA-NeXT folder SRC into a FocusLLaVA checkpoint DST, with fresh samplers.
+
+    Before DST appears it answers two tokens about an image, with as many layers as half of the free memory holds.
+    """
+    importer, trial = part("services.checkpoint.import_llava_next", "serve"), part("cluster.dry_run", "serve")
     with _Percent("importing") as percent:
-        report = importer.import_llava_next(source, destination, progress=percent)
+        report = importer.import_llava_next(source, destination, progress=percent, dry_run=trial.dry_run)
     click.echo(report)
 
 

@@ -10,11 +10,12 @@ import grpc
 import pytest
 from PIL import Image
 
-from focusllava.v1 import focus_pb2, llm_pb2
+from focusllava.v1 import focus_pb2, image_pb2, llm_pb2
 from services.common.errors import FocusError, InvalidInput, StageUnavailable, TooLarge
 from services.common.grpc_status import MAX_MESSAGE_CHARS, check_fingerprint, refuse, status_of
 from services.common.media import MediaLimits, content_hash
 from services.common.settings import build_settings
+from services.common.types import ImageOptions
 from services.gateway.admission import AdmissionLimits, admit, request_id_of
 
 USER, SYSTEM, ASSISTANT = llm_pb2.ROLE_USER, llm_pb2.ROLE_SYSTEM, llm_pb2.ROLE_ASSISTANT
@@ -45,8 +46,24 @@ def ask(*turns: focus_pb2.ChatTurn, **fields) -> focus_pb2.ChatRequest:
     return focus_pb2.ChatRequest(turns=turns or (turn(USER, "what?"),), **fields)
 
 
+def raw(text: str | None = None, token_ids: llm_pb2.TokenIds | None = None, **fields) -> focus_pb2.ChatRequest:
+    return focus_pb2.ChatRequest(raw_prompt=llm_pb2.RawPrompt(text=text, token_ids=token_ids), **fields)
+
+
 def admitted(request: focus_pb2.ChatRequest):
     return admit(request, LIMITS, request_id_of(request))
+
+
+def test_each_image_is_read_as_its_part_says():
+    request = ask(turn(USER, PNG, PNG, "what?"))
+    request.turns[0].parts[1].image_options.detail = image_pb2.IMAGE_DETAIL_LOW
+    request.turns[0].parts[1].image_options.reduced_jpeg = False
+    request.turns[0].parts[2].image_options.detail = image_pb2.IMAGE_DETAIL_LOW  # words have none
+    found = [image.options for image in admitted(request).images]
+    assert found == [ImageOptions(), ImageOptions(detail="low", reduced_jpeg=False)]
+    request.turns[0].parts[0].image_options.detail = 9  # type: ignore[assignment]
+    with pytest.raises(InvalidInput, match=r"^turns\[0\]\.parts\[0\]\.image_options\.detail: is 9, expected"):
+        admitted(request)
 
 
 def test_an_admitted_request_keeps_its_order_and_points_at_its_images():
@@ -69,6 +86,25 @@ def test_an_admitted_request_keeps_its_order_and_points_at_its_images():
     assert result.turns[1].parts[2].image_index == 1
 
 
+def test_conversations_of_every_shape_enter():
+    for turns in (
+        [turn(USER, PNG)],
+        [turn(USER, PNG, " ")],
+        [turn(USER, "x"), turn(ASSISTANT, "y")],
+        [turn(SYSTEM, "a"), turn(SYSTEM, "b"), turn(USER, "x"), turn(SYSTEM, "c")],
+        [turn(SYSTEM, "alone")],
+    ):
+        result = admitted(ask(*turns))
+        assert [t.role for t in result.turns] == [t.role for t in turns] and result.raw_prompt is None
+    assert admitted(ask(turn(USER, "x"), turn(ASSISTANT, "y"), continue_final_message=True)).continue_final_message
+
+
+def test_a_raw_prompt_enters_as_it_is():
+    for request in (raw(text="<s>[INST] x"), raw(token_ids=llm_pb2.TokenIds(ids=[1, 7]))):
+        result = admitted(request)
+        assert result.raw_prompt == request.raw_prompt and not result.turns and not result.images
+
+
 @pytest.mark.parametrize(
     "request_, error, says",
     [
@@ -76,14 +112,19 @@ def test_an_admitted_request_keeps_its_order_and_points_at_its_images():
         (ask(turn(USER)), InvalidInput, "turns[0].parts: is empty"),
         (ask(turn(USER, "")), InvalidInput, "the question is empty"),
         (ask(turn(USER, " \n\t ")), InvalidInput, "the question is empty"),
-        (ask(turn(USER, PNG)), InvalidInput, "the question is empty"),
+        (ask(turn(USER, "x"), turn(ASSISTANT, "y"), turn(USER, "")), InvalidInput, "turns[2].parts: the question is"),
         (ask(turn(USER, "x" * 21)), TooLarge, "21 characters, the limit is 20"),
         (ask(turn(USER, "x" * 20), turn(ASSISTANT, "x" * 45), turn(USER, "x")), TooLarge, "66 characters"),
         (ask(*[turn(USER, "x")] * 5), TooLarge, "5 turns, the limit is 4"),
-        (ask(turn(USER, "x"), turn(ASSISTANT, "y")), InvalidInput, "turns[1].role: the last turn must be the user's"),
+        (ask(turn(USER, "x"), continue_final_message=True), InvalidInput, "continue_final_message: expects the last"),
+        (raw(text="x", turns=[turn(USER, "x")]), InvalidInput, "turns: is set beside raw_prompt"),
+        (raw(text="x", continue_final_message=True), InvalidInput, "continue_final_message: is set beside raw_prompt"),
+        (raw(token_ids=llm_pb2.TokenIds()), InvalidInput, "raw_prompt.token_ids: is empty"),
+        (raw(), InvalidInput, "raw_prompt: is neither text nor token_ids"),
+        (raw(text="x" * 61), TooLarge, "raw_prompt: has 61 characters, the limit is 60"),
+        (raw(token_ids=llm_pb2.TokenIds(ids=[1] * 61)), TooLarge, "raw_prompt: has 61 tokens, the limit is 60"),
         (ask(turn(0, "x"), turn(USER, "y")), InvalidInput, "turns[0].role: is 0"),
         (ask(turn(77, "x"), turn(USER, "y")), InvalidInput, "turns[0].role: is 77"),
-        (ask(turn(USER, "x"), turn(SYSTEM, "x"), turn(USER, "y")), InvalidInput, "only the first turn"),
         (ask(turn(SYSTEM, PNG), turn(USER, "y")), InvalidInput, "turns[0].parts[0].image: images may stand in user"),
         (ask(focus_pb2.ChatTurn(role=USER, parts=[focus_pb2.ChatPart()])), InvalidInput, "neither text nor an image"),
         (ask(turn(USER, PNG, PNG, PNG, "x")), TooLarge, "turns[0].parts[2].image: more than 2 images"),

@@ -30,9 +30,10 @@ def test_what_may_fit_passes():
     "message, says",
     [
         (request("x", tokens=101), "images: hold 3232 bytes of visual tokens, .* 100 has room for 3200"),
-        (request("x" * 1601), "turns: hold 1601 bytes of text, .* 100 tokens has room for 1600"),
-        (request(*["x" * 100] * 17), "turns: hold 1700 bytes"),
-        (request("\u6f22" * 600), "turns: hold 1800 bytes"),
+        (request("x" * 1601), "turns: has 1601 bytes of text, .* 100 tokens has room for 1600"),
+        (request(*["x" * 100] * 17), "turns: has 1700 bytes"),
+        (request("\u6f22" * 600), "turns: has 1800 bytes"),
+        (llm_pb2.GenerateRequest(raw_prompt=llm_pb2.RawPrompt(text="x" * 1700)), "raw_prompt: has 17[0-9]+ bytes"),
         (request("x", branch_ids=MAX_REST_BYTES), "request: has [0-9]+ bytes beside"),
         (request("x", request_id="r" * MAX_REST_BYTES), "request: has [0-9]+ bytes beside"),
         (request(*[""] * 500_000), "request: has [0-9]+ bytes beside"),
