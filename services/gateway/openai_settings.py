@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Self
@@ -15,6 +14,8 @@ from services.gateway.openai_constraint import Constrained
 from services.gateway.openai_fields import WITHOUT_EFFECT, Fields, refuse, shown
 
 _UINT32 = 2**32 - 1
+_MOST_BIAS = 1e30
+"""What a float32 holds; the range of the setting is checked after this."""
 _MOST_FIELDS = 10_000
 """And elements of a body, beside the commas and brackets of its text."""
 
@@ -33,7 +34,7 @@ def _bias(value: Any) -> Any:
     for name, bias in value.items():  # the first wrong one alone: there may be thousands
         if not (name.isascii() and name.isdecimal() and len(name) <= 10 and int(name) <= _UINT32):
             raise ValueError(f"has the key {shown(repr(name))}, expected token ids")
-        if type(bias) not in (int, float) or not math.isfinite(bias):
+        if type(bias) not in (int, float) or not -_MOST_BIAS < bias < _MOST_BIAS:
             raise ValueError(f"is {shown(repr(bias))} for token {name}, expected a number")
     return {int(name): bias for name, bias in value.items()}
 

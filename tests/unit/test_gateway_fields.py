@@ -97,6 +97,8 @@ REFUSED_EVERYWHERE = [
     ({"logit_bias": {str(2**32): 1}}, "logit_bias", "has the key '4294967296', expected token ids"),
     ({"logit_bias": {"7": "1"}}, "logit_bias", "is '1' for token 7, expected a number"),
     ({"logit_bias": {"7": True}}, "logit_bias", "is True for token 7"),
+    ({"logit_bias": {"7": 10**400}}, "logit_bias", "for token 7, expected a number"),
+    ({"temperature": 10**400}, "temperature", "is 1000000000"),
     ({"logit_bias": {"-7": 1}}, "logit_bias", "has the key '-7'"),
     ({"logit_bias": [7]}, "logit_bias", "is [7], expected"),
     ({"logit_bias": {str(n): 1 for n in range(1025)}}, "logit_bias", "has 1025 tokens, expected at most 1024"),
