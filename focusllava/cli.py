@@ -94,6 +94,16 @@ cli.add_command(serve)
 @click.option("--keep-ratio", type=float, help="Keep this share of visual tokens instead of by threshold, in (0, 1].")
 @click.option("--no-vision-sampler", is_flag=True, help="Leave the vision-guided sampler out.")
 @click.option("--no-text-sampler", is_flag=True, help="Leave the text-guided sampler out.")
+@click.option(
+    "--detail",
+    type=click.Choice(["low", "high", "auto"]),
+    help="low: the model sees each image in one tile alone, for a fraction of the visual tokens.",
+)
+@click.option(
+    "--reduced-jpeg/--whole-jpeg",
+    default=None,
+    help="Whether large JPEGs may be decoded at reduced scale; without it, as the served checkpoint says.",
+)
 @click.option("--max-tokens", type=int, help="Most tokens to generate.")
 @click.option("--temperature", type=float, help="In [0, 2]; 0 is greedy.")
 @click.option("--top-k", type=int, help="Draw from so many of the likeliest tokens; 0 is all.")
@@ -114,6 +124,8 @@ cli.add_command(serve)
 def ask(
     images: tuple[str, ...],
     question: str,
+    detail: str | None,
+    reduced_jpeg: bool | None,
     no_vision_sampler: bool,
     no_text_sampler: bool,
     as_json: bool,
@@ -132,7 +144,7 @@ def ask(
     settings.update({name: value for name, value in given.items() if value is not None})  # type: ignore[typeddict-item]
     sources: list[ImageSource] = [sys.stdin.buffer if image == "-" else image for image in images]
     with FocusClient(address, timeout_s=timeout, token=token, credentials=_credentials(tls, tls_ca)) as client:
-        with client.ask(sources, question, **settings) as stream:
+        with client.ask(sources, question, detail=detail, reduced_jpeg=reduced_jpeg, **settings) as stream:
             if not as_json:
                 try:
                     for text in stream:

@@ -206,11 +206,14 @@ class Client(Generic[Stream]):
         question: str,
         *,
         history: Sequence[Turn] = (),
+        detail: str | None = None,
+        reduced_jpeg: bool | None = None,
         timeout_s: float | None = None,
         **settings: Unpack[Settings],
     ) -> Stream:
-        """Asks about no, one or several images, after the turns of `history`."""
-        return self.chat([*history, user(question, images=images)], timeout_s=timeout_s, **settings)
+        """Asks about no, one or several images, each read as `ImageFile` says, after the turns of `history`."""
+        asked = user(question, images=images, detail=detail, reduced_jpeg=reduced_jpeg)
+        return self.chat([*history, asked], timeout_s=timeout_s, **settings)
 
     def chat(self, turns: Sequence[Turn], *, timeout_s: float | None = None, **settings: Unpack[Settings]) -> Stream:
         """Answers the last of the turns, which is a user's."""

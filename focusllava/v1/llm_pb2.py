@@ -26,39 +26,55 @@ from focusllava.v1 import encoder_pb2 as focusllava_dot_v1_dot_encoder__pb2
 from focusllava.v1 import error_pb2 as focusllava_dot_v1_dot_error__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66ocusllava/v1/llm.proto\x12\rfocusllava.v1\x1a\x1b\x66ocusllava/v1/encoder.proto\x1a\x19\x66ocusllava/v1/error.proto\";\n\nPromptPart\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x15\n\x0bimage_index\x18\x02 \x01(\rH\x00\x42\x06\n\x04part\"Y\n\nPromptTurn\x12!\n\x04role\x18\x01 \x01(\x0e\x32\x13.focusllava.v1.Role\x12(\n\x05parts\x18\x02 \x03(\x0b\x32\x19.focusllava.v1.PromptPart\"\xc0\x03\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x12\n\nignore_eos\x18\x06 \x01(\x08\x12\x12\n\x05top_k\x18\x07 \x01(\rH\x04\x88\x01\x01\x12\x12\n\x05min_p\x18\x08 \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\t \x01(\x02H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\n \x01(\x02H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0b \x01(\x02H\x08\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0c \x01(\rH\t\x88\x01\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seedB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x0b\n\t_logprobs\"h\n\x0bPruneParams\x12\x0b\n\x03off\x18\x01 \x01(\x08\x12\x16\n\tthreshold\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x17\n\nkeep_ratio\x18\x03 \x01(\x02H\x01\x88\x01\x01\x42\x0c\n\n_thresholdB\r\n\x0b_keep_ratio\"\xfd\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12(\n\x05turns\x18\x03 \x03(\x0b\x32\x19.focusllava.v1.PromptTurn\x12\x35\n\x06images\x18\x04 \x03(\x0b\x32%.focusllava.v1.CompressedVisualTokens\x12/\n\x08sampling\x18\x05 \x01(\x0b\x32\x1d.focusllava.v1.SamplingParams\x12)\n\x05prune\x18\x06 \x01(\x0b\x32\x1a.focusllava.v1.PruneParams\"\x9c\x01\n\x10GenerateResponse\x12%\n\x05token\x18\x01 \x01(\x0b\x32\x14.focusllava.v1.TokenH\x00\x12+\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x17.focusllava.v1.FinishedH\x00\x12+\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x1a.focusllava.v1.StreamErrorH\x00\x42\x07\n\x05\x65vent\"X\n\x05Token\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12.\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1c.focusllava.v1.TokenLogprobs\"f\n\rTokenLogprobs\x12+\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x1b.focusllava.v1.TokenLogprob\x12(\n\x03top\x18\x02 \x03(\x0b\x32\x1b.focusllava.v1.TokenLogprob\"?\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04text\x18\x03 \x01(\t\"\\\n\x08\x46inished\x12+\n\x06reason\x18\x01 \x01(\x0e\x32\x1b.focusllava.v1.FinishReason\x12#\n\x05usage\x18\x02 \x01(\x0b\x32\x14.focusllava.v1.Usage\"\xaf\x02\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\"\n\x1avisual_tokens_uncompressed\x18\x03 \x01(\r\x12\x1d\n\x15visual_tokens_sampled\x18\x04 \x01(\r\x12\x1a\n\x12visual_tokens_kept\x18\x05 \x01(\r\x12\x13\n\x0bprune_layer\x18\x06 \x01(\r\x12\x12\n\nnum_layers\x18\x07 \x01(\r\x12\x1f\n\x17\x63onverted_share_percent\x18\x08 \x01(\x02\x12\x10\n\x08kv_bytes\x18\t \x01(\x04\x12\x19\n\x11kv_unpruned_bytes\x18\n \x01(\x04\x12\x1e\n\x16time_to_first_token_ms\x18\x0b \x01(\x02*P\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_ASSISTANT\x10\x03*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x32\x65\n\x14LanguageModelService\x12M\n\x08Generate\x12\x1e.focusllava.v1.GenerateRequest\x1a\x1f.focusllava.v1.GenerateResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66ocusllava/v1/llm.proto\x12\rfocusllava.v1\x1a\x1b\x66ocusllava/v1/encoder.proto\x1a\x19\x66ocusllava/v1/error.proto\";\n\nPromptPart\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x15\n\x0bimage_index\x18\x02 \x01(\rH\x00\x42\x06\n\x04part\"Y\n\nPromptTurn\x12!\n\x04role\x18\x01 \x01(\x0e\x32\x13.focusllava.v1.Role\x12(\n\x05parts\x18\x02 \x03(\x0b\x32\x19.focusllava.v1.PromptPart\"T\n\tRawPrompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12,\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x17.focusllava.v1.TokenIdsH\x00\x42\t\n\x07\x63ontent\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x90\x01\n\nConstraint\x12\x15\n\x0bjson_object\x18\x01 \x01(\x08H\x00\x12\x15\n\x0bjson_schema\x18\x02 \x01(\tH\x00\x12(\n\x06\x63hoice\x18\x03 \x01(\x0b\x32\x16.focusllava.v1.ChoicesH\x00\x12\x0f\n\x05regex\x18\x04 \x01(\tH\x00\x12\x11\n\x07grammar\x18\x05 \x01(\tH\x00\x42\x06\n\x04kind\"\x18\n\x07\x43hoices\x12\r\n\x05texts\x18\x01 \x03(\t\"\xe4\x05\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x12\n\nignore_eos\x18\x06 \x01(\x08\x12\x12\n\x05top_k\x18\x07 \x01(\rH\x04\x88\x01\x01\x12\x12\n\x05min_p\x18\x08 \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\t \x01(\x02H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\n \x01(\x02H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0b \x01(\x02H\x08\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0c \x01(\rH\t\x88\x01\x01\x12\x17\n\nmin_tokens\x18\r \x01(\rH\n\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x0e \x03(\r\x12@\n\nlogit_bias\x18\x0f \x03(\x0b\x32,.focusllava.v1.SamplingParams.LogitBiasEntry\x12\"\n\x1ainclude_stop_str_in_output\x18\x10 \x01(\x08\x12-\n\nconstraint\x18\x11 \x01(\x0b\x32\x19.focusllava.v1.Constraint\x12\x1b\n\x13keep_special_tokens\x18\x12 \x01(\x08\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seedB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x0b\n\t_logprobsB\r\n\x0b_min_tokens\"h\n\x0bPruneParams\x12\x0b\n\x03off\x18\x01 \x01(\x08\x12\x16\n\tthreshold\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x17\n\nkeep_ratio\x18\x03 \x01(\x02H\x01\x88\x01\x01\x42\x0c\n\n_thresholdB\r\n\x0b_keep_ratio\"\xcb\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12(\n\x05turns\x18\x03 \x03(\x0b\x32\x19.focusllava.v1.PromptTurn\x12\x35\n\x06images\x18\x04 \x03(\x0b\x32%.focusllava.v1.CompressedVisualTokens\x12/\n\x08sampling\x18\x05 \x01(\x0b\x32\x1d.focusllava.v1.SamplingParams\x12)\n\x05prune\x18\x06 \x01(\x0b\x32\x1a.focusllava.v1.PruneParams\x12\x1e\n\x16\x63ontinue_final_message\x18\x07 \x01(\x08\x12,\n\nraw_prompt\x18\x08 \x01(\x0b\x32\x18.focusllava.v1.RawPrompt\"6\n\x19\x43heckLanguageModelRequest\x12\x19\n\x11model_fingerprint\x18\x01 \x01(\t\"\x1c\n\x1a\x43heckLanguageModelResponse\"\x9c\x01\n\x10GenerateResponse\x12%\n\x05token\x18\x01 \x01(\x0b\x32\x14.focusllava.v1.TokenH\x00\x12+\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x17.focusllava.v1.FinishedH\x00\x12+\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x1a.focusllava.v1.StreamErrorH\x00\x42\x07\n\x05\x65vent\"o\n\x05Token\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12.\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1c.focusllava.v1.TokenLogprobs\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\"f\n\rTokenLogprobs\x12+\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x1b.focusllava.v1.TokenLogprob\x12(\n\x03top\x18\x02 \x03(\x0b\x32\x1b.focusllava.v1.TokenLogprob\"R\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\traw_bytes\x18\x04 \x01(\x0c\"\\\n\x08\x46inished\x12+\n\x06reason\x18\x01 \x01(\x0e\x32\x1b.focusllava.v1.FinishReason\x12#\n\x05usage\x18\x02 \x01(\x0b\x32\x14.focusllava.v1.Usage\"\xaf\x02\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\"\n\x1avisual_tokens_uncompressed\x18\x03 \x01(\r\x12\x1d\n\x15visual_tokens_sampled\x18\x04 \x01(\r\x12\x1a\n\x12visual_tokens_kept\x18\x05 \x01(\r\x12\x13\n\x0bprune_layer\x18\x06 \x01(\r\x12\x12\n\nnum_layers\x18\x07 \x01(\r\x12\x1f\n\x17\x63onverted_share_percent\x18\x08 \x01(\x02\x12\x10\n\x08kv_bytes\x18\t \x01(\x04\x12\x19\n\x11kv_unpruned_bytes\x18\n \x01(\x04\x12\x1e\n\x16time_to_first_token_ms\x18\x0b \x01(\x02*P\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_ASSISTANT\x10\x03*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x32\xd0\x01\n\x14LanguageModelService\x12M\n\x08Generate\x12\x1e.focusllava.v1.GenerateRequest\x1a\x1f.focusllava.v1.GenerateResponse0\x01\x12i\n\x12\x43heckLanguageModel\x12(.focusllava.v1.CheckLanguageModelRequest\x1a).focusllava.v1.CheckLanguageModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'focusllava.v1.llm_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=1881
-  _globals['_ROLE']._serialized_end=1961
-  _globals['_FINISHREASON']._serialized_start=1963
-  _globals['_FINISHREASON']._serialized_end=2083
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_ROLE']._serialized_start=2663
+  _globals['_ROLE']._serialized_end=2743
+  _globals['_FINISHREASON']._serialized_start=2745
+  _globals['_FINISHREASON']._serialized_end=2865
   _globals['_PROMPTPART']._serialized_start=98
   _globals['_PROMPTPART']._serialized_end=157
   _globals['_PROMPTTURN']._serialized_start=159
   _globals['_PROMPTTURN']._serialized_end=248
-  _globals['_SAMPLINGPARAMS']._serialized_start=251
-  _globals['_SAMPLINGPARAMS']._serialized_end=699
-  _globals['_PRUNEPARAMS']._serialized_start=701
-  _globals['_PRUNEPARAMS']._serialized_end=805
-  _globals['_GENERATEREQUEST']._serialized_start=808
-  _globals['_GENERATEREQUEST']._serialized_end=1061
-  _globals['_GENERATERESPONSE']._serialized_start=1064
-  _globals['_GENERATERESPONSE']._serialized_end=1220
-  _globals['_TOKEN']._serialized_start=1222
-  _globals['_TOKEN']._serialized_end=1310
-  _globals['_TOKENLOGPROBS']._serialized_start=1312
-  _globals['_TOKENLOGPROBS']._serialized_end=1414
-  _globals['_TOKENLOGPROB']._serialized_start=1416
-  _globals['_TOKENLOGPROB']._serialized_end=1479
-  _globals['_FINISHED']._serialized_start=1481
-  _globals['_FINISHED']._serialized_end=1573
-  _globals['_USAGE']._serialized_start=1576
-  _globals['_USAGE']._serialized_end=1879
-  _globals['_LANGUAGEMODELSERVICE']._serialized_start=2085
-  _globals['_LANGUAGEMODELSERVICE']._serialized_end=2186
+  _globals['_RAWPROMPT']._serialized_start=250
+  _globals['_RAWPROMPT']._serialized_end=334
+  _globals['_TOKENIDS']._serialized_start=336
+  _globals['_TOKENIDS']._serialized_end=359
+  _globals['_CONSTRAINT']._serialized_start=362
+  _globals['_CONSTRAINT']._serialized_end=506
+  _globals['_CHOICES']._serialized_start=508
+  _globals['_CHOICES']._serialized_end=532
+  _globals['_SAMPLINGPARAMS']._serialized_start=535
+  _globals['_SAMPLINGPARAMS']._serialized_end=1275
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=1063
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1111
+  _globals['_PRUNEPARAMS']._serialized_start=1277
+  _globals['_PRUNEPARAMS']._serialized_end=1381
+  _globals['_GENERATEREQUEST']._serialized_start=1384
+  _globals['_GENERATEREQUEST']._serialized_end=1715
+  _globals['_CHECKLANGUAGEMODELREQUEST']._serialized_start=1717
+  _globals['_CHECKLANGUAGEMODELREQUEST']._serialized_end=1771
+  _globals['_CHECKLANGUAGEMODELRESPONSE']._serialized_start=1773
+  _globals['_CHECKLANGUAGEMODELRESPONSE']._serialized_end=1801
+  _globals['_GENERATERESPONSE']._serialized_start=1804
+  _globals['_GENERATERESPONSE']._serialized_end=1960
+  _globals['_TOKEN']._serialized_start=1962
+  _globals['_TOKEN']._serialized_end=2073
+  _globals['_TOKENLOGPROBS']._serialized_start=2075
+  _globals['_TOKENLOGPROBS']._serialized_end=2177
+  _globals['_TOKENLOGPROB']._serialized_start=2179
+  _globals['_TOKENLOGPROB']._serialized_end=2261
+  _globals['_FINISHED']._serialized_start=2263
+  _globals['_FINISHED']._serialized_end=2355
+  _globals['_USAGE']._serialized_start=2358
+  _globals['_USAGE']._serialized_end=2661
+  _globals['_LANGUAGEMODELSERVICE']._serialized_start=2868
+  _globals['_LANGUAGEMODELSERVICE']._serialized_end=3076
 # @@protoc_insertion_point(module_scope)

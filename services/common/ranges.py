@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from services.common.errors import InvalidInput
-from services.common.types import PruneParams, SamplingParams
+from services.common.types import Constraint, PruneParams, SamplingParams
 
 MAX_TEMPERATURE = 2.0
 MAX_REPETITION_PENALTY = 2.0
@@ -11,6 +11,11 @@ MAX_PENALTY = 2.0
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 8
 MAX_STOP_CHARS = 256
+MAX_STOP_TOKEN_IDS = 64
+MAX_LOGIT_BIAS = 100.0
+MAX_BIASED_TOKENS = 1024
+MAX_CONSTRAINT_CHARS = 65_536
+"""Of its text, or of all its choices together."""
 
 
 def check_sampling(params: SamplingParams, field: str = "sampling") -> None:
@@ -22,6 +27,7 @@ def check_sampling(params: SamplingParams, field: str = "sampling") -> None:
 
     # Each comparison is false for NaN.
     check(params.max_tokens >= 1, "max_tokens", "1 or more")
+    check(0 <= params.min_tokens <= params.max_tokens, "min_tokens", f"0 to max_tokens, which is {params.max_tokens}")
     check(0 <= params.temperature <= MAX_TEMPERATURE, "temperature", f"[0, {MAX_TEMPERATURE:g}]")
     check(params.top_k >= 0, "top_k", "0 or more")
     check(0 < params.top_p <= 1, "top_p", "(0, 1]")
@@ -43,6 +49,37 @@ def check_sampling(params: SamplingParams, field: str = "sampling") -> None:
         if not 1 <= len(stop) <= MAX_STOP_CHARS:
             found = f"has {len(stop)} characters, expected at most {MAX_STOP_CHARS}" if stop else "is empty"
             raise InvalidInput(found, field=f"{field}.stop[{index}]")
+    if len(params.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+        raise InvalidInput(
+            f"has {len(params.stop_token_ids)} ids, expected at most {MAX_STOP_TOKEN_IDS}",
+            field=f"{field}.stop_token_ids",
+        )
+    if len(params.logit_bias) > MAX_BIASED_TOKENS:
+        raise InvalidInput(
+            f"has {len(params.logit_bias)} tokens, expected at most {MAX_BIASED_TOKENS}", field=f"{field}.logit_bias"
+        )
+    for token_id, bias in params.logit_bias:
+        if not abs(bias) <= MAX_LOGIT_BIAS:
+            raise InvalidInput(
+                f"is {bias}, expected [-{MAX_LOGIT_BIAS:g}, {MAX_LOGIT_BIAS:g}]",
+                field=f"{field}.logit_bias[{token_id}]",
+            )
+    if params.constraint is not None:
+        _check_constraint(params.constraint, f"{field}.constraint.{params.constraint.kind}")
+
+
+def _check_constraint(constraint: Constraint, field: str) -> None:
+    if constraint.kind == "choice":
+        if not constraint.choices:
+            raise InvalidInput("is empty, expected at least one text", field=field)
+        for index, choice in enumerate(constraint.choices):
+            if not choice:
+                raise InvalidInput("is empty", field=f"{field}[{index}]")
+    elif constraint.kind != "json_object" and not constraint.text:
+        raise InvalidInput("is empty", field=field)
+    chars = len(constraint.text) + sum(map(len, constraint.choices))
+    if chars > MAX_CONSTRAINT_CHARS:
+        raise InvalidInput(f"has {chars} characters, expected at most {MAX_CONSTRAINT_CHARS}", field=field)
 
 
 def check_prune(params: PruneParams, field: str = "prune") -> None:

@@ -6,8 +6,21 @@ Legend: T tiles, P patches a tile, D LLM width, H and W of the unpadded feature 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
+
+Detail = Literal["low", "high"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions:
+    """How one image is read."""
+
+    detail: Detail = "high"
+    """"high" is the base tile and the grid's tiles, "low" the base tile alone."""
+    reduced_jpeg: bool | None = None
+    """Whether a large JPEG may be decoded at reduced scale; None follows the checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +32,7 @@ class ImageTiles:
     image_size_hw: tuple[int, int]
     """Size of the image before resizing, in pixels."""
     grid_hw: tuple[int, int]
-    """Rows and columns of grid tiles."""
+    """Rows and columns of grid tiles; (0, 0) with low detail."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +41,12 @@ class ProjectedFeatureMap:
 
     base_PD: torch.Tensor
     map_HWD: torch.Tensor
+    """[0, 0, D] with low detail."""
+
+    @property
+    def low_detail(self) -> bool:
+        """Whether there is a base tile alone. The map of a very narrow image is empty too, but one way only."""
+        return self.map_HWD.shape[:2] == (0, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +55,12 @@ class CompressedVisualTokens:
 
     tokens_ND: torch.Tensor
     """Base-tile tokens, then those of the map with a newline embedding closing each row: of regions in the vision
-    sampler's `token_order` "region", of the map in "row" and with the sampler off."""
+    sampler's `token_order` "region", of the map in "row" and with the sampler off. With low detail: the base tile's and
+    one newline embedding."""
     branch_ids_M: torch.Tensor
     """uint8 [M]: the branch that each region chose, regions in raster order; empty with the vision sampler off."""
     map_hw: tuple[int, int]
-    """Height and width of the unpadded feature map, in tokens."""
+    """Height and width of the unpadded feature map, in tokens; (0, 0) with low detail."""
     uncompressed_tokens: int
     """Visual tokens of this image with the vision sampler off (newlines and base tile included)."""
     content_hash: str
@@ -65,14 +85,28 @@ class PruneDecision:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Constraint:
+    """What the text of an answer must match; a use of equal ones costs one compilation."""
+
+    kind: Literal["json_object", "json_schema", "choice", "regex", "grammar"]
+    text: str = ""
+    """The JSON Schema (JSON text), the regular expression, or the grammar (Lark, or GBNF with its "::=")."""
+    choices: tuple[str, ...] = ()
+    """Of kind "choice"."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How the next token is drawn; the defaults are greedy decoding.
 
-    In this order: penalties, temperature, top_k, top_p, min_p (`services/llm/sampling.py`); ranges in
-    `services/common/ranges.py`.
+    In this order: constraint, logit_bias, min_tokens, penalties, temperature, top_k, top_p, min_p
+    (`services/llm/sampling.py`); ranges in `services/common/ranges.py`.
     """
 
     max_tokens: int = 256
+    min_tokens: int = 0
+    """No end-of-sequence token and none of `stop_token_ids` comes before so many tokens, unless the constraint leaves
+    no other."""
     temperature: float = 0.0
     """0 takes the likeliest token; the other limits on a draw have no effect then."""
     top_k: int = 0
@@ -93,8 +127,18 @@ class SamplingParams:
     """Reports the log probability of each chosen token and of so many likeliest ones beside it; None reports none."""
     stop: tuple[str, ...] = ()
     """The answer ends before any of these."""
+    stop_token_ids: tuple[int, ...] = ()
+    """The answer ends at any of these tokens, beside the model's own end-of-sequence tokens."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Pairs of a token id, each at most once, and what is added to its logit."""
+    include_stop_str_in_output: bool = False
+    """The stop string, or the text of the stop token, is part of the answer."""
     ignore_eos: bool = False
-    """For benchmarks: generate exactly `max_tokens`."""
+    """For benchmarks: generate exactly `max_tokens`. A constraint that is fulfilled still ends the answer."""
+    constraint: Constraint | None = None
+    """What the answer must match; None is anything."""
+    keep_special_tokens: bool = False
+    """Special tokens, but for the one that ends the answer, are part of the text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +149,8 @@ class TokenLogprob:
     logprob: float
     text: str = ""
     """The token by itself; empty inside the LLM stage, filled in at its edge."""
+    raw_bytes: bytes = b""
+    """What the token stands for, of a part of a character too; filled in with the text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,13 +204,17 @@ class ChatTurn:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateRequest:
-    """What the LLM stage is asked."""
+    """What the LLM stage is asked: turns, or a raw prompt."""
 
     request_id: str
-    turns: tuple[ChatTurn, ...]
+    turns: tuple[ChatTurn, ...] = ()
     images: tuple[CompressedVisualTokens, ...] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
     prune: PruneParams = field(default_factory=PruneParams)
+    continue_final_message: bool = False
+    """The last turn is the assistant's, and the answer goes on from its text."""
+    raw_prompt: str | tuple[int, ...] | None = None
+    """In place of turns, with no chat template: text whose special tokens count as such, or token ids."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,6 +262,8 @@ class TokenEvent:
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     """One a token id when the request asked for them, otherwise empty."""
+    prompt_tokens: int = 0
+    """Text and visual tokens that entered layer 0: the same in every event."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,8 +36,6 @@ class EncoderSettings(ModelSettings):
     """Most tiles in one pass of the vision tower."""
     max_wait_s: float = 0.002
     """How long a first image waits for company."""
-    reduced_jpeg: bool = True
-    """Large JPEGs are decoded at reduced scale; false decodes every pixel, as Hugging Face does."""
     decode_threads: int = 2
     """Threads that decode and tile images while the model runs."""
     media: MediaLimits = field(default_factory=MediaLimits)
@@ -70,7 +68,6 @@ class Encoder(GrpcOnly):
             dtype=dtype,
             device=device,
             limits=settings.media,
-            reduced_jpeg=settings.reduced_jpeg,
         )
         self._wire_dtype: torch.dtype = getattr(torch, settings.wire_dtype)
         self._metrics = Metrics("encoder", ray.serve.metrics)
@@ -90,7 +87,8 @@ class Encoder(GrpcOnly):
         received, outcome = time.monotonic(), "cancelled"
         try:
             check_fingerprint(request.model_fingerprint, self._pipeline.fingerprint)
-            tokens = await self._batcher.encode(request.image, request.vision_sampler)
+            options = wire.image_options_from_proto(request.options)
+            tokens = await self._batcher.encode(request.image, request.vision_sampler, options)
             message = wire.tokens_to_proto(in_wire_dtype(tokens, self._wire_dtype))
             outcome = "ok"
             return encoder_pb2.EncodeResponse(visual_tokens=message)
@@ -101,6 +99,17 @@ class Encoder(GrpcOnly):
         finally:
             self._metrics.count("focusllava_encode_requests", outcome=outcome)
             self._metrics.observe("focusllava_encode_seconds", time.monotonic() - received)
+
+    async def CheckEncoder(
+        self, request: encoder_pb2.CheckEncoderRequest, grpc_context: RayServegRPCContext
+    ) -> encoder_pb2.CheckEncoderResponse:
+        """EncoderService.CheckEncoder."""
+        try:
+            check_fingerprint(request.model_fingerprint, self._pipeline.fingerprint)
+            self.check_health()
+            return encoder_pb2.CheckEncoderResponse()
+        except Exception as error:
+            raise refuse(grpc_context, error) from None
 
     def check_health(self) -> None:
         """Called by Serve; raising has the replica replaced."""

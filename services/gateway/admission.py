@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 from focusllava.v1 import focus_pb2, llm_pb2
@@ -11,6 +12,7 @@ from services.common import wire
 from services.common.errors import InvalidInput, TooLarge
 from services.common.media import MediaLimits, check_image, content_hash
 from services.common.settings import require
+from services.common.types import ImageOptions
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:\-]{0,127}")
 
@@ -45,6 +47,7 @@ class AdmittedImage:
     content_hash: str
     field: str
     """Where it stands in the request, for messages."""
+    options: ImageOptions = ImageOptions()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,9 @@ class AdmittedChat:
 
     request_id: str
     turns: tuple[llm_pb2.PromptTurn, ...]
+    continue_final_message: bool
+    raw_prompt: llm_pb2.RawPrompt | None
+    """In place of turns."""
     images: tuple[AdmittedImage, ...]
     sampling: llm_pb2.SamplingParams
     prune: llm_pb2.PruneParams
@@ -80,6 +86,8 @@ def admit(request: focus_pb2.ChatRequest, limits: AdmissionLimits, request_id: s
     return AdmittedChat(
         request_id=request_id,
         turns=turns,
+        continue_final_message=request.continue_final_message,
+        raw_prompt=request.raw_prompt if request.HasField("raw_prompt") else None,
         images=images,
         sampling=sampling,
         prune=request.prune,
@@ -103,19 +111,24 @@ def _sampling(request: focus_pb2.ChatRequest, limits: AdmissionLimits) -> llm_pb
 def _turns(
     request: focus_pb2.ChatRequest, limits: AdmissionLimits
 ) -> tuple[tuple[llm_pb2.PromptTurn, ...], tuple[AdmittedImage, ...]]:
+    if request.HasField("raw_prompt"):
+        _check_raw_prompt(request, limits)
+        return (), ()
     if not request.turns:
         raise InvalidInput("is empty; send at least one user turn", field="turns")
     if len(request.turns) > limits.max_turns:
         raise TooLarge(f"has {len(request.turns)} turns, the limit is {limits.max_turns}", field="turns")
     last = len(request.turns) - 1
-    if request.turns[last].role != llm_pb2.ROLE_USER:
-        raise InvalidInput("the last turn must be the user's", field=f"turns[{last}].role")
+    if request.continue_final_message and request.turns[last].role != llm_pb2.ROLE_ASSISTANT:
+        raise InvalidInput("expected the assistant's turn last, to continue it", field=f"turns[{last}].role")
     turns: list[llm_pb2.PromptTurn] = []
     images: list[AdmittedImage] = []
     text_chars = image_bytes = 0
     for index, turn in enumerate(request.turns):
         where = f"turns[{index}]"
-        _check_role(turn.role, index, where)
+        if turn.role not in (llm_pb2.ROLE_SYSTEM, llm_pb2.ROLE_USER, llm_pb2.ROLE_ASSISTANT):
+            expected = "expected ROLE_SYSTEM, ROLE_USER or ROLE_ASSISTANT"
+            raise InvalidInput(f"is {turn.role}, {expected}", field=f"{where}.role")
         if not turn.parts:
             raise InvalidInput("is empty", field=f"{where}.parts")
         parts: list[llm_pb2.PromptPart] = []
@@ -132,14 +145,20 @@ def _turns(
                     raise TooLarge(f"more than {limits.max_images} images", field=f"{name}.image")
                 image_bytes += len(part.image)
                 check_image(part.image, limits.media, f"{name}.image")
+                options = wire.image_options_from_proto(part.image_options, f"{name}.image_options")
                 parts.append(llm_pb2.PromptPart(image_index=len(images)))
                 images.append(
-                    AdmittedImage(data=part.image, content_hash=content_hash(part.image), field=f"{name}.image")
+                    AdmittedImage(
+                        data=part.image,
+                        content_hash=content_hash(part.image),
+                        field=f"{name}.image",
+                        options=options,
+                    )
                 )
             else:
                 raise InvalidInput("holds neither text nor an image", field=name)
         turns.append(llm_pb2.PromptTurn(role=turn.role, parts=parts))
-    _check_question(request.turns[last], f"turns[{last}]", limits)
+    _check_question(request.turns, limits)
     if text_chars > limits.max_text_chars:
         raise TooLarge(f"have {text_chars} characters of text, the limit is {limits.max_text_chars}", field="turns")
     if image_bytes > limits.max_image_bytes_total:
@@ -149,17 +168,26 @@ def _turns(
     return tuple(turns), tuple(images)
 
 
-def _check_role(role: int, index: int, where: str) -> None:
-    if role not in (llm_pb2.ROLE_SYSTEM, llm_pb2.ROLE_USER, llm_pb2.ROLE_ASSISTANT):
-        raise InvalidInput(f"is {role}, expected ROLE_SYSTEM, ROLE_USER or ROLE_ASSISTANT", field=f"{where}.role")
-    if role == llm_pb2.ROLE_SYSTEM and index:
-        raise InvalidInput("only the first turn may be the system's", field=f"{where}.role")
-
-
-def _check_question(turn: focus_pb2.ChatTurn, where: str, limits: AdmissionLimits) -> None:
-    texts = [part.text for part in turn.parts if part.WhichOneof("part") == "text"]
-    if not any(text.strip() for text in texts):
+def _check_question(turns: Sequence[focus_pb2.ChatTurn], limits: AdmissionLimits) -> None:
+    """Of the last user turn: it has words or an image, and not too many words."""
+    index = max((index for index, turn in enumerate(turns) if turn.role == llm_pb2.ROLE_USER), default=-1)
+    if index < 0:
+        raise InvalidInput("have no user turn; send at least one", field="turns")
+    turn, where = turns[index], f"turns[{index}]"
+    if not any(part.image or part.text.strip() for part in turn.parts):
         raise InvalidInput("the question is empty", field=f"{where}.parts")
-    chars = sum(map(len, texts))
+    chars = sum(len(part.text) for part in turn.parts)
     if chars > limits.max_question_chars:
         raise TooLarge(f"the question has {chars} characters, the limit is {limits.max_question_chars}", field=where)
+
+
+def _check_raw_prompt(request: focus_pb2.ChatRequest, limits: AdmissionLimits) -> None:
+    for name in ("turns", "continue_final_message"):
+        if getattr(request, name):
+            raise InvalidInput("is set beside raw_prompt, expected one of the two", field=name)
+    prompt = wire.raw_prompt_from_proto(request.raw_prompt)
+    if not prompt:
+        raise InvalidInput("is empty", field="raw_prompt.text")
+    if len(prompt) > limits.max_text_chars:
+        kind = "characters" if isinstance(prompt, str) else "tokens"
+        raise TooLarge(f"has {len(prompt)} {kind}, the limit is {limits.max_text_chars}", field="raw_prompt")

@@ -13,6 +13,7 @@ from focusllava.v1 import encoder_pb2, error_pb2, focus_pb2, llm_pb2
 from services.common.errors import FocusError
 from services.common.grpc_status import code_of, status_of
 from services.common.telemetry import Metrics
+from services.common.types import ImageOptions
 from services.gateway.admission import AdmissionLimits, AdmittedChat, AdmittedImage, admit
 from services.gateway.cache import CacheKey, VisualTokenCache
 from services.gateway.stages import Deadline, with_field
@@ -22,7 +23,7 @@ class Encoder(Protocol):
     """Stage 1, as the gateway calls it."""
 
     async def encode(
-        self, image: bytes, vision_sampler: bool, deadline: Deadline
+        self, image: bytes, vision_sampler: bool, options: ImageOptions, deadline: Deadline
     ) -> encoder_pb2.CompressedVisualTokens: ...
 
 
@@ -92,16 +93,16 @@ class ChatService:
         admitted = await asyncio.to_thread(admit, request, self.limits, request_id)  # hashes megabytes
         images = await self._visual_tokens(admitted, deadline)
         generate = self._generate_request(admitted, [tokens for tokens, _ in images])
-        started = focus_pb2.ChatResponse(
-            started=focus_pb2.ChatStarted(request_id=request_id, images=[_image_info(*image) for image in images])
-        )
+        started = focus_pb2.ChatStarted(request_id=request_id, images=[_image_info(*image) for image in images])
         first_token_s: float | None = None
         announced = False
         async with contextlib.aclosing(self._language_model.generate(generate, deadline)) as events:
             async for event in events:
                 if not announced:  # only now is it sure that the model takes the request
                     announced = True
-                    yield started
+                    usage = event.finished.usage  # of an answer without a token
+                    started.prompt_tokens = event.token.prompt_tokens or usage.prompt_tokens
+                    yield focus_pb2.ChatResponse(started=started)
                 kind = event.WhichOneof("event")
                 if kind == "token":
                     if first_token_s is None:
@@ -132,12 +133,13 @@ class ChatService:
             content_hash=image.content_hash,
             model_fingerprint=self._fingerprint,
             vision_sampler=admitted.vision_sampler,
+            options=image.options,
         )
         try:
             async with asyncio.timeout(deadline.remaining_s(at_most=3600)):
                 # Others may wait for the same encoding: it runs under the stage's own limit, not one caller's deadline.
                 return await self._cache.get_or_encode(
-                    key, lambda: self._encoder.encode(image.data, admitted.vision_sampler, Deadline())
+                    key, lambda: self._encoder.encode(image.data, admitted.vision_sampler, image.options, Deadline())
                 )
         except FocusError as error:
             raise with_field(error, image.field) from error
@@ -150,6 +152,8 @@ class ChatService:
             request_id=f"{admitted.request_id}.{secrets.token_hex(4)}",
             model_fingerprint=self._fingerprint,
             turns=admitted.turns,
+            continue_final_message=admitted.continue_final_message,
+            raw_prompt=admitted.raw_prompt,
             images=images,
             sampling=admitted.sampling,
             prune=admitted.prune,

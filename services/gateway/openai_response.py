@@ -1,65 +1,84 @@
-"""Events of an answer -> OpenAI's chat completion, whole or in chunks."""
+"""Events of an answer -> OpenAI's chat completion or text completion, whole or in chunks."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from focusllava.v1 import focus_pb2, llm_pb2
+from services.gateway.openai_settings import Asked
 
 _REASONS = {llm_pb2.FINISH_REASON_STOP: "stop", llm_pb2.FINISH_REASON_LENGTH: "length"}
+_LEAST_LOGPROB = -9999.0
+"""Stands for minus infinity, which JSON has no number for; OpenAI's."""
 
 
-class CompletionWriter:
-    """Writes one answer; its `started` event comes with it."""
+class Writer:
+    """Writes one answer; its `started` event comes with it. Subclasses are what OpenAI has of objects."""
 
-    def __init__(self, model: str, started: focus_pb2.ChatStarted):
-        self._model, self._started, self._created = model, started, int(time.time())
+    kind: ClassVar[str]
+    chunk_kind: ClassVar[str]
+    id_prefix: ClassVar[str]
 
-    def whole(self, tokens: Sequence[llm_pb2.Token], finished: llm_pb2.Finished, *, logprobs: bool) -> dict[str, Any]:
-        """An object "chat.completion"."""
-        message = {"role": "assistant", "content": "".join(token.text for token in tokens), "refusal": None}
-        content = [entry for token in tokens for entry in token.logprobs]
-        choice = {
-            "index": 0,
-            "message": message,
-            "logprobs": {"content": _logprobs(content), "refusal": None} if logprobs else None,
-            "finish_reason": _reason(finished),
-        }
+    def __init__(self, model: str, started: focus_pb2.ChatStarted, asked: Asked):
+        self._model, self._started, self._asked = model, started, asked
+        self._id, self._created = self.id_prefix + started.request_id, int(time.time())
+        self._completion_tokens = 0
+
+    def whole(self, tokens: Sequence[llm_pb2.Token], finished: llm_pb2.Finished) -> dict[str, Any]:
+        """The answer as one object."""
+        text = "".join(token.text for token in tokens)
+        entries = [entry for token in tokens for entry in token.logprobs]
+        logprobs = self._logprobs(entries) if self._asked.logprobs else None
         return {
-            **self._object("chat.completion"),
-            "choices": [choice],
-            "usage": _usage(finished.usage),
+            **self._object(self.kind),
+            "choices": [self._choice(text, logprobs, _reason(finished))],
+            "usage": _usage(finished.usage.prompt_tokens, finished.usage.completion_tokens),
             "focus": self._focus(finished.usage),
         }
 
-    def first_chunk(self) -> dict[str, Any]:
-        return self._chunk({"role": "assistant", "content": "", "refusal": None})
+    def first_chunk(self) -> dict[str, Any] | None:
+        """What comes before the first token."""
+        return None
 
-    def chunk(self, token: llm_pb2.Token) -> dict[str, Any]:
-        return self._chunk({"content": token.text}, logprobs=token.logprobs)
+    def chunk(self, token: llm_pb2.Token) -> dict[str, Any] | None:
+        """New text; None where the token says nothing yet."""
+        self._completion_tokens += len(token.token_ids)
+        if not (token.text or token.logprobs):
+            return None
+        return self._chunk(self._part(token.text, self._logprobs(token.logprobs) if token.logprobs else None, None))
 
     def last_chunk(self, finished: llm_pb2.Finished) -> dict[str, Any]:
-        return {**self._chunk({}, reason=_reason(finished)), "focus": self._focus(finished.usage)}
+        """The reason of the end, and the accounting."""
+        return {**self._chunk(self._part("", None, _reason(finished))), "focus": self._focus(finished.usage)}
 
     def usage_chunk(self, finished: llm_pb2.Finished) -> dict[str, Any]:
         """Sent after the last one to who asked for it."""
-        return {**self._object("chat.completion.chunk"), "choices": [], "usage": _usage(finished.usage)}
+        usage = _usage(finished.usage.prompt_tokens, finished.usage.completion_tokens)
+        return {**self._object(self.chunk_kind), "choices": [], "usage": usage}
 
-    def _chunk(self, delta: dict[str, Any], *, logprobs: Sequence[llm_pb2.TokenLogprobs] = (),
-               reason: str | None = None) -> dict[str, Any]:  # fmt: skip
-        content = {"content": _logprobs(logprobs), "refusal": None} if logprobs else None
-        choice = {"index": 0, "delta": delta, "logprobs": content, "finish_reason": reason}
-        return {**self._object("chat.completion.chunk"), "choices": [choice]}
+    def _choice(self, text: str, logprobs: Any, reason: str) -> dict[str, Any]:
+        """The one choice of a whole answer."""
+        raise NotImplementedError
+
+    def _part(self, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
+        """The one choice of a chunk."""
+        raise NotImplementedError
+
+    def _logprobs(self, tokens: Sequence[llm_pb2.TokenLogprobs]) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
+        chunk = {**self._object(self.chunk_kind), "choices": [choice]}
+        if self._asked.continuous_usage:
+            chunk["usage"] = _usage(self._started.prompt_tokens, self._completion_tokens)
+        elif self._asked.usage:
+            chunk["usage"] = None
+        return chunk
 
     def _object(self, kind: str) -> dict[str, Any]:
-        return {
-            "id": f"chatcmpl-{self._started.request_id}",
-            "object": kind,
-            "created": self._created,
-            "model": self._model,
-        }
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
 
     def _focus(self, usage: llm_pb2.Usage) -> dict[str, Any]:
         """The accounting that OpenAI has no field for; names and units as in Usage and ImageInfo of the gRPC API."""
@@ -86,11 +105,64 @@ class CompletionWriter:
         }
 
 
-def _usage(usage: llm_pb2.Usage) -> dict[str, int]:
+class ChatWriter(Writer):
+    """Of /v1/chat/completions."""
+
+    kind, chunk_kind, id_prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
+
+    def first_chunk(self) -> dict[str, Any]:
+        delta = {"role": "assistant", "content": "", "refusal": None}
+        return self._chunk({"index": 0, "delta": delta, "logprobs": None, "finish_reason": None})
+
+    def _choice(self, text: str, logprobs: Any, reason: str) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {"index": 0, "message": message, "logprobs": logprobs, "finish_reason": reason}
+
+    def _part(self, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
+        delta = {} if reason else {"content": text}
+        return {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+    def _logprobs(self, tokens: Sequence[llm_pb2.TokenLogprobs]) -> dict[str, Any]:
+        content = [{**_logprob(token.chosen), "top_logprobs": [_logprob(one) for one in token.top]} for token in tokens]
+        return {"content": content, "refusal": None}
+
+
+class TextWriter(Writer):
+    """Of /v1/completions."""
+
+    kind, chunk_kind, id_prefix = "text_completion", "text_completion", "cmpl-"
+
+    def __init__(self, model: str, started: focus_pb2.ChatStarted, asked: Asked):
+        super().__init__(model, started, asked)
+        self._offset = 0  # characters of the tokens so far
+
+    def _choice(self, text: str, logprobs: Any, reason: str) -> dict[str, Any]:
+        return self._part(text, logprobs, reason)
+
+    def _part(self, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
+        return {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+    def _logprobs(self, tokens: Sequence[llm_pb2.TokenLogprobs]) -> dict[str, Any]:
+        """Lists with one entry a token; a token's alternatives have itself among them."""
+        offsets = []
+        for token in tokens:
+            offsets.append(self._offset)
+            self._offset += len(token.chosen.text)
+        return {
+            "tokens": [token.chosen.text for token in tokens],
+            "token_logprobs": [_finite(token.chosen.logprob) for token in tokens],
+            "top_logprobs": [
+                {one.text: _finite(one.logprob) for one in (*token.top, token.chosen)} for token in tokens
+            ],
+            "text_offset": offsets,
+        }
+
+
+def _usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
     return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
     }
 
 
@@ -98,10 +170,9 @@ def _reason(finished: llm_pb2.Finished) -> str:
     return _REASONS.get(finished.reason, "abort")
 
 
-def _logprobs(tokens: Sequence[llm_pb2.TokenLogprobs]) -> list[dict[str, Any]]:
-    return [{**_logprob(token.chosen), "top_logprobs": [_logprob(one) for one in token.top]} for token in tokens]
-
-
 def _logprob(one: llm_pb2.TokenLogprob) -> dict[str, Any]:
-    partial = "\N{REPLACEMENT CHARACTER}" in one.text  # a part of a character: its bytes are not known here
-    return {"token": one.text, "logprob": one.logprob, "bytes": None if partial else list(one.text.encode())}
+    return {"token": one.text, "logprob": _finite(one.logprob), "bytes": list(one.raw_bytes)}
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, _LEAST_LOGPROB)

@@ -101,6 +101,17 @@ class LanguageModel(GrpcOnly):
         finally:
             self._metrics.count("focusllava_generate_requests", outcome=outcome)
 
+    async def CheckLanguageModel(
+        self, request: llm_pb2.CheckLanguageModelRequest, grpc_context: RayServegRPCContext
+    ) -> llm_pb2.CheckLanguageModelResponse:
+        """LanguageModelService.CheckLanguageModel."""
+        try:
+            check_fingerprint(request.model_fingerprint, self._model.fingerprint)
+            self.check_health()
+            return llm_pb2.CheckLanguageModelResponse()
+        except Exception as error:
+            raise refuse(grpc_context, error) from None
+
     def check_health(self) -> None:
         """Called by Serve; raising has the replica replaced."""
         self._reporter.check()

@@ -243,7 +243,12 @@ class Engine:
             new += text.finish()
             reason = "stop" if text.stopped else reason
         events: list[Event] = [
-            TokenEvent(text=new, token_ids=(token,), logprobs=(sampled.logprob,) if sampled.logprob else ())
+            TokenEvent(
+                text=new,
+                token_ids=(token,),
+                logprobs=(sampled.logprob,) if sampled.logprob else (),
+                prompt_tokens=sequence.prompt_len,
+            )
         ]
         if reason:
             events.append(self._finish(sequence, reason))

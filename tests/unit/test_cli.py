@@ -15,6 +15,7 @@ import grpc
 import pytest
 
 from focusllava.cli import main
+from focusllava.v1 import image_pb2
 from tests.certificates import self_signed
 from tests.scripted_gateway import ScriptedGateway, failed, finished, likely, started, token
 from tests.tiny_checkpoints import make_random_checkpoint
@@ -96,6 +97,16 @@ def test_log_probabilities_are_shown(gateway: ScriptedGateway, capsys) -> None:
     assert main(["ask", "What?", "--logprobs", "2", "--json"]) == 0
     entry = json.loads(capsys.readouterr().out)["logprobs"][1]
     assert entry["chosen"] == {"token_id": 1, "text": " 7", "logprob": -0.25} and entry["top"][1]["text"] == "z"
+
+
+def test_ask_says_how_images_are_read(gateway: ScriptedGateway, image: str) -> None:
+    for arguments in (["--detail", "low", "--whole-jpeg"], ["--reduced-jpeg"], []):
+        assert main(["ask", image, "What?", *arguments]) == 0
+    assert main(["ask", image, "What?", "--detail", "most"]) == 2
+    low, reduced, plain = (request.turns[0].parts[0] for request in gateway.requests)
+    assert low.image_options == image_pb2.ImageOptions(detail=image_pb2.IMAGE_DETAIL_LOW, reduced_jpeg=False)
+    assert reduced.image_options == image_pb2.ImageOptions(reduced_jpeg=True)
+    assert not plain.HasField("image_options")
 
 
 def test_ask_json_is_one_object(gateway: ScriptedGateway, image: str, capsys) -> None:

@@ -11,18 +11,22 @@ from collections.abc import Iterator
 
 import grpc
 import pytest
+from PIL import Image, ImageCms, ImageOps
 
 from focusllava import (
     AsyncFocusClient,
     FocusClient,
     FocusClientError,
+    ImageFile,
     RetryPolicy,
     TokenLogprob,
+    Turn,
     assistant,
     system,
     user,
 )
-from focusllava.v1 import llm_pb2
+from focusllava.messages import read_image
+from focusllava.v1 import image_pb2, llm_pb2
 from tests.scripted_gateway import ScriptedGateway, failed, finished, likely, started, token
 
 QUICK = RetryPolicy(attempts=3, first_delay_s=0.01)
@@ -111,6 +115,42 @@ def test_image_sources_and_chat_turns(client: FocusClient, gateway: ScriptedGate
     last = turns[-1].parts
     assert [part.image for part in last[:4]] == [b"from a file", b"from a file", b"bytes", b"file-like"]
     assert last[4].text == "And these?"
+
+
+def test_how_images_are_read_reaches_the_wire(client: FocusClient, gateway: ScriptedGateway) -> None:
+    client.ask([b"a", b"b"], "q", detail="low", reduced_jpeg=False).result()
+    client.ask(b"a", "q").result()
+    mixed = Turn(role="user", parts=(ImageFile(data=b"a", detail="low"), b"b", ImageFile(data=b"c"), "q"))
+    client.chat([mixed, user("and?", images=b"d", detail="high"), user("q", images=b"e", detail="auto")]).result()
+    both, bare, each = gateway.requests
+    asked = image_pb2.ImageOptions(detail=image_pb2.IMAGE_DETAIL_LOW, reduced_jpeg=False)
+    assert [part.image_options for part in both.turns[0].parts[:2]] == [asked, asked]
+    assert not bare.turns[0].parts[0].HasField("image_options")
+    parts = [part for turn in each.turns for part in turn.parts if part.WhichOneof("part") == "image"]
+    assert [part.image for part in parts] == [b"a", b"b", b"c", b"d", b"e"]
+    details = [part.image_options.detail for part in parts]
+    assert details == [image_pb2.IMAGE_DETAIL_LOW, 0, 0, image_pb2.IMAGE_DETAIL_HIGH, 0]
+    assert not any(part.image_options.HasField("reduced_jpeg") for part in parts)
+    with pytest.raises(FocusClientError, match=r"parts\[0\]\.detail: is 'most', expected low, high or auto"):
+        client.ask(b"a", "q", detail="most")
+    with pytest.raises(FocusClientError, match="reduced_jpeg: is 'yes', expected True or False"):
+        client.ask(b"a", "q", reduced_jpeg="yes")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "F", "I", "I;16"])
+def test_a_pillow_image_keeps_its_orientation_and_its_pixels_in_every_mode(mode: str) -> None:
+    picture = Image.linear_gradient("L").resize((8, 4))
+    if mode == "LAB":
+        profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+        picture = ImageCms.applyTransform(picture.convert("RGB"), ImageCms.buildTransform(*profiles, "RGB", "LAB"))
+    else:
+        picture = picture.convert(mode)
+    picture.getexif()[0x0112] = 6
+    sent, shown = (ImageOps.exif_transpose(i) for i in (Image.open(io.BytesIO(read_image(picture))), picture))
+    assert sent.size == shown.size == (4, 8)
+    if mode not in ("F", "I"):  # these two with their values: Pillow's RGB of them is clipped
+        sent, shown = sent.convert("RGB"), shown.convert("RGB")
+    assert sent.tobytes() == shown.tobytes()
 
 
 def test_messages_larger_than_grpc_s_default_limit_pass(client: FocusClient, gateway: ScriptedGateway) -> None:

@@ -10,11 +10,12 @@ import grpc
 import pytest
 from PIL import Image
 
-from focusllava.v1 import focus_pb2, llm_pb2
+from focusllava.v1 import focus_pb2, image_pb2, llm_pb2
 from services.common.errors import FocusError, InvalidInput, StageUnavailable, TooLarge
 from services.common.grpc_status import MAX_MESSAGE_CHARS, check_fingerprint, refuse, status_of
 from services.common.media import MediaLimits, content_hash
 from services.common.settings import build_settings
+from services.common.types import ImageOptions
 from services.gateway.admission import AdmissionLimits, admit, request_id_of
 
 USER, SYSTEM, ASSISTANT = llm_pb2.ROLE_USER, llm_pb2.ROLE_SYSTEM, llm_pb2.ROLE_ASSISTANT
@@ -45,8 +46,24 @@ def ask(*turns: focus_pb2.ChatTurn, **fields) -> focus_pb2.ChatRequest:
     return focus_pb2.ChatRequest(turns=turns or (turn(USER, "what?"),), **fields)
 
 
+def raw(prompt: llm_pb2.RawPrompt, **fields) -> focus_pb2.ChatRequest:
+    return focus_pb2.ChatRequest(raw_prompt=prompt, **fields)
+
+
 def admitted(request: focus_pb2.ChatRequest):
     return admit(request, LIMITS, request_id_of(request))
+
+
+def test_each_image_is_read_as_its_part_says():
+    request = ask(turn(USER, PNG, PNG, "what?"))
+    request.turns[0].parts[1].image_options.detail = image_pb2.IMAGE_DETAIL_LOW
+    request.turns[0].parts[1].image_options.reduced_jpeg = False
+    request.turns[0].parts[2].image_options.detail = image_pb2.IMAGE_DETAIL_LOW  # words have none
+    found = [image.options for image in admitted(request).images]
+    assert found == [ImageOptions(), ImageOptions(detail="low", reduced_jpeg=False)]
+    request.turns[0].parts[0].image_options.detail = 9  # type: ignore[assignment]
+    with pytest.raises(InvalidInput, match=r"^turns\[0\]\.parts\[0\]\.image_options\.detail: is 9, expected"):
+        admitted(request)
 
 
 def test_an_admitted_request_keeps_its_order_and_points_at_its_images():
@@ -70,20 +87,52 @@ def test_an_admitted_request_keeps_its_order_and_points_at_its_images():
 
 
 @pytest.mark.parametrize(
+    "turns",
+    [
+        [turn(USER, PNG)],
+        [turn(USER, "x"), turn(ASSISTANT, "y")],
+        [turn(SYSTEM, "x"), turn(SYSTEM, "x"), turn(USER, "y")],
+        [turn(USER, "x"), turn(SYSTEM, "x")],
+    ],
+    ids=["an image alone", "the assistant last", "two system turns", "a late system turn"],
+)
+def test_conversations_that_enter_as_they_are(turns):
+    assert [turn.role for turn in admitted(ask(*turns)).turns] == [turn.role for turn in turns]
+
+
+def test_what_the_stage_must_know_goes_with_it():
+    continued = admitted(ask(turn(USER, "x"), turn(ASSISTANT, "y"), continue_final_message=True))
+    assert continued.continue_final_message and continued.raw_prompt is None
+    prompt = llm_pb2.RawPrompt(token_ids=llm_pb2.TokenIds(ids=[1, 2]))
+    assert admitted(raw(prompt)).raw_prompt == prompt and not admitted(raw(prompt)).turns
+
+
+@pytest.mark.parametrize(
     "request_, error, says",
     [
         (focus_pb2.ChatRequest(), InvalidInput, "turns: is empty"),
         (ask(turn(USER)), InvalidInput, "turns[0].parts: is empty"),
         (ask(turn(USER, "")), InvalidInput, "the question is empty"),
         (ask(turn(USER, " \n\t ")), InvalidInput, "the question is empty"),
-        (ask(turn(USER, PNG)), InvalidInput, "the question is empty"),
+        (
+            ask(turn(USER, "x"), turn(USER, ""), turn(SYSTEM, "y")),
+            InvalidInput,
+            "turns[1].parts: the question is empty",
+        ),
         (ask(turn(USER, "x" * 21)), TooLarge, "21 characters, the limit is 20"),
         (ask(turn(USER, "x" * 20), turn(ASSISTANT, "x" * 45), turn(USER, "x")), TooLarge, "66 characters"),
         (ask(*[turn(USER, "x")] * 5), TooLarge, "5 turns, the limit is 4"),
-        (ask(turn(USER, "x"), turn(ASSISTANT, "y")), InvalidInput, "turns[1].role: the last turn must be the user's"),
+        (ask(turn(ASSISTANT, "y")), InvalidInput, "turns: have no user turn"),
+        (ask(continue_final_message=True), InvalidInput, "turns[0].role: expected the assistant's turn last"),
+        (ask(raw_prompt=llm_pb2.RawPrompt(text="x")), InvalidInput, "turns: is set beside raw_prompt"),
+        (raw(llm_pb2.RawPrompt(text="x"), continue_final_message=True), InvalidInput, "continue_final_message: is set"),
+        (raw(llm_pb2.RawPrompt()), InvalidInput, "raw_prompt: is neither text nor token_ids"),
+        (raw(llm_pb2.RawPrompt(text="")), InvalidInput, "raw_prompt.text: is empty"),
+        (raw(llm_pb2.RawPrompt(token_ids=llm_pb2.TokenIds())), InvalidInput, "raw_prompt.token_ids: is empty"),
+        (raw(llm_pb2.RawPrompt(text="x" * 61)), TooLarge, "raw_prompt: has 61 characters, the limit is 60"),
+        (raw(llm_pb2.RawPrompt(token_ids=llm_pb2.TokenIds(ids=[1] * 61))), TooLarge, "has 61 tokens, the limit is 60"),
         (ask(turn(0, "x"), turn(USER, "y")), InvalidInput, "turns[0].role: is 0"),
         (ask(turn(77, "x"), turn(USER, "y")), InvalidInput, "turns[0].role: is 77"),
-        (ask(turn(USER, "x"), turn(SYSTEM, "x"), turn(USER, "y")), InvalidInput, "only the first turn"),
         (ask(turn(SYSTEM, PNG), turn(USER, "y")), InvalidInput, "turns[0].parts[0].image: images may stand in user"),
         (ask(focus_pb2.ChatTurn(role=USER, parts=[focus_pb2.ChatPart()])), InvalidInput, "neither text nor an image"),
         (ask(turn(USER, PNG, PNG, PNG, "x")), TooLarge, "turns[0].parts[2].image: more than 2 images"),

@@ -12,6 +12,7 @@ from services.common import wire
 from services.common.errors import Code, FocusError, InvalidInput, TooLarge, WrongFingerprint
 from services.common.types import (
     ChatTurn,
+    Constraint,
     FinishedEvent,
     GenerateRequest,
     ImagePart,
@@ -39,6 +40,12 @@ SAMPLING = SamplingParams(
     logprobs=5,
     stop=("a", "\n"),
     ignore_eos=True,
+    min_tokens=3,
+    stop_token_ids=(7, 9),
+    logit_bias=((5, -100.0), (6, 0.85)),
+    include_stop_str_in_output=True,
+    constraint=Constraint(kind="json_schema", text='{"type": "object"}'),
+    keep_special_tokens=True,
 )
 
 
@@ -59,7 +66,7 @@ def generate_request(**changes: object) -> GenerateRequest:
 
 
 def test_generate_request_round_trip() -> None:
-    request = generate_request()
+    request = generate_request(continue_final_message=True)
     data = wire.generate_request_to_proto(request, FINGERPRINT).SerializeToString()
     back = wire.generate_request_from_proto(llm_pb2.GenerateRequest.FromString(data))
     assert all(same_tokens(a, b) for a, b in zip(back.images, request.images, strict=True))
@@ -123,6 +130,12 @@ def test_zero_and_unset_differ() -> None:
         ("stop", ["x"] * 9),
         ("stop", ["x", ""]),
         ("stop", ["x", "x" * 257]),
+        ("min_tokens", 257),
+        ("stop_token_ids", range(65)),
+        ("logit_bias", {1: 100.01}),
+        ("logit_bias", {1: -100.01}),
+        ("logit_bias", {1: float("nan")}),
+        ("logit_bias", dict.fromkeys(range(1025), 1.0)),
     ],
 )
 def test_sampling_out_of_range_is_refused(name: str, value: object) -> None:
@@ -136,10 +149,65 @@ def test_values_at_the_edges_of_their_ranges_are_taken() -> None:
         "temperature": (0, 2), "top_k": (0, 2**32 - 1), "top_p": (1e-30, 1), "min_p": (0, 1), "logprobs": (0, 20),
         "repetition_penalty": (1e-30, 2), "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2),
         "seed": (0, 2**64 - 1), "max_tokens": (1, 2**32 - 1), "stop": (["x" * 256] * 8,),
+        "min_tokens": (0, 256), "stop_token_ids": (list(range(64)),),
     }.items():  # fmt: skip
         for value in values:
             params = wire.sampling_from_proto(llm_pb2.SamplingParams(**{name: value}))
             assert getattr(params, name) == (tuple(value) if isinstance(value, list) else value)
+
+
+CONSTRAINTS = [
+    Constraint(kind="json_object"),
+    Constraint(kind="json_schema", text='{"enum": ["你好"]}'),
+    Constraint(kind="choice", choices=("yes", "no")),
+    Constraint(kind="regex", text="[0-9]+"),
+    Constraint(kind="grammar", text='start: "a"'),
+]
+
+
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
+def test_constraint_round_trip(constraint: Constraint) -> None:
+    sampling = SamplingParams(constraint=constraint)
+    assert wire.sampling_from_proto(wire.sampling_to_proto(sampling)) == sampling
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        (llm_pb2.Constraint(), "sampling.constraint"),
+        (llm_pb2.Constraint(json_schema=""), "sampling.constraint.json_schema"),
+        (llm_pb2.Constraint(regex="a" * 65_537), "sampling.constraint.regex"),
+        (llm_pb2.Constraint(choice=llm_pb2.Choices()), "sampling.constraint.choice"),
+        (llm_pb2.Constraint(choice=llm_pb2.Choices(texts=["a", ""])), "sampling.constraint.choice[1]"),
+        (llm_pb2.Constraint(choice=llm_pb2.Choices(texts=["a" * 40_000] * 2)), "sampling.constraint.choice"),
+    ],
+)
+def test_malformed_constraint_is_refused(message: llm_pb2.Constraint, field: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        wire.sampling_from_proto(llm_pb2.SamplingParams(constraint=message))
+    assert caught.value.field == field
+
+
+def test_json_object_that_is_false_asks_for_nothing() -> None:
+    message = llm_pb2.SamplingParams(constraint=llm_pb2.Constraint(json_object=False))
+    assert wire.sampling_from_proto(message) == SamplingParams()
+
+
+@pytest.mark.parametrize("raw_prompt", ["<s>[INST] Hi [/INST]", "", (1, 5, 2**32 - 1)])
+def test_raw_prompt_round_trip(raw_prompt: str | tuple[int, ...]) -> None:
+    request = generate_request(turns=(), images=(), raw_prompt=raw_prompt)
+    data = wire.generate_request_to_proto(request, FINGERPRINT).SerializeToString()
+    assert wire.generate_request_from_proto(llm_pb2.GenerateRequest.FromString(data)) == request
+
+
+def test_raw_prompt_stands_alone() -> None:
+    for message in (llm_pb2.RawPrompt(), llm_pb2.RawPrompt(token_ids=llm_pb2.TokenIds())):
+        with pytest.raises(InvalidInput, match="^raw_prompt"):
+            wire.raw_prompt_from_proto(message)
+    for changes in ({"images": ()}, {"images": (), "turns": (), "continue_final_message": True}):
+        message = wire.generate_request_to_proto(generate_request(raw_prompt="a", **changes), FINGERPRINT)
+        with pytest.raises(InvalidInput, match="is set beside raw_prompt"):
+            wire.generate_request_from_proto(message)
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, 1.0001, float("nan"), float("inf")])
@@ -207,8 +275,8 @@ def test_token_and_error_events_round_trip() -> None:
     token = TokenEvent(text="né", token_ids=(0, 151_936))
     assert wire.event_from_proto(wire.event_to_proto(token)) == token
     chosen, other = (
-        TokenLogprob(token_id=7, logprob=-0.5, text=" n"),
-        TokenLogprob(token_id=0, logprob=-2.25, text="\ufffd"),
+        TokenLogprob(token_id=7, logprob=-0.5, text=" n", raw_bytes=b" n"),
+        TokenLogprob(token_id=0, logprob=-2.25, text="\ufffd", raw_bytes=b"\xc3"),
     )
     logprobs = (TokenLogprobs(chosen=chosen, top=(chosen, other)), TokenLogprobs(chosen=other))
     token = TokenEvent(text="né", token_ids=(7, 0), logprobs=logprobs)

@@ -1,11 +1,14 @@
 """The only converters between our types and their protobuf messages; everything that comes in is checked here."""
 
 from services.common.wire.events import Event, event_from_proto, event_to_proto, usage_from_proto, usage_to_proto
+from services.common.wire.images import image_options_from_proto, image_options_to_proto
 from services.common.wire.requests import (
     generate_request_from_proto,
     generate_request_to_proto,
     prune_from_proto,
     prune_to_proto,
+    raw_prompt_from_proto,
+    raw_prompt_to_proto,
     sampling_from_proto,
     sampling_to_proto,
     turns_from_proto,
@@ -19,8 +22,12 @@ __all__ = [
     "event_to_proto",
     "generate_request_from_proto",
     "generate_request_to_proto",
+    "image_options_from_proto",
+    "image_options_to_proto",
     "prune_from_proto",
     "prune_to_proto",
+    "raw_prompt_from_proto",
+    "raw_prompt_to_proto",
     "sampling_from_proto",
     "sampling_to_proto",
     "tensor_from_proto",

@@ -10,7 +10,15 @@ import numpy as np
 from focusllava.v1 import llm_pb2
 from services.common.errors import InvalidInput, WrongFingerprint
 from services.common.ranges import check_prune, check_sampling
-from services.common.types import ChatTurn, GenerateRequest, ImagePart, PruneParams, SamplingParams, TextPart
+from services.common.types import (
+    ChatTurn,
+    Constraint,
+    GenerateRequest,
+    ImagePart,
+    PruneParams,
+    SamplingParams,
+    TextPart,
+)
 from services.common.wire.tensors import check_sha256, tokens_from_proto, tokens_to_proto
 
 _ROLES = {llm_pb2.ROLE_SYSTEM: "system", llm_pb2.ROLE_USER: "user", llm_pb2.ROLE_ASSISTANT: "assistant"}
@@ -18,14 +26,47 @@ _ROLE_VALUES = {role: value for value, role in _ROLES.items()}
 
 
 def sampling_to_proto(sampling: SamplingParams) -> llm_pb2.SamplingParams:
-    return llm_pb2.SamplingParams(**vars(sampling))  # the fields bear the same names
+    fields = dict(vars(sampling))  # they bear the same names
+    fields["logit_bias"] = dict(sampling.logit_bias)
+    fields["constraint"] = _constraint_to_proto(sampling.constraint) if sampling.constraint else None
+    return llm_pb2.SamplingParams(**fields)
 
 
 def sampling_from_proto(message: llm_pb2.SamplingParams, field: str = "sampling") -> SamplingParams:
     """Unset fields take the defaults. Raises InvalidInput for a value out of its range."""
-    params = SamplingParams(**_given(message), stop=tuple(message.stop), ignore_eos=message.ignore_eos)
+    params = SamplingParams(
+        **_given(message),
+        stop=tuple(message.stop),
+        stop_token_ids=tuple(message.stop_token_ids),
+        logit_bias=tuple((token, _shortest(bias)) for token, bias in sorted(message.logit_bias.items())),
+        include_stop_str_in_output=message.include_stop_str_in_output,
+        ignore_eos=message.ignore_eos,
+        keep_special_tokens=message.keep_special_tokens,
+        constraint=_constraint_from_proto(message.constraint, field) if message.HasField("constraint") else None,
+    )
     check_sampling(params, field)
     return params
+
+
+def _constraint_to_proto(constraint: Constraint) -> llm_pb2.Constraint:
+    if constraint.kind == "choice":
+        return llm_pb2.Constraint(choice=llm_pb2.Choices(texts=constraint.choices))
+    if constraint.kind == "json_object":
+        return llm_pb2.Constraint(json_object=True)
+    return llm_pb2.Constraint(**{constraint.kind: constraint.text})
+
+
+def _constraint_from_proto(message: llm_pb2.Constraint, field: str) -> Constraint | None:
+    """None for `json_object` that is false, which asks for nothing."""
+    kind = message.WhichOneof("kind")
+    if kind is None:
+        known = ", ".join(field.name for field in message.DESCRIPTOR.oneofs_by_name["kind"].fields)
+        raise InvalidInput(f"is empty, expected one of {known}", field=f"{field}.constraint")
+    if kind == "json_object":
+        return Constraint(kind=kind) if message.json_object else None
+    if kind == "choice":
+        return Constraint(kind=kind, choices=tuple(message.choice.texts))
+    return Constraint(kind=kind, text=getattr(message, kind))
 
 
 def prune_to_proto(prune: PruneParams) -> llm_pb2.PruneParams:
@@ -40,9 +81,16 @@ def prune_from_proto(message: llm_pb2.PruneParams, field: str = "prune") -> Prun
 
 
 def _given(message: llm_pb2.SamplingParams | llm_pb2.PruneParams) -> dict[str, Any]:
-    """The optional fields that are set. A float32 comes as the shortest decimal that is it: 0.85, not 0.8500000238."""
-    given = {field.name: value for field, value in message.ListFields() if field.has_presence}
-    return {name: float(str(np.float32(v))) if isinstance(v, float) else v for name, v in given.items()}
+    """The optional scalar fields that are set."""
+    given = {
+        field.name: value for field, value in message.ListFields() if field.has_presence and not field.message_type
+    }
+    return {name: _shortest(v) if isinstance(v, float) else v for name, v in given.items()}
+
+
+def _shortest(value: float) -> float:
+    """The shortest decimal that is this float32: 0.85, not 0.8500000238."""
+    return float(str(np.float32(value)))
 
 
 def turns_to_proto(turns: Sequence[ChatTurn]) -> list[llm_pb2.PromptTurn]:
@@ -93,7 +141,29 @@ def generate_request_to_proto(request: GenerateRequest, model_fingerprint: str) 
         images=[tokens_to_proto(image) for image in request.images],
         sampling=sampling_to_proto(request.sampling),
         prune=prune_to_proto(request.prune),
+        continue_final_message=request.continue_final_message,
+        raw_prompt=raw_prompt_to_proto(request.raw_prompt),
     )
+
+
+def raw_prompt_to_proto(prompt: str | Sequence[int] | None) -> llm_pb2.RawPrompt | None:
+    if prompt is None:
+        return None
+    if isinstance(prompt, str):
+        return llm_pb2.RawPrompt(text=prompt)
+    return llm_pb2.RawPrompt(token_ids=llm_pb2.TokenIds(ids=prompt))
+
+
+def raw_prompt_from_proto(message: llm_pb2.RawPrompt, field: str = "raw_prompt") -> str | tuple[int, ...]:
+    """Raises InvalidInput where it is neither text nor at least one token."""
+    kind = message.WhichOneof("content")
+    if kind is None:
+        raise InvalidInput("is neither text nor token_ids", field=field)
+    if kind == "text":
+        return message.text
+    if not message.token_ids.ids:
+        raise InvalidInput("is empty, expected at least one token", field=f"{field}.token_ids")
+    return tuple(message.token_ids.ids)
 
 
 def generate_request_from_proto(message: llm_pb2.GenerateRequest) -> GenerateRequest:
@@ -108,10 +178,17 @@ def generate_request_from_proto(message: llm_pb2.GenerateRequest) -> GenerateReq
                 f"is {image.model_fingerprint}, the request is for {message.model_fingerprint}",
                 field=f"images[{index}].model_fingerprint",
             )
+    raw_prompt = raw_prompt_from_proto(message.raw_prompt) if message.HasField("raw_prompt") else None
+    if raw_prompt is not None:
+        for name in ("turns", "images", "continue_final_message"):
+            if getattr(message, name):
+                raise InvalidInput("is set beside raw_prompt, expected one of the two", field=name)
     return GenerateRequest(
         request_id=message.request_id,
-        turns=turns_from_proto(message.turns, len(images)),
+        turns=turns_from_proto(message.turns, len(images)) if raw_prompt is None else (),
         images=images,
         sampling=sampling_from_proto(message.sampling),
         prune=prune_from_proto(message.prune),
+        continue_final_message=message.continue_final_message,
+        raw_prompt=raw_prompt,
     )
