@@ -169,10 +169,9 @@ def _turns(
 
 
 def _check_question(turns: Sequence[focus_pb2.ChatTurn], limits: AdmissionLimits) -> None:
-    """Of the last user turn: it has words or an image, and not too many words."""
-    index = max((index for index, turn in enumerate(turns) if turn.role == llm_pb2.ROLE_USER), default=-1)
-    if index < 0:
-        raise InvalidInput("have no user turn; send at least one", field="turns")
+    """Of the last user turn, or the last turn where there is none: words or an image, and not too many words."""
+    users = [index for index, turn in enumerate(turns) if turn.role == llm_pb2.ROLE_USER]
+    index = users[-1] if users else len(turns) - 1
     turn, where = turns[index], f"turns[{index}]"
     if not any(part.image or part.text.strip() for part in turn.parts):
         raise InvalidInput("the question is empty", field=f"{where}.parts")

@@ -126,7 +126,7 @@ class Settings(Constrained):
                 *self.names_here(),
                 (r"^sampling\.constraint(\.\w+)?", constraint),
                 (r"^sampling\.", ""),
-                (r"^request_id\b", "x-request-id"),
+                (r"^request_id\b", "request_id" if self.request_id else "x-request-id"),
             ),
         )
 

@@ -25,6 +25,7 @@ from services.common.errors import (
     TooLarge,
     WrongFingerprint,
 )
+from services.common.grpc_status import replica_is_lost
 from services.common.settings import require
 from services.common.telemetry import Metrics
 from services.common.types import ImageOptions
@@ -40,8 +41,6 @@ CHANNEL_OPTIONS = [
     # No keepalive: a gRPC server allows one ping in five minutes without data and ends the connection of who sends more
     # (too_many_pings), so a call that waits quietly would be lost. The proxy is on this node: if it dies, TCP says so.
 ]
-# What Ray says when the replica that held the request died.
-_REPLICA_DIED = ("actor died", "ActorDied", "ActorUnavailable", "actor is dead", "WorkerCrashed", "is temporarily")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +128,7 @@ class _Stage:
 
 def stage_error(stage: str, code: grpc.StatusCode, details: str) -> FocusError:
     """A stage's status as the error that the gateway raises. Only our own stages' messages pass through."""
-    if any(sign in details for sign in _REPLICA_DIED) or code in (
+    if replica_is_lost(details) or code in (
         grpc.StatusCode.UNAVAILABLE,
         grpc.StatusCode.CANCELLED,  # we did not cancel: the replica or its proxy went away
     ):

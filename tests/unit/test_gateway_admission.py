@@ -93,8 +93,9 @@ def test_an_admitted_request_keeps_its_order_and_points_at_its_images():
         [turn(USER, "x"), turn(ASSISTANT, "y")],
         [turn(SYSTEM, "x"), turn(SYSTEM, "x"), turn(USER, "y")],
         [turn(USER, "x"), turn(SYSTEM, "x")],
+        [turn(SYSTEM, "x")],
     ],
-    ids=["an image alone", "the assistant last", "two system turns", "a late system turn"],
+    ids=["an image alone", "the assistant last", "two system turns", "a late system turn", "a system turn alone"],
 )
 def test_conversations_that_enter_as_they_are(turns):
     assert [turn.role for turn in admitted(ask(*turns)).turns] == [turn.role for turn in turns]
@@ -122,7 +123,7 @@ def test_what_the_stage_must_know_goes_with_it():
         (ask(turn(USER, "x" * 21)), TooLarge, "21 characters, the limit is 20"),
         (ask(turn(USER, "x" * 20), turn(ASSISTANT, "x" * 45), turn(USER, "x")), TooLarge, "66 characters"),
         (ask(*[turn(USER, "x")] * 5), TooLarge, "5 turns, the limit is 4"),
-        (ask(turn(ASSISTANT, "y")), InvalidInput, "turns: have no user turn"),
+        (ask(turn(SYSTEM, "x"), turn(SYSTEM, " ")), InvalidInput, "turns[1].parts: the question is empty"),
         (ask(continue_final_message=True), InvalidInput, "turns[0].role: expected the assistant's turn last"),
         (ask(raw_prompt=llm_pb2.RawPrompt(text="x")), InvalidInput, "turns: is set beside raw_prompt"),
         (raw(llm_pb2.RawPrompt(text="x"), continue_final_message=True), InvalidInput, "continue_final_message: is set"),

@@ -106,6 +106,7 @@ REFUSED_EVERYWHERE = [
     ({"seed": 1.5}, "seed", "is 1.5"),
     ({"stream_options": {"include": True}}, "stream_options.include", "is not supported"),
     ({"nonsense": 1}, "nonsense", "is not supported"),
+    ({"request_id": "no spaces"}, "request_id", "expected up to 128 letters"),
     ({"response_format": {"type": "structural_tag"}}, "response_format.type", "is 'structural_tag', expected 'text'"),
     ({"response_format": {"type": "json_schema"}}, "response_format", "expected json_schema with"),
     (
