@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from focusllava.v1 import focus_pb2, image_pb2, llm_pb2
 from services.gateway import data_url
-from services.gateway.openai_fields import WITHOUT_EFFECT, Accepted, Fields, Wrong
+from services.gateway.openai_fields import WITHOUT_EFFECT, Accepted, Fields, Wrong, check_without_effect
 from services.gateway.openai_settings import Count, Settings
 
 _ROLES = {
@@ -51,11 +51,13 @@ _CHAT_WITHOUT_EFFECT: dict[str, Accepted] = {
 
 
 def _called_never(fields: Any) -> Any:
-    """Without the tools that the request itself says are not to be called."""
+    """Without the tools that the request itself says are not to be called. Others are refused before their choice."""
     if isinstance(fields, dict):
         for choice, tools in (("tool_choice", "tools"), ("function_call", "functions")):
             if fields.get(choice) == "none" and isinstance(fields.get(tools), list):
                 fields = {**fields, tools: None}
+            elif fields.get(tools) is not None:
+                check_without_effect(tools, fields[tools], _CHAT_WITHOUT_EFFECT[tools])
     return fields
 
 

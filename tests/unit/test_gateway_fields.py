@@ -140,6 +140,7 @@ REFUSED_EVERYWHERE = [
 REFUSED_IN_CHAT = [
     ({"tools": [TOOL]}, "tools", "which is not supported; expected []"),
     ({"tools": [TOOL], "tool_choice": "auto"}, "tools", "which is not supported; expected []"),
+    ({"tool_choice": "required", "tools": [TOOL]}, "tools", "which is not supported; expected []"),
     ({"tool_choice": "required"}, "tool_choice", 'is \'required\', which is not supported; expected "none" or "auto"'),
     ({"functions": [{"name": "f"}]}, "functions", "which is not supported"),
     ({"function_call": {"name": "f"}}, "function_call", "is {'name': 'f'}"),
