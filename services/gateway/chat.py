@@ -152,11 +152,11 @@ class ChatService:
             request_id=f"{admitted.request_id}.{secrets.token_hex(4)}",
             model_fingerprint=self._fingerprint,
             turns=admitted.turns,
-            continue_final_message=admitted.continue_final_message,
-            raw_prompt=admitted.raw_prompt,
             images=images,
             sampling=admitted.sampling,
             prune=admitted.prune,
+            continue_final_message=admitted.continue_final_message,
+            raw_prompt=admitted.raw_prompt,
         )
         if generate.sampling.temperature > 0 and not generate.sampling.HasField("seed"):
             generate.sampling.seed = secrets.randbits(63)  # so that a lost stage can repeat its draws

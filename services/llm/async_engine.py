@@ -9,9 +9,10 @@ import queue
 import threading
 from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as Seq
+from concurrent.futures import ThreadPoolExecutor
 
-from services.common.errors import FocusError, InternalError, StageUnavailable
-from services.common.types import FinishedEvent, GenerateRequest
+from services.common.errors import FocusError, InternalError, Overloaded, StageUnavailable
+from services.common.types import Constraint, FinishedEvent, GenerateRequest
 from services.llm.engine import Engine
 from services.llm.engine_stats import EngineStats, Event, StepFailed
 from services.llm.sequence import Sequence
@@ -19,6 +20,8 @@ from services.llm.sequence import Sequence
 MOST_FAILED_STEPS = 3
 """After more than these, with no request that ended well between, a replica is unwell. It fails requests faster than
 others answer theirs, so it would get most of the traffic."""
+MOST_COMPILING = 64
+"""Constraints that wait to be compiled; one takes some milliseconds, a hostile one up to 4 s."""
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +44,9 @@ class AsyncEngine:
         self.engine = engine
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}  # touched by the engine's thread only
+        # On a thread of its own: what takes long to compile must not hold the threads that all requests need.
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="llm-constraints")
+        self._compiling = 0
         self._inbox_lock = threading.Lock()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="llm-engine", daemon=True)
@@ -52,6 +58,8 @@ class AsyncEngine:
         Raises before the first event what `Engine.submit` raises; after it InternalError when a pass failed, or
         StageUnavailable when the engine is closed.
         """
+        if request.sampling.constraint is not None:
+            await self._compile(request.sampling.constraint)
         sequence = await asyncio.to_thread(self.engine.prepare, request)
         stream = _Stream()
         self._post(lambda: self._enqueue(sequence, stream))
@@ -67,6 +75,18 @@ class AsyncEngine:
         finally:
             if not ended:
                 self._inbox.put(lambda: self._abort(request.request_id, stream))
+
+    async def _compile(self, constraint: Constraint) -> None:
+        grammars = self.engine.grammars
+        if grammars.known(constraint) is not None:
+            return
+        if self._compiling >= MOST_COMPILING:
+            raise Overloaded(f"{self._compiling} others wait to be compiled", field="sampling.constraint")
+        self._compiling += 1
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._compiler, grammars.compile, constraint)
+        finally:
+            self._compiling -= 1
 
     def stats(self) -> EngineStats:
         return self.engine.stats()
@@ -85,6 +105,8 @@ class AsyncEngine:
             self._closing = True
             self._inbox.put(lambda: None)
         self._thread.join()
+        self._compiler.shutdown(wait=False, cancel_futures=True)
+        self.engine.grammars.close()
 
     def _post(self, request: Callable[[], None]) -> None:
         with self._inbox_lock:

@@ -71,7 +71,7 @@ class LanguageModel(GrpcOnly):
         self._metrics = Metrics("llm", ray.serve.metrics)
         self._stall_s = settings.stall_s
         self._progress = (0, time.monotonic())  # passes so far, and when that last changed or there was nothing to do
-        self._token_texts = TokenTexts(self._model.renderer.tokenizer)
+        self._token_texts = TokenTexts(self._model.renderer.tokenizer, self._model.grammars.token_bytes)
         self._reporter = Reporter(self._report)
 
     async def Generate(
