@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from dataclasses import dataclass
 from typing import Annotated, Any, Self
 
@@ -49,6 +50,9 @@ class Asked:
     continuous_usage: bool
     """In every piece of one."""
     logprobs: bool
+    request_id: str
+    created: int
+    """When, in seconds since 1970."""
     names: tuple[tuple[str, str], ...]
     """Patterns of a ChatRequest's fields, at the start of an error's line, and their names in the request."""
 
@@ -111,11 +115,11 @@ class Settings(Constrained):
         except ValidationError as error:
             refuse(error)
 
-    def to_chat_request(self, request_id: str) -> focus_pb2.ChatRequest:
-        """The same request as the gRPC API takes it. Raises InvalidInput for what only shows itself then."""
+    def to_chat_requests(self, request_id: str) -> list[focus_pb2.ChatRequest]:
+        """The same as the gRPC API takes it, a request an answer. Raises InvalidInput for what only shows then."""
         raise NotImplementedError
 
-    def asked(self) -> Asked:
+    def asked(self, request_id: str) -> Asked:
         """How the answer is to be written. Raises InvalidInput for more than one constraint."""
         constraint, _ = self.constraint()
         return Asked(
@@ -123,6 +127,8 @@ class Settings(Constrained):
             usage=self.stream_options.include_usage,
             continuous_usage=self.stream_options.continuous_usage_stats,
             logprobs=self.with_logprobs,
+            request_id=request_id,
+            created=int(time.time()),
             names=(
                 *self.names_here(),
                 (r"^sampling\.constraint(\.\w+)?", constraint),

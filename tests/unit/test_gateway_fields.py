@@ -164,10 +164,11 @@ REFUSED_IN_CHAT = [
 ]
 REFUSED_IN_TEXT = [
     ({"suffix": "x"}, "suffix", "is 'x', which is not supported; expected \"\""),
-    ({"prompt": ["a", "b"]}, "prompt", "holds 2 prompts, expected one"),
-    ({"prompt": [[1], [2]]}, "prompt", "holds 2 prompts, expected one"),
-    ({"prompt": []}, "prompt", "is [], expected text or token ids"),
-    ({"prompt": [1, "a"]}, "prompt", "expected text or token ids"),
+    ({"prompt": ["a"] * 33}, "prompt", "holds 33 prompts, expected at most 32"),
+    ({"prompt": ["a", 5]}, "prompt", "expected text, token ids, or a list of one kind"),
+    ({"prompt": [[1], []]}, "prompt", "is [[1], []], expected text, token ids"),
+    ({"prompt": []}, "prompt", "is [], expected text, token ids"),
+    ({"prompt": [1, "a"]}, "prompt", "holds 'a', expected token ids"),
     ({"prompt": "x" * 65_537}, "prompt", "has 65537 characters, the limit is 65536"),
     ({"prompt": [5, -1]}, "prompt", "holds -1, expected token ids"),
     ({"prompt": None}, "prompt", "is missing"),
@@ -283,7 +284,7 @@ HIGH, LOW, UNSET = image_pb2.IMAGE_DETAIL_HIGH, image_pb2.IMAGE_DETAIL_LOW, imag
 )
 def test_images_as_clients_write_them(part, detail):
     body = {"model": "m", "messages": [{"role": "user", "content": [part]}], "focus": {"reduced_jpeg": False}}
-    request = ChatCompletionRequest.parse(json.dumps(body).encode(), 1000).to_chat_request("r")
+    request = ChatCompletionRequest.parse(json.dumps(body).encode(), 1000).to_chat_requests("r")[0]
     (found,) = request.turns[0].parts
     assert found.image == PNG
     assert found.image_options == image_pb2.ImageOptions(detail=detail, reduced_jpeg=False)
