@@ -36,13 +36,13 @@ async def merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[t
     try:
         running = len(pumps)
         while running:
-            event = await queue.get()
-            if event is None:
+            found = await queue.get()
+            if found is None:
                 running -= 1
-            elif isinstance(event, Exception):
-                raise event
+            elif isinstance(found, Exception):
+                raise found
             else:
-                yield event
+                yield found
     finally:
         for task in pumps:
             task.cancel()
