@@ -15,6 +15,8 @@ from PIL import Image
 from focusllava.v1 import encoder_pb2, encoder_pb2_grpc, focus_pb2, focus_pb2_grpc, llm_pb2, llm_pb2_grpc
 
 OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+FP32 = {stage: {"dtype": "float32"} for stage in ("encoder", "llm")}
+"""Settings of the stages, whose answers are compared with fp32."""
 LEAKS = re.compile(r"Traceback|File \"|\.py\b|/tmp/|/home/|site-packages|ray\.exceptions|\n")
 
 

@@ -53,6 +53,8 @@ class GatewaySettings:
     """Bound of the cache in this process."""
     cors_origins: tuple[str, ...] = ()
     """Sites whose pages may use the HTTP API, as in "https://example.org"; "*" is any. Unset: none."""
+    max_model_len: int | None = None
+    """The language model's setting of this name, for what the door says of the model."""
     limits: AdmissionLimits = field(default_factory=AdmissionLimits)
     """The `user_config` of the Serve configuration, where it sets one of them, has the last word."""
 
@@ -82,9 +84,9 @@ class Gateway:
             put_timeout_s=settings.redis_put_timeout_s,
         )
         self._cache = VisualTokenCache(store, metrics)
-        self._limits = settings.limits
         encoder = EncoderClient(settings.encoder, self._fingerprint, metrics)
         language_model = LanguageModelClient(settings.llm, metrics)
+        self._limits, self._max_model_len = settings.limits, settings.max_model_len
         self._service = ChatService(
             model_fingerprint=self._fingerprint,
             encoder=encoder,
@@ -138,7 +140,7 @@ class Gateway:
             prune_threshold=config.text_sampler.threshold,
             tile_px=config.tile_px,
             region_window=config.vision_sampler.window,
-            max_context_tokens=text.max_position_embeddings,
+            max_context_tokens=self._max_model_len or text.max_position_embeddings,
             max_image_bytes=limits.media.max_bytes,
             max_images=limits.max_images,
             server_version=_version(),

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.store import check_shapes, load_stage
+from services.checkpoint.supported import check_decoder
 from services.common.dtypes import dtype_of_stored
-from services.common.errors import InvalidInput
 from services.common.linear import Quantize, prepare_linears
 from services.llm.attention import ATTENTION_NAME, AttentionStep
 from services.llm.fused_layer import (
@@ -33,24 +33,7 @@ from services.sampler.text_guided import apply_rotary, text_importance
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
 """cos and sin, each [1, S, d]."""
-# "dynamic" and "longrope" choose their frequencies by the longest sequence of a batch: a batch would change answers.
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 SCORED_QUERIES = 256
-
-
-def check_decoder(config: PreTrainedConfig) -> None:
-    """Raises InvalidInput for a decoder that would not compute what its authors meant."""
-    context = config.max_position_embeddings
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if window is not None and window < context:
-        raise InvalidInput(
-            f"is {window}, smaller than max_position_embeddings {context}: windowed attention is not supported; "
-            f"set sliding_window to null or lower max_position_embeddings to {window}",
-            field="text.sliding_window",
-        )
-    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
-    if rope_type not in ROPE_TYPES:
-        raise InvalidInput(f"is {rope_type!r}, expected one of {', '.join(ROPE_TYPES)}", field="text.rope_type")
 
 
 class Decoder:

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from focusllava.v1 import encoder_pb2, tensor_pb2
-from services.common.dtypes import all_finite
 from services.common.errors import InvalidInput
 from services.common.types import CompressedVisualTokens
 
@@ -35,7 +34,10 @@ def tensor_to_proto(tensor: torch.Tensor) -> tensor_pb2.Tensor:
 
 
 def tensor_from_proto(message: tensor_pb2.Tensor, field: str = "tensor") -> torch.Tensor:
-    """Raises InvalidInput: unknown type, a shape that is not 1 to 8 positive sizes or does not match the bytes, NaN."""
+    """Raises InvalidInput: unknown type, a shape that is not 1 to 8 positive sizes or does not match the bytes.
+
+    NaN and infinity pass: the engine's intake looks for them once, in the dtype that the model computes in.
+    """
     dtype = _DTYPES.get(message.data_type)
     if dtype is None:
         known = ", ".join(tensor_pb2.DataType.Name(value) for value in _DTYPES)
@@ -51,10 +53,7 @@ def tensor_from_proto(message: tensor_pb2.Tensor, field: str = "tensor") -> torc
         found = f"has {len(data)} bytes, expected {expected} for shape {list(shape)} of {dtype}"
         raise InvalidInput(found, field=f"{field}.data")
     # One copy: torch wants memory that may be written, and bytes may not.
-    tensor = torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
-    if dtype.is_floating_point and not all_finite(tensor):
-        raise InvalidInput("holds NaN or infinity", field=f"{field}.data")
-    return tensor
+    return torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
 
 
 def tokens_to_proto(tokens: CompressedVisualTokens) -> encoder_pb2.CompressedVisualTokens:
@@ -94,7 +93,7 @@ def tokens_from_proto(
         check_sha256(getattr(message, name), f"{field}.{name}")
     return CompressedVisualTokens(
         tokens_ND=tokens_ND,
-        branch_ids_M=torch.tensor(list(message.branch_ids), dtype=torch.uint8),
+        branch_ids_M=torch.from_numpy(np.frombuffer(message.branch_ids, np.uint8).copy()),
         map_hw=(height, width),
         uncompressed_tokens=message.uncompressed_tokens,
         content_hash=message.content_hash,
