@@ -66,6 +66,7 @@ PYTHON = {
         "structured_output_with_the_raw_answer": [None, CARD, CARD],
         "structured_output_in_json_mode": OBJECT,
         "completion": WORDS,
+        "completions_in_a_batch": [WORDS, WORDS],
         "tools_are_refused_by_name": ["OpenAIInvalidRequestError", True],
     },
     "litellm": {

@@ -92,6 +92,10 @@ def completion():
     return OpenAI(**SETTINGS, max_tokens=4).invoke("The number is")
 
 
+def completions_in_a_batch():
+    return OpenAI(**SETTINGS, max_tokens=4).batch(["The number is", "The word is"])
+
+
 def tools_are_refused_by_name():
     try:
         chat.with_structured_output(Card, method="function_calling").invoke([_asked(BLOCK)])
