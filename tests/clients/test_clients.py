@@ -35,7 +35,7 @@ def is_card(said: Any) -> bool:
 SIXTY = " 60"
 CARD = Like("a card with the number 60", is_card)
 OBJECT = Like("a JSON object", lambda said: isinstance(said, dict))
-WORDS = Like("a text", lambda said: isinstance(said, str) and len(said) > 0)
+WORDS = Like("a text", lambda said: isinstance(said, str))
 PYTHON = {
     "openai": {
         "whole": [SIXTY, "stop", True],
