@@ -31,7 +31,7 @@ def test_guidellm(server, run, tmp_path):
 def bench(server, run, tmp_path, *options: str) -> dict:
     run(
         ENVIRONMENTS / "vllm" / "bin" / "vllm", "bench", "serve", "--base-url", server.url, "--model", server.model,
-        "--tokenizer", server.checkpoint, "--num-prompts", "20", "--max-concurrency", "4",
+        "--tokenizer", server.checkpoint, "--num-prompts", "20", "--max-concurrency", "4", "--disable-tqdm",
         "--save-result", "--result-dir", tmp_path, "--result-filename", "result.json", *options,
     )  # fmt: skip
     result = json.loads((tmp_path / "result.json").read_text())

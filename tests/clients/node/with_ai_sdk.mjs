@@ -53,12 +53,12 @@ await tell({
   },
   async object() {
     const answer = await generateObject({ model: compatible(model), schema, ...asked });
-    return schema.safeParse(answer.object).success;
+    return answer.object;
   },
   async object_streamed() {
     const answer = streamObject({ model: compatible(model), schema, ...asked });
     for await (const _ of answer.partialObjectStream);
-    return schema.safeParse(await answer.object).success;
+    return await answer.object;
   },
   async one_of_the_choices() {
     const output = Output.choice({ options: ['40', '60', '80'] });
@@ -66,7 +66,7 @@ await tell({
   },
   async completion() {
     const answer = await generateText({ model: compatible.completionModel(model), prompt: 'The number is', maxOutputTokens: 4, maxRetries: 0 });
-    return typeof answer.text;
+    return answer.text;
   },
   async openais_chat() {
     const answer = await generateText({ model: openai.chat(model), ...asked });
@@ -74,11 +74,11 @@ await tell({
   },
   async openais_chat_with_an_object() {
     const answer = await generateObject({ model: openai.chat(model), schema, ...asked });
-    return schema.safeParse(answer.object).success;
+    return answer.object;
   },
   async openais_completion() {
     const answer = await generateText({ model: openai.completion(model), prompt: 'The number is', maxOutputTokens: 4, maxRetries: 0 });
-    return typeof answer.text;
+    return answer.text;
   },
   async openais_responses_are_refused() {
     const refused = await generateText({ model: openai(model), ...asked }).catch((error) => error);

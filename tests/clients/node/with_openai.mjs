@@ -45,11 +45,11 @@ await tell({
       messages,
       response_format: zodResponseFormat(card, 'card'),
     });
-    return card.safeParse(answer.choices[0].message.parsed).success;
+    return answer.choices[0].message.parsed;
   },
   async completion() {
     const answer = await client.completions.create({ model, prompt: 'The number is', max_tokens: 4 });
-    return [answer.object, typeof answer.choices[0].text];
+    return [answer.object, answer.choices[0].text];
   },
   async tools_are_refused_by_name() {
     const tools = [{ type: 'function', function: { name: 'f', parameters: { type: 'object', properties: {} } } }];

@@ -22,30 +22,28 @@ def _create(mode: instructor.Mode, model: type, messages: list, **fields):
 
 
 def json_schema():
-    return isinstance(_create(instructor.Mode.JSON_SCHEMA, Card, question()), Card)
+    return _create(instructor.Mode.JSON_SCHEMA, Card, question()).model_dump()
 
 
 def json_schema_with_its_own_image():
-    image = instructor.Image.from_base64(IMAGE_URL)
-    return isinstance(
-        _create(instructor.Mode.JSON_SCHEMA, Card, [{"role": "user", "content": [image, QUESTION]}]), Card
-    )
+    asked = {"role": "user", "content": [instructor.Image.from_base64(IMAGE_URL), QUESTION]}
+    return _create(instructor.Mode.JSON_SCHEMA, Card, [asked]).model_dump()
 
 
 def json():
-    return isinstance(_create(instructor.Mode.JSON, Anything, question()), Anything)
+    return _create(instructor.Mode.JSON, Anything, question()).model_dump()
 
 
 def json_with_the_completion():
     ask = instructor.from_openai(client, mode=instructor.Mode.JSON_SCHEMA).chat.completions
     card, raw = ask.create_with_completion(model=MODEL, response_model=Card, messages=question(), max_retries=0)
-    return [isinstance(card, Card), raw.usage.completion_tokens > 0]
+    return [card.model_dump(), raw.usage.completion_tokens > 0]
 
 
 def partial_results_of_a_stream():
     ask = instructor.from_openai(client, mode=instructor.Mode.JSON_SCHEMA).chat.completions
     *_, last = ask.create_partial(model=MODEL, response_model=Card, messages=question(), max_retries=0)
-    return isinstance(Card.model_validate(last.model_dump()), Card)
+    return last.model_dump()
 
 
 def tools_are_refused_by_name():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 
 from cases import BASE_URL, IMAGE, IMAGE_URL, MODEL, QUESTION, Card, functions, tell
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
@@ -74,21 +75,25 @@ def batch_and_async():
 
 
 def structured_output():
-    return isinstance(chat.with_structured_output(Card).invoke([_asked(BLOCK)]), Card)
+    return chat.with_structured_output(Card).invoke([_asked(BLOCK)]).model_dump()
 
 
 def structured_output_with_the_raw_answer():
     answer = chat.with_structured_output(Card, method="json_schema", include_raw=True).invoke([_asked(BLOCK)])
-    return [answer["parsing_error"], isinstance(answer["parsed"], Card), bool(answer["raw"].content)]
+    return [answer["parsing_error"], answer["parsed"].model_dump(), json.loads(answer["raw"].content)]
 
 
 def structured_output_in_json_mode():
     schema = {"title": "Card", "type": "object", "properties": {}}
-    return isinstance(chat.with_structured_output(schema, method="json_mode").invoke([_asked(BLOCK)]), dict)
+    return chat.with_structured_output(schema, method="json_mode").invoke([_asked(BLOCK)])
 
 
 def completion():
-    return isinstance(OpenAI(**SETTINGS, max_tokens=4).invoke("The number is"), str)
+    return OpenAI(**SETTINGS, max_tokens=4).invoke("The number is")
+
+
+def completions_in_a_batch():
+    return OpenAI(**SETTINGS, max_tokens=4).batch(["The number is", "The word is"])
 
 
 def tools_are_refused_by_name():

@@ -55,11 +55,11 @@ def streamed():
 
 
 def native_output():
-    return isinstance(Agent(model, output_type=NativeOutput(Card), retries=0).run_sync(ASKED).output, Card)
+    return Agent(model, output_type=NativeOutput(Card), retries=0).run_sync(ASKED).output.model_dump()
 
 
 def prompted_output():
-    return isinstance(Agent(model, output_type=PromptedOutput(Anything), retries=0).run_sync(ASKED).output, Anything)
+    return Agent(model, output_type=PromptedOutput(Anything), retries=0).run_sync(ASKED).output.model_dump()
 
 
 def tools_are_refused_by_name():
