@@ -17,6 +17,7 @@ from focusllava import FocusClient, FocusClientError, ImageSource, RetryPolicy, 
 from focusllava.accounting import accounting_lines, logprob_lines
 from focusllava.arguments import MAX_TIMEOUT_S
 from focusllava.connection import DEFAULT_ADDRESS
+from focusllava.constraint_options import constraint_options
 from focusllava.errors import NO_SERVER
 from focusllava.explain import explain, no_file
 from focusllava.extras import part
@@ -105,6 +106,8 @@ cli.add_command(serve)
 @click.option("--seed", type=int, help="Makes draws repeatable.")
 @click.option("--logprobs", type=int, help="Report each token's log probability and so many alternatives, 0 to 20.")
 @click.option("--stop", multiple=True, help="The answer ends before this; may be repeated.")
+@click.option("--min-tokens", type=int, help="Fewest tokens to generate.")
+@constraint_options
 @_as_json
 @_address
 @_timeout
@@ -129,7 +132,7 @@ def ask(
     The answer streams to standard output, its accounting to standard error.
     """
     settings: Settings = {"vision_sampler": not no_vision_sampler, "text_sampler": not no_text_sampler}
-    settings.update({name: value for name, value in given.items() if value is not None})  # type: ignore[typeddict-item]
+    settings.update({name: value for name, value in given.items() if value not in (None, ())})  # type: ignore[typeddict-item]
     sources: list[ImageSource] = [sys.stdin.buffer if image == "-" else image for image in images]
     with FocusClient(address, timeout_s=timeout, token=token, credentials=_credentials(tls, tls_ca)) as client:
         with client.ask(sources, question, **settings) as stream:
@@ -143,7 +146,7 @@ def ask(
                         click.echo()
             answer = stream.result()
     if as_json:
-        click.echo(json.dumps(dataclasses.asdict(answer), ensure_ascii=False))
+        click.echo(json.dumps(dataclasses.asdict(answer), ensure_ascii=False, default=list))  # bytes as numbers
     else:
         click.echo("\n".join([*logprob_lines(answer), *accounting_lines(answer)]), err=True)
 
