@@ -164,6 +164,13 @@ def test_a_path_is_no_question(gateway: ScriptedGateway, image: str, capsys, com
     assert gateway.requests == []
 
 
+def test_who_waits_for_a_server_is_told_so_once(capsys) -> None:
+    assert main(["ask", "docs/assets/sample.png", "what?", "--address", "127.0.0.1:9", "--timeout", "2"]) == 4
+    first, *rest = capsys.readouterr().err.splitlines()
+    assert "no server answers at 127.0.0.1:9" in first and first.endswith("; trying again")
+    assert len(rest) == 1 and "trying" not in rest[0]
+
+
 def test_nobody_there(capsys) -> None:
     assert main(["info", "--address", "127.0.0.1:9"]) == 4
     err = capsys.readouterr().err
