@@ -18,7 +18,7 @@ from PIL import Image
 
 from focusllava.sizes import size_text
 from services.checkpoint.config import FocusLlavaConfig
-from services.checkpoint.sizing import BLOCK_SIZE, block_bytes, size_encoder
+from services.checkpoint.sizing import BLOCK_SIZE, block_bytes, size_encoder, tiles_of_an_image
 from services.checkpoint.store import LLM_PREFIX, fingerprint, load_stage, stage_elements
 from services.checkpoint.supported import check_servable
 from services.common.dtypes import choose_dtype, dtype_name
@@ -55,7 +55,7 @@ def dry_run(folder: pathlib.Path) -> str:
     room = device_memory(device).free // 2
     on_gpu = device == "cuda"
     encoder_bytes = size_encoder(
-        config, stage_elements(folder, "encoder"), dtype=dtype, on_gpu=on_gpu, max_tiles=_tiles(config)
+        config, stage_elements(folder, "encoder"), dtype=dtype, on_gpu=on_gpu, max_tiles=tiles_of_an_image(config)
     ).bytes
     layers = _layers_that_fit(folder, config, dtype, room)
     if encoder_bytes > room or layers < 2:
@@ -93,10 +93,6 @@ def _run(folder: pathlib.Path, config: FocusLlavaConfig, dtype: torch.dtype, dev
         f"tried on {device} in {dtype_name(dtype)}: the encoder and {of} {layers} layers of "
         f"{config.text_config.num_hidden_layers} answered {TOKENS} tokens about an image"
     )
-
-
-def _tiles(config: FocusLlavaConfig) -> int:
-    return 1 + max(height * width for height, width in config.image_grid_pinpoints) // config.tile_px**2
 
 
 def _encode(folder: pathlib.Path, dtype: torch.dtype, device: str) -> CompressedVisualTokens:

@@ -57,6 +57,7 @@ class BoundedHttp(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         self._app: Any = self.app  # type: ignore[has-type]
         self.app = self._whole_requests
         self._headers_timer: asyncio.TimerHandle | None = None
+        self._held = 0  # bytes of a body that is not whole yet
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -123,7 +124,7 @@ class BoundedHttp(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
 
     async def _body(self, receive: Receive, send: Send) -> bytes | None:
         """The request's body; None where it is refused, or its sender went away."""
-        body, counted = bytearray(), 0
+        body = bytearray()
         try:
             async with asyncio.timeout(BODY_S):
                 while True:
@@ -136,17 +137,20 @@ class BoundedHttp(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
                         await _refuse(send, 413, f"body: has more than {MOST_BODY_BYTES} bytes")
                         return None
                     body += piece
-                    counted += len(piece)
-                    BoundedHttp.body_bytes += len(piece)
+                    self._count_body(len(piece))
                     while BoundedHttp.body_bytes > MOST_BODIES_BYTES and drop_longest_waiting(but=self):
-                        await asyncio.sleep(0)  # its own task takes its bytes off
+                        pass
                     if not message.get("more_body", False):
                         return bytes(body)
         except TimeoutError:
             await _refuse(send, 408, "body: did not come in time")
             return None
         finally:
-            BoundedHttp.body_bytes -= counted
+            self._count_body(-self._held)
+
+    def _count_body(self, change: int) -> None:
+        self._held += change
+        BoundedHttp.body_bytes += change
 
 
 def drop_longest_waiting(*, but: BoundedHttp | None = None) -> bool:
@@ -155,6 +159,7 @@ def drop_longest_waiting(*, but: BoundedHttp | None = None) -> bool:
     if oldest is None:
         return False
     del BoundedHttp.waiting[oldest]
+    oldest._count_body(-oldest._held)
     oldest.transport.abort()
     return True
 

@@ -111,6 +111,7 @@ def _place(checkpoint: pathlib.Path, config_file: pathlib.Path, wishes: Wishes, 
         stage_elements(checkpoint, "encoder"),
         dtype=dtypes["encoder"],
         on_gpu=on_gpu["encoder"],
+        room=min(gpu.free for gpu in devices.gpus) if on_gpu["encoder"] else devices.host.free,
         max_tiles=settings["encoder"].get("max_tiles"),
     )
     apart = all(on_gpu.values()) and len(devices.gpus) > 1
@@ -136,6 +137,7 @@ def _place(checkpoint: pathlib.Path, config_file: pathlib.Path, wishes: Wishes, 
     args: dict[str, dict[str, Any]] = {
         name: {**settings[name], "device": placed[name], "dtype": dtype_name(dtypes[name])} for name in placed
     }
+    args["encoder"]["max_tiles"] = encoder.max_tiles
     args["llm"] |= {
         "kv_cache_bytes": llm.kv_cache_bytes,
         "max_batch_tokens": llm.max_batch_tokens,

@@ -7,6 +7,7 @@ import json
 import math
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any, Self
 
 import click
@@ -143,7 +144,8 @@ def ask(
     settings: Settings = {"vision_sampler": not no_vision_sampler, "text_sampler": not no_text_sampler}
     settings.update({name: value for name, value in given.items() if value is not None})  # type: ignore[typeddict-item]
     sources: list[ImageSource] = [sys.stdin.buffer if image == "-" else image for image in images]
-    with FocusClient(address, timeout_s=timeout, token=token, credentials=_credentials(tls, tls_ca)) as client:
+    credentials, retry = _credentials(tls, tls_ca), RetryPolicy(on_wait=_say_once())
+    with FocusClient(address, timeout_s=timeout, token=token, credentials=credentials, retry=retry) as client:
         with client.ask(sources, question, detail=detail, reduced_jpeg=reduced_jpeg, **settings) as stream:
             if not as_json:
                 try:
@@ -221,6 +223,18 @@ def completion(shell: str) -> None:
     completer = get_completion_class(shell)
     assert completer is not None
     click.echo(completer(cli, {}, PROGRAM, "_FOCUSLLAVA_COMPLETE").source())
+
+
+def _say_once() -> Callable[[FocusClientError], None]:
+    """Tells a person, the first time, why nothing happens yet."""
+    said: list[str] = []
+
+    def say(error: FocusClientError) -> None:
+        if not said:
+            said.append(error.message)
+            click.echo(f"{PROGRAM}: {error.message}; trying again", err=True)
+
+    return say
 
 
 def _credentials(tls: bool, ca: pathlib.Path | None) -> grpc.ChannelCredentials | None:

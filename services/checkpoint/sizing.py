@@ -83,20 +83,32 @@ def full_image(config: FocusLlavaConfig, dtype: torch.dtype, max_model_len: int 
     return tokens, -(-tokens // BLOCK_SIZE) * block_bytes(config, dtype)
 
 
+def tiles_of_an_image(config: FocusLlavaConfig) -> int:
+    """Most tiles that one image is cut into, the base tile included."""
+    return 1 + max(height * width for height, width in config.image_grid_pinpoints) // config.tile_px**2
+
+
 def default_tiles(*, on_gpu: bool) -> int:
     """Most tiles in one pass of the vision tower."""
     return 80 if on_gpu else 20
 
 
 def size_encoder(
-    config: FocusLlavaConfig, elements: int, *, dtype: torch.dtype, on_gpu: bool, max_tiles: int | None = None
+    config: FocusLlavaConfig,
+    elements: int,
+    *,
+    dtype: torch.dtype,
+    on_gpu: bool,
+    room: int = sys.maxsize,
+    max_tiles: int | None = None,
 ) -> EncoderSizes:
-    """elements: numbers of all its weights (`store.stage_elements`); max_tiles: of a batch, where it is said."""
+    """elements: numbers of all its weights (`store.stage_elements`); room: bytes of the device, of which batches take a
+    16th unless one image needs more; max_tiles: of a batch, where it is said."""
     vision, width = config.vision_config, config.text_config.hidden_size
-    tiles = max_tiles or default_tiles(on_gpu=on_gpu)
     patches = config.patches_per_side**2
     inner = (patches + 1) * (6 * vision.hidden_size + 2 * vision.intermediate_size)  # type: ignore[operator]
     a_tile = (inner + 3 * patches * width) * dtype.itemsize + 2 * 3 * config.tile_px**2 * 4
+    tiles = max_tiles or max(tiles_of_an_image(config), min(default_tiles(on_gpu=on_gpu), room // 16 // a_tile))
     return EncoderSizes(
         weights=elements * dtype.itemsize,
         activations=tiles * a_tile + DECODING_BYTES + (CUDA_BYTES if on_gpu else PROCESS_BYTES),
@@ -126,8 +138,10 @@ def size_llm(
     text = config.text_config
     if max_model_len is not None:
         check_max_model_len(config, max_model_len)
-    tied_head = text.vocab_size * text.hidden_size if text.tie_word_embeddings and not on_gpu else 0
-    weights = (elements + tied_head) * dtype.itemsize
+    as_stored = getattr(torch, config.dtype) == dtype
+    weights = elements * dtype.itemsize
+    if not on_gpu:  # a tied head is packed beside the embeddings; these stay in their file where they can
+        weights += (text.tie_word_embeddings - as_stored) * text.vocab_size * text.hidden_size * dtype.itemsize
     tokens, a_request = full_image(config, dtype, max_model_len)
     if kv_cache_bytes is not None and kv_cache_bytes < a_request:
         raise InvalidInput(
@@ -141,7 +155,7 @@ def size_llm(
         activations = _activations(config, dtype, step_tokens, most, on_gpu)
         left = sys.maxsize if budget is None else budget - weights - activations
         # A quarter of what runs may be full images: questions without one, and pruned prompts, are smaller.
-        if max_running or most == 1 or left >= (kv_cache_bytes or most // 4 * a_request):
+        if max_running or most == 1 or left >= (kv_cache_bytes or max(1, most // 4) * a_request):
             break
         most //= 2
     if budget is not None and left < (kv_cache_bytes or a_request):
@@ -192,5 +206,9 @@ def _activations(config: FocusLlavaConfig, dtype: torch.dtype, step_tokens: int,
     logits = 6 * running * text.vocab_size * 4
     # The choice of what to keep: `SCORED_QUERIES` rows of float32 scores a head, twice.
     choice = 2 * min(256, TEXT_TOKENS) * visual * text.num_attention_heads * 4
-    held = 0 if on_gpu else 2 * running * visual * text.hidden_size * dtype.itemsize
-    return step + logits + choice + held + (CUDA_BYTES if on_gpu else PROCESS_BYTES)
+    if on_gpu:
+        return step + logits + choice + CUDA_BYTES
+    held = 2 * running * visual * text.hidden_size * dtype.itemsize
+    converted = getattr(torch, config.dtype) != dtype
+    loading = converted * text.vocab_size * text.hidden_size * dtype.itemsize  # the head, beside its packed form
+    return max(step + logits + choice + held, loading) + PROCESS_BYTES

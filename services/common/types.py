@@ -99,14 +99,14 @@ class Constraint:
 class SamplingParams:
     """How the next token is drawn; the defaults are greedy decoding.
 
-    In this order: constraint, logit_bias, min_tokens, penalties, temperature, top_k, top_p, min_p
+    In this order: logit_bias, penalties, constraint and min_tokens, temperature, top_k, top_p, min_p
     (`services/llm/sampling.py`); ranges in `services/common/ranges.py`.
     """
 
     max_tokens: int = 256
     min_tokens: int = 0
-    """No end-of-sequence token and none of `stop_token_ids` comes before so many tokens, unless the constraint leaves
-    no other."""
+    """No end-of-sequence token, stop token or stop string ends the answer before so many tokens; the constraint does,
+    where it leaves nothing but the end."""
     temperature: float = 0.0
     """0 takes the likeliest token; the other limits on a draw have no effect then."""
     top_k: int = 0
@@ -134,7 +134,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     """The stop string, or the text of the stop token, is part of the answer."""
     ignore_eos: bool = False
-    """For benchmarks: generate exactly `max_tokens`. A constraint that is fulfilled still ends the answer."""
+    """For benchmarks: generate exactly `max_tokens`. A constraint that leaves nothing else still ends the answer."""
     constraint: Constraint | None = None
     """What the answer must match; None is anything."""
     keep_special_tokens: bool = False

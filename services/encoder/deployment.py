@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import time
 from dataclasses import dataclass, field
@@ -15,7 +16,6 @@ from ray.serve.grpc_util import RayServegRPCContext
 from focusllava.v1 import encoder_pb2
 from services.checkpoint.sizing import default_tiles
 from services.common import wire
-from services.common.dtypes import all_finite, dtype_name
 from services.common.errors import InternalError
 from services.common.grpc_status import check_fingerprint, refuse
 from services.common.media import MediaLimits
@@ -48,14 +48,17 @@ class EncoderSettings(ModelSettings):
         require(self.decode_threads >= 1, "decode_threads", self.decode_threads, "1 or more")
 
 
-def in_wire_dtype(tokens: CompressedVisualTokens, dtype: torch.dtype) -> CompressedVisualTokens:
-    """As they are sent. Raises InternalError where the LLM stage would refuse them as if its caller had made them."""
-    sent_ND = tokens.tokens_ND.to(dtype)
-    if not sent_ND.numel():
+def encode_response(tokens: CompressedVisualTokens, dtype: torch.dtype) -> encoder_pb2.EncodeResponse:
+    """What is sent, its visual tokens in `dtype`: copies of up to 48 MB, which no event loop should wait for.
+
+    NaN and infinity are sent: the LLM stage, which must look at every caller's tokens, refuses them.
+    Raises InternalError where nothing is left to send.
+    """
+    if not tokens.tokens_ND.numel():
         raise InternalError("none is left of this image by the vision-guided sampler", field="visual tokens")
-    if not all_finite(sent_ND):
-        raise InternalError(f"hold NaN, or values beyond the range of {dtype_name(dtype)}", field="visual tokens")
-    return dataclasses.replace(tokens, tokens_ND=sent_ND)
+    response = encoder_pb2.EncodeResponse()
+    wire.tokens_to_proto(dataclasses.replace(tokens, tokens_ND=tokens.tokens_ND.to(dtype)), response.visual_tokens)
+    return response
 
 
 @serve.deployment(name="Encoder")
@@ -90,9 +93,9 @@ class Encoder(GrpcOnly):
             check_fingerprint(request.model_fingerprint, self._pipeline.fingerprint)
             options = wire.image_options_from_proto(request.options)
             tokens = await self._batcher.encode(request.image, request.vision_sampler, options)
-            message = wire.tokens_to_proto(in_wire_dtype(tokens, self._wire_dtype))
+            response = await asyncio.to_thread(encode_response, tokens, self._wire_dtype)
             outcome = "ok"
-            return encoder_pb2.EncodeResponse(visual_tokens=message)
+            return response
         except Exception as error:
             refused = refuse(grpc_context, error)
             outcome = refused.code.value

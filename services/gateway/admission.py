@@ -29,7 +29,7 @@ class AdmissionLimits:
     max_question_chars: int = 8_192
     """Of the last user turn."""
     max_text_chars: int = 65_536
-    """Of all turns together."""
+    """Of all turns together, or of a raw prompt, of whose tokens it allows as many."""
     max_tokens: int = 4_096
     """Most tokens that one request may ask for. One that asks for no number gets no more either."""
 
@@ -56,13 +56,13 @@ class AdmittedChat:
 
     request_id: str
     turns: tuple[llm_pb2.PromptTurn, ...]
-    continue_final_message: bool
-    raw_prompt: llm_pb2.RawPrompt | None
-    """In place of turns."""
     images: tuple[AdmittedImage, ...]
     sampling: llm_pb2.SamplingParams
     prune: llm_pb2.PruneParams
     vision_sampler: bool
+    continue_final_message: bool
+    raw_prompt: llm_pb2.RawPrompt | None
+    """In place of turns."""
 
 
 def request_id_of(request: focus_pb2.ChatRequest) -> str:
@@ -82,16 +82,17 @@ def admit(request: focus_pb2.ChatRequest, limits: AdmissionLimits, request_id: s
         )
     sampling = _sampling(request, limits)
     wire.prune_from_proto(request.prune)
-    turns, images = _turns(request, limits)
+    raw_prompt = _raw_prompt(request, limits) if request.HasField("raw_prompt") else None
+    turns, images = _turns(request, limits) if raw_prompt is None else ((), ())
     return AdmittedChat(
         request_id=request_id,
         turns=turns,
-        continue_final_message=request.continue_final_message,
-        raw_prompt=request.raw_prompt if request.HasField("raw_prompt") else None,
         images=images,
         sampling=sampling,
         prune=request.prune,
         vision_sampler=not request.vision_sampler_off,
+        continue_final_message=request.continue_final_message,
+        raw_prompt=raw_prompt,
     )
 
 
@@ -108,27 +109,30 @@ def _sampling(request: focus_pb2.ChatRequest, limits: AdmissionLimits) -> llm_pb
     return sampling
 
 
+def _raw_prompt(request: focus_pb2.ChatRequest, limits: AdmissionLimits) -> llm_pb2.RawPrompt:
+    for name in ("turns", "continue_final_message"):
+        if getattr(request, name):
+            raise InvalidInput("is set beside raw_prompt, expected one of the two", field=name)
+    prompt = wire.raw_prompt_from_proto(request.raw_prompt)
+    if len(prompt) > limits.max_text_chars:
+        what = "characters" if isinstance(prompt, str) else "tokens"
+        raise TooLarge(f"has {len(prompt)} {what}, the limit is {limits.max_text_chars}", field="raw_prompt")
+    return request.raw_prompt
+
+
 def _turns(
     request: focus_pb2.ChatRequest, limits: AdmissionLimits
 ) -> tuple[tuple[llm_pb2.PromptTurn, ...], tuple[AdmittedImage, ...]]:
-    if request.HasField("raw_prompt"):
-        _check_raw_prompt(request, limits)
-        return (), ()
     if not request.turns:
         raise InvalidInput("is empty; send at least one user turn", field="turns")
     if len(request.turns) > limits.max_turns:
         raise TooLarge(f"has {len(request.turns)} turns, the limit is {limits.max_turns}", field="turns")
-    last = len(request.turns) - 1
-    if request.continue_final_message and request.turns[last].role != llm_pb2.ROLE_ASSISTANT:
-        raise InvalidInput("expected the assistant's turn last, to continue it", field=f"turns[{last}].role")
     turns: list[llm_pb2.PromptTurn] = []
     images: list[AdmittedImage] = []
     text_chars = image_bytes = 0
     for index, turn in enumerate(request.turns):
         where = f"turns[{index}]"
-        if turn.role not in (llm_pb2.ROLE_SYSTEM, llm_pb2.ROLE_USER, llm_pb2.ROLE_ASSISTANT):
-            expected = "expected ROLE_SYSTEM, ROLE_USER or ROLE_ASSISTANT"
-            raise InvalidInput(f"is {turn.role}, {expected}", field=f"{where}.role")
+        _check_role(turn.role, where)
         if not turn.parts:
             raise InvalidInput("is empty", field=f"{where}.parts")
         parts: list[llm_pb2.PromptPart] = []
@@ -158,6 +162,8 @@ def _turns(
             else:
                 raise InvalidInput("holds neither text nor an image", field=name)
         turns.append(llm_pb2.PromptTurn(role=turn.role, parts=parts))
+    if request.continue_final_message and request.turns[-1].role != llm_pb2.ROLE_ASSISTANT:
+        raise InvalidInput("expects the last turn to be the assistant's", field="continue_final_message")
     _check_question(request.turns, limits)
     if text_chars > limits.max_text_chars:
         raise TooLarge(f"have {text_chars} characters of text, the limit is {limits.max_text_chars}", field="turns")
@@ -168,26 +174,18 @@ def _turns(
     return tuple(turns), tuple(images)
 
 
+def _check_role(role: int, where: str) -> None:
+    if role not in (llm_pb2.ROLE_SYSTEM, llm_pb2.ROLE_USER, llm_pb2.ROLE_ASSISTANT):
+        raise InvalidInput(f"is {role}, expected ROLE_SYSTEM, ROLE_USER or ROLE_ASSISTANT", field=f"{where}.role")
+
+
 def _check_question(turns: Sequence[focus_pb2.ChatTurn], limits: AdmissionLimits) -> None:
-    """Of the last user turn: it has words or an image, and not too many words."""
-    index = max((index for index, turn in enumerate(turns) if turn.role == llm_pb2.ROLE_USER), default=-1)
-    if index < 0:
-        raise InvalidInput("have no user turn; send at least one", field="turns")
-    turn, where = turns[index], f"turns[{index}]"
-    if not any(part.image or part.text.strip() for part in turn.parts):
+    """The last user turn asks, or where there is none, the last turn; with words, an image or both."""
+    last = len(turns) - 1
+    asking = max((index for index, turn in enumerate(turns) if turn.role == llm_pb2.ROLE_USER), default=last)
+    parts, where = turns[asking].parts, f"turns[{asking}]"
+    if not any(part.image or part.text.strip() for part in parts):
         raise InvalidInput("the question is empty", field=f"{where}.parts")
-    chars = sum(len(part.text) for part in turn.parts)
+    chars = sum(len(part.text) for part in parts)
     if chars > limits.max_question_chars:
         raise TooLarge(f"the question has {chars} characters, the limit is {limits.max_question_chars}", field=where)
-
-
-def _check_raw_prompt(request: focus_pb2.ChatRequest, limits: AdmissionLimits) -> None:
-    for name in ("turns", "continue_final_message"):
-        if getattr(request, name):
-            raise InvalidInput("is set beside raw_prompt, expected one of the two", field=name)
-    prompt = wire.raw_prompt_from_proto(request.raw_prompt)
-    if not prompt:
-        raise InvalidInput("is empty", field="raw_prompt.text")
-    if len(prompt) > limits.max_text_chars:
-        kind = "characters" if isinstance(prompt, str) else "tokens"
-        raise TooLarge(f"has {len(prompt)} {kind}, the limit is {limits.max_text_chars}", field="raw_prompt")

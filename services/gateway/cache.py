@@ -228,6 +228,11 @@ class VisualTokenCache:
                 self._forget(key, flight)
                 flight.task.cancel()
 
+    async def discard(self, key: CacheKey) -> None:
+        """Has the next request encode the image anew."""
+        with contextlib.suppress(StoreFailed):
+            await self.store.put(str(key), b"")  # which is no message
+
     async def flush(self) -> None:
         """Waits for writes under way."""
         await asyncio.gather(*self._writes, return_exceptions=True)
@@ -279,7 +284,7 @@ class VisualTokenCache:
 
 
 def verified(value: bytes, key: CacheKey) -> encoder_pb2.CompressedVisualTokens | None:
-    """The message, if it parses, is whole and finite, and is the one that the key asks for; otherwise None."""
+    """The message, if it parses, is whole, and is the one that the key asks for; otherwise None."""
     message = encoder_pb2.CompressedVisualTokens()
     try:
         message.ParseFromString(value)

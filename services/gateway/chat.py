@@ -16,7 +16,7 @@ from services.common.telemetry import Metrics
 from services.common.types import ImageOptions
 from services.gateway.admission import AdmissionLimits, AdmittedChat, AdmittedImage, admit
 from services.gateway.cache import CacheKey, VisualTokenCache
-from services.gateway.stages import Deadline, with_field
+from services.gateway.stages import Deadline, UnusableVisualTokens, with_field
 
 
 class Encoder(Protocol):
@@ -96,7 +96,8 @@ class ChatService:
         started = focus_pb2.ChatStarted(request_id=request_id, images=[_image_info(*image) for image in images])
         first_token_s: float | None = None
         announced = False
-        async with contextlib.aclosing(self._language_model.generate(generate, deadline)) as events:
+        answer = self._language_model.generate(generate, deadline)
+        async with self._forgetting_unusable(admitted), contextlib.aclosing(answer) as events:
             async for event in events:
                 if not announced:  # only now is it sure that the model takes the request
                     announced = True
@@ -116,6 +117,24 @@ class ChatService:
                 else:
                     yield focus_pb2.ChatResponse(error=event.error)
 
+    @contextlib.asynccontextmanager
+    async def _forgetting_unusable(self, admitted: AdmittedChat) -> AsyncGenerator[None, None]:
+        """Takes visual tokens that the model refuses out of the cache, where they would be refused again."""
+        try:
+            yield
+        except UnusableVisualTokens:
+            for image in admitted.images:
+                await self._cache.discard(self._key(image, admitted))
+            raise
+
+    def _key(self, image: AdmittedImage, admitted: AdmittedChat) -> CacheKey:
+        return CacheKey(
+            content_hash=image.content_hash,
+            model_fingerprint=self._fingerprint,
+            vision_sampler=admitted.vision_sampler,
+            options=image.options,
+        )
+
     async def _visual_tokens(
         self, admitted: AdmittedChat, deadline: Deadline
     ) -> list[tuple[encoder_pb2.CompressedVisualTokens, bool]]:
@@ -129,12 +148,7 @@ class ChatService:
     async def _one_image(
         self, image: AdmittedImage, admitted: AdmittedChat, deadline: Deadline
     ) -> tuple[encoder_pb2.CompressedVisualTokens, bool]:
-        key = CacheKey(
-            content_hash=image.content_hash,
-            model_fingerprint=self._fingerprint,
-            vision_sampler=admitted.vision_sampler,
-            options=image.options,
-        )
+        key = self._key(image, admitted)
         try:
             async with asyncio.timeout(deadline.remaining_s(at_most=3600)):
                 # Others may wait for the same encoding: it runs under the stage's own limit, not one caller's deadline.
@@ -152,11 +166,11 @@ class ChatService:
             request_id=f"{admitted.request_id}.{secrets.token_hex(4)}",
             model_fingerprint=self._fingerprint,
             turns=admitted.turns,
-            continue_final_message=admitted.continue_final_message,
-            raw_prompt=admitted.raw_prompt,
             images=images,
             sampling=admitted.sampling,
             prune=admitted.prune,
+            continue_final_message=admitted.continue_final_message,
+            raw_prompt=admitted.raw_prompt,
         )
         if generate.sampling.temperature > 0 and not generate.sampling.HasField("seed"):
             generate.sampling.seed = secrets.randbits(63)  # so that a lost stage can repeat its draws

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from focusllava.v1 import focus_pb2, image_pb2, llm_pb2
 from services.gateway import data_url
-from services.gateway.openai_fields import WITHOUT_EFFECT, Accepted, Fields, Wrong
+from services.gateway.openai_fields import WITHOUT_EFFECT, Accepted, Fields, Wrong, check_without_effect
 from services.gateway.openai_settings import Count, Settings
 
 _ROLES = {
@@ -51,11 +51,13 @@ _CHAT_WITHOUT_EFFECT: dict[str, Accepted] = {
 
 
 def _called_never(fields: Any) -> Any:
-    """Without the tools that the request itself says are not to be called."""
+    """Without the tools that the request itself says are not to be called. Others are refused before their choice."""
     if isinstance(fields, dict):
         for choice, tools in (("tool_choice", "tools"), ("function_call", "functions")):
             if fields.get(choice) == "none" and isinstance(fields.get(tools), list):
                 fields = {**fields, tools: None}
+            elif fields.get(tools) is not None:
+                check_without_effect(tools, fields[tools], _CHAT_WITHOUT_EFFECT[tools])
     return fields
 
 
@@ -179,11 +181,11 @@ class ChatCompletionRequest(Settings):
     def with_logprobs(self) -> bool:
         return self.logprobs
 
-    def to_chat_request(self, request_id: str) -> focus_pb2.ChatRequest:
-        """The same request as the gRPC API takes it. Raises InvalidInput for an image that is not in the request."""
+    def to_chat_requests(self, request_id: str) -> list[focus_pb2.ChatRequest]:
+        """One. Raises InvalidInput for an image that is not in the request."""
         max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return focus_pb2.ChatRequest(
+        chat = focus_pb2.ChatRequest(
             turns=[self._turn(message, f"messages[{number}]") for number, message in enumerate(self.messages)],
             sampling=self.sampling(max_tokens, logprobs),
             prune=llm_pb2.PruneParams(
@@ -193,6 +195,7 @@ class ChatCompletionRequest(Settings):
             request_id=request_id,
             continue_final_message=self.continue_final_message,
         )
+        return [chat]
 
     def _turn(self, message: Message, where: str) -> focus_pb2.ChatTurn:
         parts = []

@@ -19,6 +19,7 @@ from services.common import wire
 from services.common.errors import (
     DeadlineExceeded,
     FocusError,
+    InternalError,
     InvalidInput,
     Overloaded,
     StageUnavailable,
@@ -90,6 +91,10 @@ class Deadline:
         return left
 
 
+class UnusableVisualTokens(InternalError):
+    """The LLM stage refuses what the encoder or the cache gave for an image."""
+
+
 class _Stage:
     """One channel and the retry rule."""
 
@@ -138,6 +143,9 @@ def stage_error(stage: str, code: grpc.StatusCode, details: str) -> FocusError:
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceeded("the request took longer than its deadline")
     if code is grpc.StatusCode.INVALID_ARGUMENT:
+        if stage == "llm" and details.startswith("images["):  # the encoder made them, or the cache gave them
+            _log.error("%s stage: %s", stage, details)
+            return UnusableVisualTokens("an image's visual tokens were of no use; try again")
         return InvalidInput(details)
     if code is grpc.StatusCode.FAILED_PRECONDITION:
         return WrongFingerprint(details)

@@ -9,9 +9,11 @@ import queue
 import threading
 from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as Seq
+from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
 
-from services.common.errors import FocusError, InternalError, StageUnavailable
-from services.common.types import FinishedEvent, GenerateRequest
+from services.common.errors import FocusError, InternalError, Overloaded, StageUnavailable
+from services.common.types import Constraint, FinishedEvent, GenerateRequest
 from services.llm.engine import Engine
 from services.llm.engine_stats import EngineStats, Event, StepFailed
 from services.llm.sequence import Sequence
@@ -19,6 +21,15 @@ from services.llm.sequence import Sequence
 MOST_FAILED_STEPS = 3
 """After more than these, with no request that ended well between, a replica is unwell. It fails requests faster than
 others answer theirs, so it would get most of the traffic."""
+MOST_COMPILING = 64
+"""Constraints that wait to be compiled; one takes some milliseconds, a hostile one up to 4 s."""
+
+INTAKE_THREADS = 2
+"""Threads that take requests in. Each keeps the memory of its largest request (`services/common/malloc.py`), and the
+tokenizer serves one at a time."""
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +52,12 @@ class AsyncEngine:
         self.engine = engine
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}  # touched by the engine's thread only
+        # On a thread of its own: what takes long to compile must not hold the threads that all requests need.
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="llm-constraints")
+        self._compiling = 0
         self._inbox_lock = threading.Lock()
         self._closing = False
+        self._intake = ThreadPoolExecutor(INTAKE_THREADS, thread_name_prefix="intake")
         self._thread = threading.Thread(target=self._run, name="llm-engine", daemon=True)
         self._thread.start()
 
@@ -52,7 +67,9 @@ class AsyncEngine:
         Raises before the first event what `Engine.submit` raises; after it InternalError when a pass failed, or
         StageUnavailable when the engine is closed.
         """
-        sequence = await asyncio.to_thread(self.engine.prepare, request)
+        if request.sampling.constraint is not None:
+            await self._compile(request.sampling.constraint)
+        sequence = await self.take_in(self.engine.prepare, request)
         stream = _Stream()
         self._post(lambda: self._enqueue(sequence, stream))
         ended = False
@@ -67,6 +84,29 @@ class AsyncEngine:
         finally:
             if not ended:
                 self._inbox.put(lambda: self._abort(request.request_id, stream))
+
+    async def _compile(self, constraint: Constraint) -> None:
+        grammars = self.engine.grammars
+        if grammars.known(constraint) is not None:
+            return
+        if self._compiling >= MOST_COMPILING:
+            raise Overloaded(f"{self._compiling} others wait to be compiled", field="sampling.constraint")
+        self._compiling += 1
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._compiler, grammars.compile, constraint)
+        finally:
+            self._compiling -= 1
+
+    async def take_in(self, work: Callable[Given, Result], *given: Given.args, **named: Given.kwargs) -> Result:
+        """Does a part of a request's intake off the event loop; a caller cancelled before its turn costs nothing.
+
+        Raises StageUnavailable when the engine is closed.
+        """
+        with self._inbox_lock:
+            if self._closing:
+                raise _shutting_down()
+            taken = self._intake.submit(work, *given, **named)
+        return await asyncio.wrap_future(taken)
 
     def stats(self) -> EngineStats:
         return self.engine.stats()
@@ -85,6 +125,9 @@ class AsyncEngine:
             self._closing = True
             self._inbox.put(lambda: None)
         self._thread.join()
+        self._compiler.shutdown(wait=False, cancel_futures=True)
+        self.engine.grammars.close()
+        self._intake.shutdown(wait=False)
 
     def _post(self, request: Callable[[], None]) -> None:
         with self._inbox_lock:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import platform
@@ -94,6 +93,11 @@ def _gpu_part() -> float:  # GPU only
     return min(ray.get_runtime_context().get_assigned_resources().get("GPU", 1.0), 1.0)
 
 
+def request_sizes(engine: Engine) -> wire.RequestSizes:
+    """The most that a request to this engine may hold."""
+    return wire.RequestSizes(context=engine.decoder.context, width=engine.decoder.config.hidden_size)
+
+
 @serve.deployment(name="LanguageModel")
 class LanguageModel(GrpcOnly):
     """One replica of stage 2; takes no encoder weight into memory."""
@@ -118,7 +122,8 @@ class LanguageModel(GrpcOnly):
         self._metrics = Metrics("llm", ray.serve.metrics)
         self._stall_s = settings.stall_s
         self._progress = (0, time.monotonic())  # passes so far, and when that last changed or there was nothing to do
-        self._token_texts = TokenTexts(self._model.renderer.tokenizer)
+        self._token_texts = TokenTexts(self._model.renderer.tokenizer, self._model.grammars.token_bytes)
+        self._sizes = request_sizes(self._model)
         self._reporter = Reporter(self._report)
 
     async def Generate(
@@ -128,7 +133,8 @@ class LanguageModel(GrpcOnly):
         received, outcome, started = time.monotonic(), "cancelled", False
         try:
             check_fingerprint(request.model_fingerprint, self._model.fingerprint)
-            asked = await asyncio.to_thread(wire.generate_request_from_proto, request)  # checks megabytes
+            self._sizes.check(request)
+            asked = await self._engine.take_in(wire.generate_request_from_proto, request)  # copies megabytes
             async with contextlib.aclosing(self._engine.generate(asked)) as events:
                 async for event in events:
                     if not started:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from services.common.types import SamplingParams
+
 REPLACEMENT = "\ufffd"
 # A character is at most 4 bytes and every byte takes at most one token: past this many, the bytes are no character.
 MAX_HELD_TOKENS = 8
@@ -13,9 +15,10 @@ WINDOW_TOKENS = 16
 class Detokenizer:
     """The text of one answer."""
 
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()):
+    def __init__(self, tokenizer: Any, sampling: SamplingParams):
         self.tokenizer = tokenizer
-        self.stop = stop
+        self.stop = sampling.stop
+        self._sampling = sampling
         self.stopped = False
         """A stop string was met; the text ends before it."""
         self._ids: list[int] = []
@@ -51,15 +54,20 @@ class Detokenizer:
 
     def _decode(self) -> str:
         return self.tokenizer.decode(
-            self._ids[self._window :], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            self._ids[self._window :],
+            skip_special_tokens=not self._sampling.keep_special_tokens,
+            clean_up_tokenization_spaces=False,
         )
 
     def _cut(self, new: str) -> str:
+        if len(self._ids) <= self._sampling.min_tokens:  # too early for an end
+            return new
         pending = self._held + new
-        ends = [pending.find(stop) for stop in self.stop if stop in pending]
-        if ends:
+        found = [(pending.find(stop), stop) for stop in self.stop if stop in pending]
+        if found:
+            start, stop = min(found)
             self.stopped, self._held = True, ""
-            return pending[: min(ends)]
+            return pending[: start + len(stop) * self._sampling.include_stop_str_in_output]
         keep = max((_overlap(pending, stop) for stop in self.stop), default=0)
         self._held = pending[len(pending) - keep :]
         return pending[: len(pending) - keep]

@@ -25,6 +25,7 @@ from services.common.types import (
     Usage,
 )
 from services.llm.engine_stats import EngineStats, Event, StepFailed
+from services.llm.grammars import Grammars
 from services.llm.intake import Intake
 from services.llm.kv_cache import KVCache
 from services.llm.model import Decoder
@@ -70,7 +71,10 @@ class Engine:
             block_size=block_size,
             prefix_reuse=prefix_reuse,
         )
-        self.intake = Intake(decoder, renderer, config, model_fingerprint, self.cache)
+        self.grammars = Grammars(
+            renderer.tokenizer, vocabulary=decoder.config.vocab_size, eos_token_ids=config.eos_token_ids
+        )
+        self.intake = Intake(decoder, renderer, config, model_fingerprint, self.cache, self.grammars)
         self.scheduler = Scheduler(self.cache, max_batch_tokens=max_batch_tokens, max_running=max_running)
         self._sequences: dict[str, Sequence] = {}
         self.runner = ModelRunner(decoder, self.cache, self.prune_layer)
@@ -118,10 +122,11 @@ class Engine:
         )
 
     def warm_up(self) -> None:
-        """On a GPU, compiles its kernels and records its graphs, or the first requests would wait for that.
+        """Does what the first requests would wait for: on a GPU, compiles its kernels and records its graphs.
 
         Called before any request.
         """
+        self.grammars.start()
         if self.decoder.device.type == "cpu":
             return
         turn = ChatTurn(role="user", parts=(TextPart(text="Hello"),))
@@ -209,6 +214,8 @@ class Engine:
                 [s.generator for s in sequences],
                 [s.prompt.input_ids for s in sequences],
                 [s.output_ids for s in sequences],
+                masks=[s.guide.mask() if s.guide else None for s in sequences],
+                forbidden=[s.forbidden_ids(self.eos_token_ids) for s in sequences],
             )
         except Exception as error:
             for sequence in step.sequences:
@@ -226,19 +233,30 @@ class Engine:
             except Exception as error:
                 self._finish(sequence, "abort")
                 failed[sequence.request_id] = error
+        self.grammars.advance(
+            [
+                (sequence.guide, token.token_id)
+                for sequence, token in zip(sequences, tokens, strict=True)
+                if sequence.guide and sequence.state is not SequenceState.FINISHED
+            ]
+        )
         if failed:
             raise StepFailed(tuple(failed), tuple(events)) from next(iter(failed.values()))
         return events
 
     def _accept(self, sequence: Sequence, sampled: SampledToken) -> list[Event]:
         """A new token's events, the end of the sequence included."""
-        token = sampled.token_id
+        token, sampling, text, reason = sampled.token_id, sequence.request.sampling, sequence.detokenizer, ""
+        if sequence.guide and sequence.guide.error:
+            self._finish(sequence, "abort")
+            self.grammars.forget(sequence.guide.constraint)
+            return [InvalidInput(sequence.guide.error, field=f"sampling.constraint.{sequence.guide.constraint.kind}")]
         if sequence.first_token_at is None:
             sequence.first_token_at = time.monotonic()
         sequence.output_ids.append(token)
-        sampling, text, reason = sequence.request.sampling, sequence.detokenizer, ""
-        new = text.push(token)
-        if text.stopped or (token in self.eos_token_ids and not sampling.ignore_eos):
+        ends = sequence.ends_at(token, self.eos_token_ids)
+        new = "" if ends and not sampling.include_stop_str_in_output else text.push(token)
+        if text.stopped or ends:
             reason = "stop"
         elif len(sequence.output_ids) == sequence.max_new_tokens:
             reason = "length"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from services.common.errors import InternalError
+from services.common.errors import InternalError, InvalidInput
 from services.common.types import FinishedEvent, TokenEvent
 
-Event = TokenEvent | FinishedEvent
+Event = TokenEvent | FinishedEvent | InvalidInput
+"""The error ends a request whose constraint leaves no way to go on; nothing follows it."""
 
 
 class StepFailed(InternalError):

@@ -10,11 +10,12 @@ import time
 import torch
 
 from services.checkpoint.config import FocusLlavaConfig
-from services.common.dtypes import all_finite
+from services.common.dtypes import all_finite, dtype_name
 from services.common.errors import InvalidInput, TooLarge, WrongFingerprint
 from services.common.ranges import check_prune, check_sampling
 from services.common.types import GenerateRequest
 from services.llm.detokenizer import Detokenizer
+from services.llm.grammars import Grammars
 from services.llm.kv_cache import KVCache
 from services.llm.model import Decoder
 from services.llm.prefix import block_keys
@@ -33,8 +34,10 @@ class Intake:
         config: FocusLlavaConfig,
         model_fingerprint: str,
         cache: KVCache,
+        grammars: Grammars,
     ):
         self.decoder, self.renderer, self.config, self.cache = decoder, renderer, config, cache
+        self.grammars = grammars
         self.fingerprint = model_fingerprint
 
     def sequence(self, request: GenerateRequest) -> Sequence:
@@ -42,8 +45,9 @@ class Intake:
         received_at = time.monotonic()
         check_sampling(request.sampling)
         check_prune(request.prune)
+        self._check_token_ids(request)
         visual_ND = self._visual_tokens(request)
-        prompt = self.renderer.render(request.turns, [len(image.tokens_ND) for image in request.images])
+        prompt = self._prompt(request)
         threshold, keep_ratio = self._pruning(request, prompt)
         sequence = Sequence(
             request=request,
@@ -53,12 +57,30 @@ class Intake:
             keep_ratio=keep_ratio,
             max_new_tokens=min(request.sampling.max_tokens, self.decoder.context - len(prompt.input_ids)),
             generator=new_generator(request.sampling),
-            detokenizer=Detokenizer(self.renderer.tokenizer, request.sampling.stop),
+            detokenizer=Detokenizer(self.renderer.tokenizer, request.sampling),
             block_keys=block_keys(prompt, request.images, self.cache.block_size) if self.cache.prefix_reuse else (),
             received_at=received_at,
         )
         self._check_room(sequence)
+        sequence.guide = self.grammars.guide(request.sampling)  # last: it may cost most
         return sequence
+
+    def _prompt(self, request: GenerateRequest) -> Prompt:
+        if request.raw_prompt is not None:
+            return self.renderer.render_raw(request.raw_prompt)
+        counts = [len(image.tokens_ND) for image in request.images]
+        return self.renderer.render(request.turns, counts, continue_final=request.continue_final_message)
+
+    def _check_token_ids(self, request: GenerateRequest) -> None:
+        """Raises InvalidInput for an id that the vocabulary does not have."""
+        vocabulary, sampling = self.decoder.config.vocab_size, request.sampling
+        ids = [(f"sampling.stop_token_ids[{i}]", token) for i, token in enumerate(sampling.stop_token_ids)]
+        ids += [(f"sampling.logit_bias[{token}]", token) for token, _ in sampling.logit_bias]
+        if isinstance(request.raw_prompt, tuple):
+            ids += [(f"raw_prompt.token_ids[{i}]", token) for i, token in enumerate(request.raw_prompt)]
+        for field, token in ids:
+            if not 0 <= token < vocabulary:
+                raise InvalidInput(f"names token {token} of a vocabulary of {vocabulary}", field=field)
 
     def _pruning(self, request: GenerateRequest, prompt: Prompt) -> tuple[float | None, float | None]:
         """The threshold or the keep ratio that decides; neither when every token goes on."""
@@ -98,7 +120,9 @@ class Intake:
                 )
             parts.append(tokens.to(self.decoder.dtype))
             if not all_finite(parts[-1]):
-                raise InvalidInput(f"has values that are not finite in {self.decoder.dtype}", field=field)
+                raise InvalidInput(
+                    f"holds NaN, infinity, or values beyond the range of {dtype_name(self.decoder.dtype)}", field=field
+                )
         if not parts:
             return None
         visual_ND = torch.cat(parts) if len(parts) > 1 else parts[0]

@@ -22,8 +22,14 @@ from transformers import AutoTokenizer, LlavaNextConfig
 from services.checkpoint.config import Instruction
 from services.common.errors import InvalidInput
 from services.common.types import ChatTurn, ImagePart
+from services.llm.turns import (
+    check_turns,
+    has_words,
+    join_all_system_turns,
+    join_leading_system_turns,
+    last_user_turn,
+)
 
-ROLES = ("system", "user", "assistant")
 ZERO_WIDTH_SPACE = "\u200b"
 FIRST_SENTINEL = 0xF0000
 SENTINEL = re.compile("[\U000f0000-\U000ffffd]")
@@ -49,6 +55,8 @@ class Prompt:
 class _Text:
     text: str
     instruction: bool
+    begins_answer: bool = False
+    """Of the last turn, where the answer goes on from it."""
 
 
 class PromptRenderer:
@@ -85,36 +93,82 @@ class PromptRenderer:
         )
         return cls(tokenizer, image_token_id=image_token_id, context=context, instruction=instruction)
 
-    def render(self, turns: Sequence[ChatTurn], image_tokens: Sequence[int]) -> Prompt:
-        """turns to a prompt; image_tokens: visual tokens of each image, in order.
+    def render(self, turns: Sequence[ChatTurn], image_tokens: Sequence[int], *, continue_final: bool = False) -> Prompt:
+        """turns to a prompt; image_tokens: visual tokens of each image, in order; continue_final: the prompt ends with
+        the text of the last turn, the assistant's.
 
-        Raises InvalidInput: unknown role, last turn not the user's, no question, an image not used exactly once in
-        order, or a prompt that leaves no room in the context.
+        Leading system turns are joined. Later ones stay in place where the template renders them, otherwise they are
+        joined to the leading ones. Raises InvalidInput: what `check_turns` raises, turns that the template refuses, or
+        a prompt that leaves no room in the context.
         """
-        _check_turns(turns, len(image_tokens))
+        check_turns(turns, len(image_tokens), continue_final=continue_final)
+        turns = join_leading_system_turns(turns)
+        if any(turn.role == "system" for turn in turns[1:]) and not self._renders(turns, continue_final):
+            turns = join_all_system_turns(turns)
         texts: list[_Text] = []
-        real, marked = self._messages(turns, texts)
+        real, marked = self._messages(turns, texts, continue_final)
         with self._lock:
-            prompt, template = self._apply(real), self._apply(marked)
-            # transformers' processor adds special tokens unless the template already begins with BOS.
-            bos = self.tokenizer.bos_token
+            prompt, template = self._apply(real, continue_final), self._apply(marked, continue_final)
+        spans = _align(prompt, template, texts)
+        if spans is None:
+            raise InvalidInput("changes the messages' texts in a way that cannot be followed", field="chat_template")
+        if continue_final:
+            prompt = prompt[: spans[-1][1]]
+        return self._expand(*self._tokens(prompt), spans, image_tokens)
+
+    def render_raw(self, prompt: str | Sequence[int]) -> Prompt:
+        """A prompt without images that is a text already, whose special tokens count, or token ids.
+
+        Raises InvalidInput: an id that is the image placeholder's, no token at all, or no room in the context.
+        """
+        if isinstance(prompt, str):
+            name = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+            ids, _ = self._tokens(prompt.replace(name, name[0] + ZERO_WIDTH_SPACE + name[1:]))
+        else:
+            ids = list(prompt)
+            if self.image_token_id in ids:
+                raise InvalidInput(
+                    "is the image placeholder: a raw prompt has no images",
+                    field=f"raw_prompt.token_ids[{ids.index(self.image_token_id)}]",
+                )
+        if not ids:
+            raise InvalidInput("makes a prompt of no tokens", field="raw_prompt")
+        self._check_room(len(ids), 0, "raw_prompt")
+        return Prompt(input_ids=tuple(ids), visual_spans=(), instruction_positions=())
+
+    def _tokens(self, prompt: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Its ids and the span of characters of each."""
+        # transformers' processor adds special tokens unless the template already begins with BOS.
+        bos = self.tokenizer.bos_token
+        with self._lock:
             encoded = self.tokenizer(
                 prompt,
                 add_special_tokens=not (bos is not None and prompt.startswith(bos)),
                 return_offsets_mapping=True,
                 verbose=False,
             )
-        spans = _align(prompt, template, texts)
-        if spans is None:
-            raise InvalidInput("changes the messages' texts in a way that cannot be followed", field="chat_template")
-        return self._expand(encoded["input_ids"], encoded["offset_mapping"], spans, image_tokens)
+        return encoded["input_ids"], encoded["offset_mapping"]
 
-    def _messages(self, turns: Sequence[ChatTurn], texts: list[_Text]) -> tuple[list[Any], list[Any]]:
-        last_user = len(turns) - 1
+    def _renders(self, turns: Sequence[ChatTurn], continue_final: bool) -> bool:
+        """Whether the template takes these turns and shows each of their texts once and in order."""
+        texts: list[_Text] = []
+        _, marked = self._messages(turns, texts, continue_final)
+        try:
+            with self._lock:
+                shown = SENTINEL.findall(self._apply(marked, continue_final))
+        except InvalidInput:
+            return False
+        return shown == [chr(FIRST_SENTINEL + index) for index in range(len(texts))]
+
+    def _messages(
+        self, turns: Sequence[ChatTurn], texts: list[_Text], continue_final: bool
+    ) -> tuple[list[Any], list[Any]]:
+        last_user = last_user_turn(turns)
         real: list[Any] = []
         marked: list[Any] = []
         for index, turn in enumerate(turns):
-            chosen = turn.role == "user" and (self.instruction == "all_turns" or index == last_user)
+            chosen = turn.role == "user" and (self.instruction == "all_turns" or index == last_user) and has_words(turn)
+            begins_answer = continue_final and index == len(turns) - 1
             contents: tuple[list[Any], list[Any]] = ([], [])
             for part in turn.parts:
                 if isinstance(part, ImagePart):
@@ -122,7 +176,7 @@ class PromptRenderer:
                 else:
                     text = self._special.sub(lambda m: m[0][0] + ZERO_WIDTH_SPACE + m[0][1:], part.text)
                     sentinel = chr(FIRST_SENTINEL + len(texts))
-                    texts.append(_Text(text=text, instruction=chosen))
+                    texts.append(_Text(text=text, instruction=chosen, begins_answer=begins_answer))
                     shown = ({"type": "text", "text": text}, {"type": "text", "text": sentinel})
                 for content, entry in zip(contents, shown, strict=True):
                     content.append(entry)
@@ -132,9 +186,11 @@ class PromptRenderer:
             raise InvalidInput(f"hold {len(texts)} texts, at most {0xFFFD}", field="turns")
         return real, marked
 
-    def _apply(self, messages: list[Any]) -> str:
+    def _apply(self, messages: list[Any], continue_final: bool) -> str:
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=not continue_final
+            )
         except jinja2.TemplateError as error:
             raise InvalidInput(f"are refused by the model's chat template: {error}", field="turns") from None
 
@@ -145,17 +201,12 @@ class PromptRenderer:
         spans: list[tuple[int, int, _Text]],
         image_tokens: Sequence[int],
     ) -> Prompt:
-        total = len(ids) - len(image_tokens) + sum(image_tokens)
-        if total >= self.context:
-            raise InvalidInput(
-                f"make a prompt of {total} tokens ({sum(image_tokens)} of them visual), "
-                f"which leaves no room for an answer in the model's context of {self.context}",
-                field="turns",
-            )
+        self._check_room(len(ids) - len(image_tokens), sum(image_tokens), "turns")
         covering = _spans_by_token(offsets, spans)
         input_ids: list[int] = []
         visual_spans: list[tuple[int, int]] = []
         instruction: list[int] = []
+        answer: list[int] = []
         for token, texts in zip(ids, covering, strict=True):
             if texts and token in self._special_ids:
                 raise InvalidInput("hold text parts that together spell a special token", field="turns")
@@ -168,11 +219,14 @@ class PromptRenderer:
                 continue
             if any(text.instruction for text in texts):
                 instruction.append(len(input_ids))
+            if any(text.begins_answer for text in texts):
+                answer.append(len(input_ids))
             input_ids.append(token)
         if len(visual_spans) != len(image_tokens):
             raise InvalidInput("does not place each image exactly once", field="chat_template")
         if self.instruction == "to_answer" and instruction:
-            after = range(instruction[-1] + 1, len(input_ids))
+            # What begins the answer does not ask: the same tokens are kept as if the model had begun it so.
+            after = range(instruction[-1] + 1, answer[0] if answer else len(input_ids))
             instruction += [p for p in after if input_ids[p] != self.image_token_id]
         return Prompt(
             input_ids=tuple(input_ids),
@@ -180,28 +234,13 @@ class PromptRenderer:
             instruction_positions=tuple(instruction),
         )
 
-
-def _check_turns(turns: Sequence[ChatTurn], num_images: int) -> None:
-    if not turns:
-        raise InvalidInput("is empty, expected at least one user turn", field="turns")
-    images: list[int] = []
-    for index, turn in enumerate(turns):
-        if turn.role not in ROLES:
-            raise InvalidInput(f"is {turn.role!r}, expected one of {', '.join(ROLES)}", field=f"turns[{index}].role")
-        found = [part.image for part in turn.parts if isinstance(part, ImagePart)]
-        if found and turn.role != "user":
-            raise InvalidInput(f"has an image in a {turn.role} turn, only user turns may", field=f"turns[{index}]")
-        images += found
-    if turns[-1].role != "user":
-        raise InvalidInput(
-            f"is {turns[-1].role!r}, the last turn must be the user's", field=f"turns[{len(turns) - 1}].role"
-        )
-    if not any(part.text.strip() for part in turns[-1].parts if not isinstance(part, ImagePart)):
-        raise InvalidInput("asks nothing: the last user turn has no words", field=f"turns[{len(turns) - 1}]")
-    if images != list(range(num_images)):
-        raise InvalidInput(
-            f"use images {images}, expected each of the request's {num_images} once and in order", field="turns"
-        )
+    def _check_room(self, text_tokens: int, visual_tokens: int, field: str) -> None:
+        if text_tokens + visual_tokens >= self.context:
+            raise InvalidInput(
+                f"make a prompt of {text_tokens + visual_tokens} tokens ({visual_tokens} of them visual), "
+                f"which leaves no room for an answer in the model's context of {self.context}",
+                field=field,
+            )
 
 
 def _align(prompt: str, template: str, texts: list[_Text]) -> list[tuple[int, int, _Text]] | None:

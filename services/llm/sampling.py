@@ -1,14 +1,16 @@
 """The next token of every running sequence, each drawn by its own request's settings and seed.
 
-A row goes through these in transformers' order: repetition penalty, frequency and presence penalty, temperature, top_k,
-top_p, min_p. (vLLM differs in min_p alone, which it takes before top_k.) Repetition counts prompt and answer, the other
-two penalties the answer alone, as in vLLM and the OpenAI API. Log probabilities are the model's, before all of this.
+A row goes through these in transformers' order: logit_bias, repetition penalty, frequency and presence penalty, what
+the constraint and min_tokens leave, temperature, top_k, top_p, min_p. (vLLM differs in min_p alone, which it takes
+before top_k.) Repetition counts prompt and answer, the other two penalties the answer alone, as in vLLM and the OpenAI
+API. Log probabilities are the model's, before all of this.
 
-Legend: n sequences, m of them with some feature, V vocabulary, C candidates, K tokens of prompts and answers.
+Legend: n sequences, m of them with some feature, V vocabulary, C candidates, K tokens of prompts and answers, W words.
 """
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Sequence
 
@@ -32,20 +34,34 @@ def sample(
     generators: Sequence[torch.Generator],
     prompt_ids: Sequence[Sequence[int]],
     output_ids: Sequence[Sequence[int]],
+    *,
+    masks: Sequence[torch.Tensor | None] | None = None,
+    forbidden: Sequence[Sequence[int]] | None = None,
 ) -> list[SampledToken]:
     """One token a row of float logits [n, V], which are left as they are.
+
+    masks: a row's allowed tokens, uint8 [4 * W] on the CPU, 32 * W >= V: bit t % 8 of byte t // 8; None allows all.
+    forbidden: ids that a row may not draw. Either is None where no row has any.
 
     prompt_ids and output_ids are read for rows with penalties only; ids outside the vocabulary (image placeholders)
     count for nothing. A row with a temperature takes exactly one uniform number from its generator, a greedy row none,
     and nothing of a row's outcome depends on the other rows.
     """
-    changed = [index for index, p in enumerate(params) if p.temperature > 0 or _has_penalty(p)]
+    masks, forbidden = masks or [None] * len(params), forbidden or [()] * len(params)
+    changed = [
+        row
+        for row, p in enumerate(params)
+        if p.temperature > 0 or _has_penalty(p) or p.logit_bias or masks[row] is not None or forbidden[row]
+    ]
     tokens_n = logits_nV.argmax(dim=-1)
     if changed:
         rows_m = torch.tensor(changed, device=logits_nV.device)
         scores_mV = logits_nV[rows_m].float()
         changed_params = [params[index] for index in changed]
+        _shift(scores_mV, [p.logit_bias for p in changed_params])
         _penalise(scores_mV, changed_params, [prompt_ids[i] for i in changed], [output_ids[i] for i in changed])
+        _allow(scores_mV, [masks[i] for i in changed])
+        _shift(scores_mV, [[(token, -math.inf) for token in forbidden[i]] for i in changed])
         tokens_m = scores_mV.argmax(dim=-1)
         drawn = [index for index, p in enumerate(changed_params) if p.temperature > 0]
         if drawn:
@@ -59,6 +75,29 @@ def sample(
 
 def _has_penalty(params: SamplingParams) -> bool:
     return params.repetition_penalty != 1 or bool(params.presence_penalty or params.frequency_penalty)
+
+
+def _allow(scores_mV: torch.Tensor, masks: Sequence[torch.Tensor | None]) -> None:
+    """Leaves the tokens of the masks alone, in place; one copy to the device for all of them."""
+    rows = [row for row, mask in enumerate(masks) if mask is not None]
+    if not rows:
+        return
+    bits_mB = torch.stack([mask for mask in masks if mask is not None]).to(scores_mV.device, non_blocking=True)
+    bit_8 = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=scores_mV.device)
+    refused_mV = ((bits_mB[:, :, None] & bit_8) == 0).flatten(1)[:, : scores_mV.shape[1]]
+    if len(rows) == len(scores_mV):
+        scores_mV.masked_fill_(refused_mV, -math.inf)
+    else:
+        rows_m = torch.tensor(rows, device=scores_mV.device)
+        scores_mV[rows_m] = scores_mV[rows_m].masked_fill(refused_mV, -math.inf)
+
+
+def _shift(scores_mV: torch.Tensor, shifts: Sequence[Sequence[tuple[int, float]]]) -> None:
+    """Adds to each row's scores by token id, in place. A row names a token once."""
+    flat = [(row * scores_mV.shape[1] + token, by) for row, shift in enumerate(shifts) for token, by in shift]
+    if flat:
+        flat_K = torch.tensor([index for index, _ in flat], device=scores_mV.device)
+        scores_mV.view(-1)[flat_K] += torch.tensor([by for _, by in flat], device=scores_mV.device)
 
 
 def _penalise(

@@ -10,6 +10,7 @@ import torch
 
 from services.common.types import GenerateRequest, PruneDecision
 from services.llm.detokenizer import Detokenizer
+from services.llm.grammars import Guide
 from services.llm.prompt import Prompt
 from services.sampler.text_guided import kept_by_ratio
 
@@ -41,6 +42,8 @@ class Sequence:
     """The request's max_tokens, clipped to the context."""
     generator: torch.Generator
     detokenizer: Detokenizer
+    guide: Guide | None = None
+    """Its way through the request's constraint."""
     block_keys: tuple[bytes, ...] = ()
     """One a full block of the prompt (prefix.py)."""
     state: SequenceState = SequenceState.WAITING
@@ -118,6 +121,20 @@ class Sequence:
         outputs = self.output_ids[max(start - self.prompt_len, 0) : max(end - self.prompt_len, 0)]
         prompt = self.input_ids_S[start:end]
         return torch.cat([prompt, torch.tensor(outputs)]) if outputs else prompt
+
+    def ends_at(self, token: int, eos_token_ids: frozenset[int]) -> bool:
+        """Whether the answer ends with this token. A guide lets an end-of-sequence token come only where it must."""
+        sampling = self.request.sampling
+        if token in eos_token_ids:
+            return self.guide is not None or not sampling.ignore_eos
+        return token in sampling.stop_token_ids
+
+    def forbidden_ids(self, eos_token_ids: frozenset[int]) -> tuple[int, ...]:
+        """Tokens that would end the answer too early. A guide leaves them out of its mask itself."""
+        sampling = self.request.sampling
+        if self.guide is not None or len(self.output_ids) >= sampling.min_tokens:
+            return ()
+        return (*(() if sampling.ignore_eos else eos_token_ids), *sampling.stop_token_ids)
 
     def start(self) -> None:
         """Admitted: everything known so far is to be prefilled."""

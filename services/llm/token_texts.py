@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from services.common.types import TokenEvent, TokenLogprob, TokenLogprobs
+from services.llm.detokenizer import REPLACEMENT
 
 E = TypeVar("E")
 
@@ -14,8 +16,9 @@ E = TypeVar("E")
 class TokenTexts:
     """One tokenizer's tokens as text; special tokens by name, a part of a character as U+FFFD."""
 
-    def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, token_bytes: Callable[[int], bytes]):
+        """token_bytes: a token's own bytes, asked for parts of characters alone."""
+        self._tokenizer, self._token_bytes = tokenizer, token_bytes
         # Decoders drop the space that begins a first token: each token is read after this one.
         self._anchor: int = tokenizer.encode("a", add_special_tokens=False)[-1]
         self._before = len(self._decode([self._anchor]))
@@ -32,7 +35,9 @@ class TokenTexts:
         return dataclasses.replace(event, logprobs=logprobs)
 
     def _named(self, token: TokenLogprob) -> TokenLogprob:
-        return dataclasses.replace(token, text=self.text(token.token_id))
+        text = self.text(token.token_id)
+        raw = self._token_bytes(token.token_id) if REPLACEMENT in text else text.encode()
+        return dataclasses.replace(token, text=text, raw_bytes=raw)
 
     def _text(self, token_id: int) -> str:
         return self._decode([self._anchor, token_id])[self._before :]

@@ -203,7 +203,6 @@ async def test_redis_that_was_never_there_is_a_miss(url):
         message_for(KEY).SerializeToString()[:-30],
         message_for(dataclasses.replace(KEY, content_hash="c" * 64)).SerializeToString(),
         message_for(dataclasses.replace(KEY, model_fingerprint="d" * 64)).SerializeToString(),
-        message_for(KEY, float("nan")).SerializeToString(),
     ],
 )
 async def test_a_poisoned_value_is_a_miss_and_is_replaced(redis_server, value):

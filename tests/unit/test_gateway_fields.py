@@ -97,6 +97,8 @@ REFUSED_EVERYWHERE = [
     ({"logit_bias": {str(2**32): 1}}, "logit_bias", "has the key '4294967296', expected token ids"),
     ({"logit_bias": {"7": "1"}}, "logit_bias", "is '1' for token 7, expected a number"),
     ({"logit_bias": {"7": True}}, "logit_bias", "is True for token 7"),
+    ({"logit_bias": {"7": 10**400}}, "logit_bias", "for token 7, expected a number"),
+    ({"temperature": 10**400}, "temperature", "is 1000000000"),
     ({"logit_bias": {"-7": 1}}, "logit_bias", "has the key '-7'"),
     ({"logit_bias": [7]}, "logit_bias", "is [7], expected"),
     ({"logit_bias": {str(n): 1 for n in range(1025)}}, "logit_bias", "has 1025 tokens, expected at most 1024"),
@@ -106,6 +108,7 @@ REFUSED_EVERYWHERE = [
     ({"seed": 1.5}, "seed", "is 1.5"),
     ({"stream_options": {"include": True}}, "stream_options.include", "is not supported"),
     ({"nonsense": 1}, "nonsense", "is not supported"),
+    ({"request_id": "no spaces"}, "request_id", "expected up to 128 letters"),
     ({"response_format": {"type": "structural_tag"}}, "response_format.type", "is 'structural_tag', expected 'text'"),
     ({"response_format": {"type": "json_schema"}}, "response_format", "expected json_schema with"),
     (
@@ -139,6 +142,7 @@ REFUSED_EVERYWHERE = [
 REFUSED_IN_CHAT = [
     ({"tools": [TOOL]}, "tools", "which is not supported; expected []"),
     ({"tools": [TOOL], "tool_choice": "auto"}, "tools", "which is not supported; expected []"),
+    ({"tool_choice": "required", "tools": [TOOL]}, "tools", "which is not supported; expected []"),
     ({"tool_choice": "required"}, "tool_choice", 'is \'required\', which is not supported; expected "none" or "auto"'),
     ({"functions": [{"name": "f"}]}, "functions", "which is not supported"),
     ({"function_call": {"name": "f"}}, "function_call", "is {'name': 'f'}"),
@@ -152,7 +156,7 @@ REFUSED_IN_CHAT = [
     ({"chat_template_kwargs": {"x": 1}}, "chat_template_kwargs", "is {'x': 1}"),
     ({"chat_template": "x"}, "chat_template", "is 'x'"),
     ({"add_generation_prompt": False}, "add_generation_prompt", "is False, as continue_final_message is"),
-    ({"continue_final_message": True}, "messages[0].role", "expected the assistant's turn last"),
+    ({"continue_final_message": True}, "continue_final_message", "expects the last turn to be the assistant's"),
     ({"max_completion_tokens": 9999, "max_tokens": 1}, "max_completion_tokens", "is 9999, the limit is 4096"),
     ({"logprobs": 1}, "logprobs", "is 1"),
     ({"prompt": "x"}, "prompt", "is not supported"),
@@ -160,11 +164,11 @@ REFUSED_IN_CHAT = [
 ]
 REFUSED_IN_TEXT = [
     ({"suffix": "x"}, "suffix", "is 'x', which is not supported; expected \"\""),
-    ({"prompt": ["a", "b"]}, "prompt", "holds 2 prompts, expected one"),
-    ({"prompt": [[1], [2]]}, "prompt", "holds 2 prompts, expected one"),
-    ({"prompt": []}, "prompt", "is [], expected text or token ids"),
-    ({"prompt": [1, "a"]}, "prompt", "expected text or token ids"),
-    ({"prompt": ""}, "prompt", "is empty"),
+    ({"prompt": ["a"] * 33}, "prompt", "holds 33 prompts, expected at most 32"),
+    ({"prompt": ["a", 5]}, "prompt", "expected text, token ids, or a list of one kind"),
+    ({"prompt": [[1], []]}, "prompt", "is [[1], []], expected text, token ids"),
+    ({"prompt": []}, "prompt", "is [], expected text, token ids"),
+    ({"prompt": [1, "a"]}, "prompt", "holds 'a', expected token ids"),
     ({"prompt": "x" * 65_537}, "prompt", "has 65537 characters, the limit is 65536"),
     ({"prompt": [5, -1]}, "prompt", "holds -1, expected token ids"),
     ({"prompt": None}, "prompt", "is missing"),
@@ -280,7 +284,7 @@ HIGH, LOW, UNSET = image_pb2.IMAGE_DETAIL_HIGH, image_pb2.IMAGE_DETAIL_LOW, imag
 )
 def test_images_as_clients_write_them(part, detail):
     body = {"model": "m", "messages": [{"role": "user", "content": [part]}], "focus": {"reduced_jpeg": False}}
-    request = ChatCompletionRequest.parse(json.dumps(body).encode(), 1000).to_chat_request("r")
+    request = ChatCompletionRequest.parse(json.dumps(body).encode(), 1000).to_chat_requests("r")[0]
     (found,) = request.turns[0].parts
     assert found.image == PNG
     assert found.image_options == image_pb2.ImageOptions(detail=detail, reduced_jpeg=False)

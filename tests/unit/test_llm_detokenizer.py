@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from services.common.types import SamplingParams
 from services.llm.detokenizer import MAX_HELD_TOKENS, Detokenizer
 from tests.tiny_checkpoints import make_tokenizer
 
@@ -29,9 +31,9 @@ def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def stream(
-    tokenizer: PreTrainedTokenizerFast, ids: list[int], stop: tuple[str, ...] = ()
+    tokenizer: PreTrainedTokenizerFast, ids: list[int], stop: tuple[str, ...] = (), **sampling: Any
 ) -> tuple[list[str], Detokenizer]:
-    detokenizer = Detokenizer(tokenizer, stop)
+    detokenizer = Detokenizer(tokenizer, SamplingParams(stop=stop, **sampling))
     pieces = []
     for token in ids:
         pieces.append(detokenizer.push(token))
@@ -117,8 +119,30 @@ def test_stop_strings(text: str, stop: tuple[str, ...], expected: str | None) ->
 
 def test_what_may_begin_a_stop_string_is_held_and_then_given() -> None:
     tokenizer = make_tokenizer()
-    detokenizer = Detokenizer(tokenizer, ("###",))
+    detokenizer = Detokenizer(tokenizer, SamplingParams(stop=("###",)))
     hash_id = tokenizer.convert_tokens_to_ids("#")
     letter = tokenizer.convert_tokens_to_ids("a")
     assert [detokenizer.push(t) for t in (letter, hash_id, hash_id, letter, hash_id)] == ["a", "", "", "##a", ""]
     assert detokenizer.finish() == "#"
+
+
+def test_a_stop_string_is_part_of_the_text_where_asked_for() -> None:
+    tokenizer = make_tokenizer()
+    ids = tokenizer("one two three", add_special_tokens=False)["input_ids"]
+    pieces, detokenizer = stream(tokenizer, ids, ("wo t", "two t"), include_stop_str_in_output=True)
+    assert detokenizer.stopped and "".join(pieces) == "one two t"
+
+
+def test_a_stop_string_within_the_first_min_tokens_ends_nothing() -> None:
+    tokenizer = make_tokenizer()
+    ids = [tokenizer.convert_tokens_to_ids(letter) for letter in "abcabc"]
+    for min_tokens, text in ((0, "a"), (1, "a"), (2, "abca"), (4, "abca"), (5, "abcabc")):
+        pieces, detokenizer = stream(tokenizer, ids, ("b",), min_tokens=min_tokens)
+        assert ("".join(pieces), detokenizer.stopped) == (text, min_tokens < 5)
+
+
+def test_special_tokens_are_text_where_asked_for() -> None:
+    tokenizer = make_tokenizer()
+    ids = [tokenizer.convert_tokens_to_ids("a"), tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("b")]
+    assert "".join(stream(tokenizer, ids)[0]) == "ab"
+    assert "".join(stream(tokenizer, ids, keep_special_tokens=True)[0]) == f"a{tokenizer.eos_token}b"

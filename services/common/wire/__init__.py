@@ -14,10 +14,12 @@ from services.common.wire.requests import (
     turns_from_proto,
     turns_to_proto,
 )
+from services.common.wire.sizes import RequestSizes
 from services.common.wire.tensors import tensor_from_proto, tensor_to_proto, tokens_from_proto, tokens_to_proto
 
 __all__ = [
     "Event",
+    "RequestSizes",
     "event_from_proto",
     "event_to_proto",
     "generate_request_from_proto",

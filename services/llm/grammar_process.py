@@ -1,0 +1,140 @@
+"""A process that turns constraints into grammars, so that no grammar can stop or kill the language model.
+
+Clients send grammars: some take hours to compile, and a few thousand rules in a chain overflow the compiler's stack,
+which ends its process. So each is compiled first in a fork of this process, with a bound on its time. Run as
+`python -m services.llm.grammar_process`: the first line of standard input describes the tokenizer, each later one is a
+constraint, answered by one line: {"grammar": text} or {"error": text}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from typing import Any
+
+import llguidance
+
+COMPILE_S = 2.0
+"""Processor time; a usual schema takes some milliseconds."""
+WAIT_S = 20.0
+"""The same by the clock, for a machine that is busy."""
+LIMITS: dict[str, Any] = {
+    "max_grammar_size": 5_000,
+    "step_max_items": 5_000,
+    "max_items_in_row": 500,
+    "max_lexer_states": 25_000,
+    "verbose_errors": False,
+}
+"""Ten times what a schema of 100 optional fields needs; a hostile grammar's slowest mask takes 0.3 s, not 8."""
+_JSON = {
+    # At most one space after a comma or a colon, and no other: a weak model could put spaces for ever.
+    "whitespace_flexible": False,
+    "item_separator": ", ?",
+    "key_separator": ": ?",
+    "lenient": False,
+    "coerce_one_of": False,
+}
+_COMBINING = {"allOf", "anyOf", "oneOf", "$ref", "$dynamicRef", "if", "not", "dependentSchemas"}
+_OPEN_WITH = {"additionalProperties", "unevaluatedProperties", "patternProperties"}
+
+
+def limits() -> llguidance.LLParserLimits:
+    return llguidance.LLParserLimits(**LIMITS)
+
+
+def grammar_of(kind: str, text: str, choices: list[str]) -> str:
+    """A constraint in the compiler's own form. Raises ValueError."""
+    if kind == "json_object":
+        return _json_grammar({"type": "object"})
+    if kind == "json_schema":
+        return _json_grammar(json.loads(text))
+    if kind == "regex":
+        return llguidance.LLMatcher.grammar_from_regex(text)
+    if kind == "choice":
+        return llguidance.grammar_from("choice", json.dumps(choices))
+    return llguidance.grammar_from("grammar" if "::=" in text else "lark", text)
+
+
+def _json_grammar(schema: Any) -> str:
+    if not isinstance(schema, dict | bool):
+        raise ValueError("expected an object or a boolean")
+    if isinstance(schema, bool):
+        schema = {} if schema else {"not": {}}
+    if _may_close(schema):
+        schema = _closed(schema)
+    return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON)  # type: ignore[arg-type]
+
+
+def _may_close(schema: Any) -> bool:
+    """Whether each object is described in one place, so that what it does not list can be left out of it."""
+    if isinstance(schema, list):
+        return all(map(_may_close, schema))
+    if not isinstance(schema, dict):
+        return True
+    described_elsewhere = "properties" in schema and _COMBINING & schema.keys()
+    return not described_elsewhere and "allOf" not in schema and all(map(_may_close, schema.values()))
+
+
+def _closed(schema: Any) -> Any:
+    """The schema with objects that hold their listed properties alone, unless it says what else they hold.
+
+    Each answer still matches the schema as it was sent. A weak model would otherwise add properties without end.
+    """
+    if isinstance(schema, list):
+        return [_closed(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {
+        key: value if key in ("enum", "const", "default", "examples") else _closed(value)
+        for key, value in schema.items()
+    }
+    if isinstance(schema.get("properties"), dict) and not _OPEN_WITH & schema.keys():
+        closed["additionalProperties"] = False
+    return closed
+
+
+def _checked(tokenizer: llguidance.LLTokenizer, constraint: dict[str, Any]) -> dict[str, str]:
+    try:
+        grammar = grammar_of(**constraint)
+    except (ValueError, RecursionError) as error:
+        return {"error": str(error)}
+    matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=limits())
+    allows_any = not matcher.is_error() and any(matcher.compute_bitmask()) and not matcher.is_error()
+    if allows_any:
+        return {"grammar": grammar}
+    reason = matcher.get_error().removesuffix("<non-verbose/>").strip()
+    return {"error": "no text matches it" if reason in ("", "NoExtensionBias") else reason}
+
+
+def _check_in_a_fork(tokenizer: llguidance.LLTokenizer, constraint: dict[str, Any]) -> str:
+    """One line of JSON."""
+    end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.setitimer(signal.ITIMER_VIRTUAL, COMPILE_S)  # nobody handles the signal: it ends the process
+        signal.setitimer(signal.ITIMER_REAL, WAIT_S)
+        with os.fdopen(write_end, "w") as answer:
+            answer.write(json.dumps(_checked(tokenizer, constraint)))
+        os._exit(0)
+    os.close(write_end)
+    with os.fdopen(end) as answer:
+        line = answer.read()
+    _, status = os.waitpid(child, 0)
+    if status == 0:
+        return line
+    too_long = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGVTALRM, signal.SIGALRM)
+    return json.dumps({"error": f"takes more than {COMPILE_S:g} s to compile" if too_long else "is nested too deeply"})
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the server, which then closes the pipe
+    about = json.loads(sys.stdin.readline() or sys.exit())
+    tokenizer = llguidance.LLTokenizer(about["tokenizer"], n_vocab=about["vocabulary"], eos_token=about["eos"])
+    for line in sys.stdin:
+        print(_check_in_a_fork(tokenizer, json.loads(line)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
