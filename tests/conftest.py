@@ -19,7 +19,7 @@ def torch_threads(request: pytest.FixtureRequest) -> None:
 
 
 def starts_ray(nodeid: str) -> bool:
-    return nodeid.startswith(("tests/integration/", "tests/clients/"))
+    return nodeid.startswith("tests/integration/")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
