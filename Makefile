@@ -31,8 +31,8 @@ serve: $(STAMP) ## Start everything and leave it running: gRPC on port 9000 (POR
 stop: $(STAMP) ## Stop what `make serve` left running
 	@$(BIN)/python -m cluster.local down --grpc-port $(PORT)
 
-test: $(STAMP) $(VENV)/.triton ## Every test
-	@$(BIN)/python -m pytest
+test: $(STAMP) $(VENV)/.triton ## Every test, in two processes: what starts Ray in one, the rest in the other
+	@$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 # Comes with PyTorch's CUDA builds. Beside a CPU build only the tests of the GPU's kernels want it: they interpret them.
 $(VENV)/.triton: $(STAMP)
