@@ -144,7 +144,8 @@ def start_head(state: ClusterState, extra_env: Mapping[str, str]) -> subprocess.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # or Ray takes the machine's own address for 127.0.0.1
         HOOK_VARIABLE: HOOK,
         START_HOOK_VARIABLE: START_HOOK,
-        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # a killed proxy is back in 4 s, not 31
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # a killed proxy is back in 5 to 10 s, not 31
+        "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(2**29),  # of Ray's 2 GB a stranger's one message would fill a laptop
         "RAY_metrics_report_interval_ms": "2000",
         "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",  # fresh from the disk on a busy machine Ray's 60 are too few
         "RAY_raylet_start_wait_time_s": "300",  # as are its 30: whoever waits watches the raylet itself

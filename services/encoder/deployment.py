@@ -49,15 +49,16 @@ class EncoderSettings(ModelSettings):
 
 
 def encode_response(tokens: CompressedVisualTokens, dtype: torch.dtype) -> encoder_pb2.EncodeResponse:
-    """What is sent, its visual tokens in `dtype`: three copies of up to 48 MB, which no event loop should wait for.
+    """What is sent, its visual tokens in `dtype`: copies of up to 48 MB, which no event loop should wait for.
 
     NaN and infinity are sent: the LLM stage, which must look at every caller's tokens, refuses them.
     Raises InternalError where nothing is left to send.
     """
     if not tokens.tokens_ND.numel():
         raise InternalError("none is left of this image by the vision-guided sampler", field="visual tokens")
-    sent = dataclasses.replace(tokens, tokens_ND=tokens.tokens_ND.to(dtype))
-    return encoder_pb2.EncodeResponse(visual_tokens=wire.tokens_to_proto(sent))
+    response = encoder_pb2.EncodeResponse()
+    wire.tokens_to_proto(dataclasses.replace(tokens, tokens_ND=tokens.tokens_ND.to(dtype)), response.visual_tokens)
+    return response
 
 
 @serve.deployment(name="Encoder")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 from starlette.middleware.cors import CORSMiddleware
@@ -21,9 +22,10 @@ from services.gateway.admission import AdmissionLimits, request_id_of
 from services.gateway.chat import ChatService
 from services.gateway.health import Health
 from services.gateway.http_errors import ModelNotFound, error_object, error_response, refusal, status_of_event
+from services.gateway.merged import merged
 from services.gateway.openai_completion import CompletionRequest
 from services.gateway.openai_request import ChatCompletionRequest
-from services.gateway.openai_response import ChatWriter, TextWriter, Writer
+from services.gateway.openai_response import Answer, ChatWriter, TextWriter, Writer, whole
 from services.gateway.openai_settings import Asked, Settings
 from services.gateway.stages import TIMEOUT_METADATA, Deadline
 
@@ -37,7 +39,9 @@ _ROUTES = {**dict.fromkeys(_COMPLETIONS, "POST"), "/v1/models": "GET", "/health"
 _MODEL_PATH = "/v1/models/"
 _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
-Events = AsyncGenerator[focus_pb2.ChatResponse, None]
+IndexedEvent = tuple[int, focus_pb2.ChatResponse]
+"""An event, and whose: of several prompts, the answer to that one."""
+Events = AsyncGenerator[IndexedEvent, None]
 
 
 class HttpDoor:
@@ -83,26 +87,31 @@ class HttpDoor:
         if media_type != "application/json":  # which no page of another site can send without being asked first
             return error_response(415, f"content-type: is {media_type[:60]!r}, expected 'application/json'")
         body = await _read(request, _most_bytes(self._service.limits))
-        asked, chat = await asyncio.to_thread(self._read_chat, kind, body, request_id)  # decodes megabytes
+        asked, chats = await asyncio.to_thread(self._read_chats, kind, body, request_id)  # decodes megabytes
         del body
         deadline = Deadline.said(request.headers.get(TIMEOUT_METADATA))
-        events = self._service.chat(chat, request_id_of(chat), deadline)
+        events = merged([self._service.chat(chat, request_id_of(chat), deadline) for chat in chats])
         try:
-            writer = writer_type(self._model, (await anext(events)).started, asked)  # or what refuses it
+            first = await anext(events)  # or what refuses it
+            new_writer = functools.partial(writer_type, self._model, asked)
             if not asked.stream:
-                return await _whole(events, writer, asked)
+                return await _whole(_again(first, events), new_writer, asked)
         except FocusError as error:
             raise type(error)(asked.renamed(str(error))) from None
         except BaseException:
             await events.aclose()
             raise
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        return StreamingResponse(_chunks(events, writer, asked), media_type="text/event-stream", headers=headers)
+        chunks = _chunks(_again(first, events), new_writer, asked)
+        return StreamingResponse(chunks, media_type="text/event-stream", headers=headers)
 
-    def _read_chat(self, kind: type[Settings], body: bytes, request_id: str) -> tuple[Asked, focus_pb2.ChatRequest]:
+    def _read_chats(
+        self, kind: type[Settings], body: bytes, request_id: str
+    ) -> tuple[Asked, list[focus_pb2.ChatRequest]]:
         settings = kind.parse(body, self._service.limits.max_text_chars)
         self._check_model(settings.model)
-        return settings.asked(), settings.to_chat_request(settings.request_id or request_id)
+        request_id = settings.request_id or request_id
+        return settings.asked(request_id), settings.to_chat_requests(request_id)
 
     def _check_model(self, name: str) -> None:
         if name != self._model:
@@ -151,36 +160,53 @@ async def _read(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-async def _whole(events: Events, writer: Writer, asked: Asked) -> Response:
-    tokens: list[llm_pb2.Token] = []
+async def _again(first: IndexedEvent, events: Events) -> Events:
+    """The events with the first one, which was taken out, in its place."""
     async with contextlib.aclosing(events):
+        yield first
         async for event in events:
+            yield event
+
+
+async def _whole(events: Events, new_writer: Callable[..., Writer], asked: Asked) -> Response:
+    answers: dict[int, Answer] = {}
+    async with contextlib.aclosing(events):
+        async for index, event in events:
             kind = event.WhichOneof("event")
-            if kind == "token":
-                tokens.append(event.token)
+            if kind == "started":
+                answers[index] = Answer(writer=new_writer(event.started, index))
+            elif kind == "token":
+                answers[index].tokens.append(event.token)
             elif kind == "finished":
-                return JSONResponse(writer.whole(tokens, event.finished))
+                answers[index].finished = event.finished
             else:
                 return error_response(status_of_event(event.error.code), asked.renamed(event.error.message))
-    raise AssertionError("an answer ends with finished or error")
+    return JSONResponse(whole([answers[index] for index in sorted(answers)]))
 
 
-async def _chunks(events: Events, writer: Writer, asked: Asked) -> AsyncGenerator[bytes, None]:
+async def _chunks(events: Events, new_writer: Callable[..., Writer], asked: Asked) -> AsyncGenerator[bytes, None]:
+    writers: dict[int, Writer] = {}
+    finished: list[llm_pb2.Finished] = []
     async with contextlib.aclosing(events):
-        if first := writer.first_chunk():
-            yield _data(first)
-        async for event in events:
+        async for index, event in events:
             kind = event.WhichOneof("event")
-            if kind == "token":
-                if chunk := writer.chunk(event.token):
-                    yield _data(chunk)
+            chunk = None
+            if kind == "started":
+                writers[index] = new_writer(event.started, index)
+                chunk = writers[index].first_chunk()
+            elif kind == "token":
+                chunk = writers[index].chunk(event.token)
             elif kind == "finished":
-                yield _data(writer.last_chunk(event.finished))
-                if asked.usage:
-                    yield _data(writer.usage_chunk(event.finished))
-                yield b"data: [DONE]\n\n"
+                finished.append(event.finished)
+                chunk = writers[index].last_chunk(event.finished)
             else:  # clients raise it, and no [DONE] follows
                 yield _data(error_object(status_of_event(event.error.code), asked.renamed(event.error.message)))
+                return
+            if chunk:
+                yield _data(chunk)
+        if asked.usage:
+            yield _data(writers[0].usage_chunk(finished))
+        yield b"data: [DONE]\n\n"
 
 
 def _data(chunk: dict[str, Any]) -> bytes:

@@ -181,11 +181,11 @@ class ChatCompletionRequest(Settings):
     def with_logprobs(self) -> bool:
         return self.logprobs
 
-    def to_chat_request(self, request_id: str) -> focus_pb2.ChatRequest:
-        """The same request as the gRPC API takes it. Raises InvalidInput for an image that is not in the request."""
+    def to_chat_requests(self, request_id: str) -> list[focus_pb2.ChatRequest]:
+        """One. Raises InvalidInput for an image that is not in the request."""
         max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return focus_pb2.ChatRequest(
+        chat = focus_pb2.ChatRequest(
             turns=[self._turn(message, f"messages[{number}]") for number, message in enumerate(self.messages)],
             sampling=self.sampling(max_tokens, logprobs),
             prune=llm_pb2.PruneParams(
@@ -195,6 +195,7 @@ class ChatCompletionRequest(Settings):
             request_id=request_id,
             continue_final_message=self.continue_final_message,
         )
+        return [chat]
 
     def _turn(self, message: Message, where: str) -> focus_pb2.ChatTurn:
         parts = []

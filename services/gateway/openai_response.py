@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from focusllava.v1 import focus_pb2, llm_pb2
@@ -14,29 +14,43 @@ _LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON has no number for; OpenAI's."""
 
 
+@dataclass(kw_only=True)
+class Answer:
+    """A whole answer as its events bring it."""
+
+    writer: Writer
+    tokens: list[llm_pb2.Token] = field(default_factory=list)
+    finished: llm_pb2.Finished = field(default_factory=llm_pb2.Finished)
+
+
+def whole(answers: Sequence[Answer]) -> dict[str, Any]:
+    """Every answer to one request in one object, a choice each."""
+    first, finished = answers[0], [answer.finished for answer in answers]
+    return {
+        **first.writer.object(first.writer.kind),
+        "choices": [answer.writer.choice(answer.tokens, answer.finished) for answer in answers],
+        "usage": _total(finished),
+        "focus": first.writer.focus(first.finished.usage),
+    }
+
+
 class Writer:
-    """Writes one answer; its `started` event comes with it. Subclasses are what OpenAI has of objects."""
+    """Writes one answer, whose `started` event comes with it. Subclasses are what OpenAI has of objects."""
 
     kind: ClassVar[str]
     chunk_kind: ClassVar[str]
     id_prefix: ClassVar[str]
 
-    def __init__(self, model: str, started: focus_pb2.ChatStarted, asked: Asked):
-        self._model, self._started, self._asked = model, started, asked
-        self._id, self._created = self.id_prefix + started.request_id, int(time.time())
+    def __init__(self, model: str, asked: Asked, started: focus_pb2.ChatStarted, index: int):
+        self._model, self._asked, self._started, self._index = model, asked, started, index
         self._completion_tokens = 0
 
-    def whole(self, tokens: Sequence[llm_pb2.Token], finished: llm_pb2.Finished) -> dict[str, Any]:
-        """The answer as one object."""
+    def choice(self, tokens: Sequence[llm_pb2.Token], finished: llm_pb2.Finished) -> dict[str, Any]:
+        """The answer as a choice of a whole object."""
         text = "".join(token.text for token in tokens)
         entries = [entry for token in tokens for entry in token.logprobs]
         logprobs = self._logprobs(entries) if self._asked.logprobs else None
-        return {
-            **self._object(self.kind),
-            "choices": [self._choice(text, logprobs, _reason(finished))],
-            "usage": _usage(finished.usage.prompt_tokens, finished.usage.completion_tokens),
-            "focus": self._focus(finished.usage),
-        }
+        return self._choice(text, logprobs, _reason(finished))
 
     def first_chunk(self) -> dict[str, Any] | None:
         """What comes before the first token."""
@@ -51,12 +65,11 @@ class Writer:
 
     def last_chunk(self, finished: llm_pb2.Finished) -> dict[str, Any]:
         """The reason of the end, and the accounting."""
-        return {**self._chunk(self._part("", None, _reason(finished))), "focus": self._focus(finished.usage)}
+        return {**self._chunk(self._part("", None, _reason(finished))), "focus": self.focus(finished.usage)}
 
-    def usage_chunk(self, finished: llm_pb2.Finished) -> dict[str, Any]:
-        """Sent after the last one to who asked for it."""
-        usage = _usage(finished.usage.prompt_tokens, finished.usage.completion_tokens)
-        return {**self._object(self.chunk_kind), "choices": [], "usage": usage}
+    def usage_chunk(self, finished: Sequence[llm_pb2.Finished]) -> dict[str, Any]:
+        """Sent after the last one to who asked for it; `finished` are the ends of all answers."""
+        return {**self.object(self.chunk_kind), "choices": [], "usage": _total(finished)}
 
     def _choice(self, text: str, logprobs: Any, reason: str) -> dict[str, Any]:
         """The one choice of a whole answer."""
@@ -70,17 +83,19 @@ class Writer:
         raise NotImplementedError
 
     def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
-        chunk = {**self._object(self.chunk_kind), "choices": [choice]}
+        chunk = {**self.object(self.chunk_kind), "choices": [choice]}
         if self._asked.continuous_usage:
             chunk["usage"] = _usage(self._started.prompt_tokens, self._completion_tokens)
         elif self._asked.usage:
             chunk["usage"] = None
         return chunk
 
-    def _object(self, kind: str) -> dict[str, Any]:
-        return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
+    def object(self, kind: str) -> dict[str, Any]:
+        """What every object of the answer begins with."""
+        asked = self._asked
+        return {"id": self.id_prefix + asked.request_id, "object": kind, "created": asked.created, "model": self._model}
 
-    def _focus(self, usage: llm_pb2.Usage) -> dict[str, Any]:
+    def focus(self, usage: llm_pb2.Usage) -> dict[str, Any]:
         """The accounting that OpenAI has no field for; names and units as in Usage and ImageInfo of the gRPC API."""
         return {
             "images": [
@@ -112,15 +127,15 @@ class ChatWriter(Writer):
 
     def first_chunk(self) -> dict[str, Any]:
         delta = {"role": "assistant", "content": "", "refusal": None}
-        return self._chunk({"index": 0, "delta": delta, "logprobs": None, "finish_reason": None})
+        return self._chunk({"index": self._index, "delta": delta, "logprobs": None, "finish_reason": None})
 
     def _choice(self, text: str, logprobs: Any, reason: str) -> dict[str, Any]:
         message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": 0, "message": message, "logprobs": logprobs, "finish_reason": reason}
+        return {"index": self._index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
     def _part(self, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
         delta = {} if reason else {"content": text}
-        return {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return {"index": self._index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
     def _logprobs(self, tokens: Sequence[llm_pb2.TokenLogprobs]) -> dict[str, Any]:
         content = [{**_logprob(token.chosen), "top_logprobs": [_logprob(one) for one in token.top]} for token in tokens]
@@ -132,15 +147,15 @@ class TextWriter(Writer):
 
     kind, chunk_kind, id_prefix = "text_completion", "text_completion", "cmpl-"
 
-    def __init__(self, model: str, started: focus_pb2.ChatStarted, asked: Asked):
-        super().__init__(model, started, asked)
+    def __init__(self, model: str, asked: Asked, started: focus_pb2.ChatStarted, index: int):
+        super().__init__(model, asked, started, index)
         self._offset = 0  # characters of the tokens so far
 
     def _choice(self, text: str, logprobs: Any, reason: str) -> dict[str, Any]:
         return self._part(text, logprobs, reason)
 
     def _part(self, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
-        return {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        return {"index": self._index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
     def _logprobs(self, tokens: Sequence[llm_pb2.TokenLogprobs]) -> dict[str, Any]:
         """Lists with one entry a token; a token's alternatives have itself among them."""
@@ -164,6 +179,12 @@ def _usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
     }
+
+
+def _total(finished: Sequence[llm_pb2.Finished]) -> dict[str, int]:
+    return _usage(
+        sum(one.usage.prompt_tokens for one in finished), sum(one.usage.completion_tokens for one in finished)
+    )
 
 
 def _reason(finished: llm_pb2.Finished) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
+import time
 from dataclasses import dataclass
 from typing import Annotated, Any, Self
 
@@ -15,6 +15,8 @@ from services.gateway.openai_constraint import Constrained
 from services.gateway.openai_fields import WITHOUT_EFFECT, Fields, refuse, shown
 
 _UINT32 = 2**32 - 1
+_MOST_BIAS = 1e30
+"""What a float32 holds; the range of the setting is checked after this."""
 _MOST_FIELDS = 10_000
 """And elements of a body, beside the commas and brackets of its text."""
 
@@ -33,7 +35,7 @@ def _bias(value: Any) -> Any:
     for name, bias in value.items():  # the first wrong one alone: there may be thousands
         if not (name.isascii() and name.isdecimal() and len(name) <= 10 and int(name) <= _UINT32):
             raise ValueError(f"has the key {shown(repr(name))}, expected token ids")
-        if type(bias) not in (int, float) or not math.isfinite(bias):
+        if type(bias) not in (int, float) or not -_MOST_BIAS < bias < _MOST_BIAS:
             raise ValueError(f"is {shown(repr(bias))} for token {name}, expected a number")
     return {int(name): bias for name, bias in value.items()}
 
@@ -48,6 +50,9 @@ class Asked:
     continuous_usage: bool
     """In every piece of one."""
     logprobs: bool
+    request_id: str
+    created: int
+    """When, in seconds since 1970."""
     names: tuple[tuple[str, str], ...]
     """Patterns of a ChatRequest's fields, at the start of an error's line, and their names in the request."""
 
@@ -110,11 +115,11 @@ class Settings(Constrained):
         except ValidationError as error:
             refuse(error)
 
-    def to_chat_request(self, request_id: str) -> focus_pb2.ChatRequest:
-        """The same request as the gRPC API takes it. Raises InvalidInput for what only shows itself then."""
+    def to_chat_requests(self, request_id: str) -> list[focus_pb2.ChatRequest]:
+        """The same as the gRPC API takes it, a request an answer. Raises InvalidInput for what only shows then."""
         raise NotImplementedError
 
-    def asked(self) -> Asked:
+    def asked(self, request_id: str) -> Asked:
         """How the answer is to be written. Raises InvalidInput for more than one constraint."""
         constraint, _ = self.constraint()
         return Asked(
@@ -122,6 +127,8 @@ class Settings(Constrained):
             usage=self.stream_options.include_usage,
             continuous_usage=self.stream_options.continuous_usage_stats,
             logprobs=self.with_logprobs,
+            request_id=request_id,
+            created=int(time.time()),
             names=(
                 *self.names_here(),
                 (r"^sampling\.constraint(\.\w+)?", constraint),

@@ -186,6 +186,26 @@ def test_retries_end(client: FocusClient, gateway: ScriptedGateway) -> None:
     assert len(gateway.requests) == QUICK.attempts
 
 
+def test_a_server_that_went_is_waited_for_and_one_that_never_was_is_not_for_long(gateway: ScriptedGateway) -> None:
+    """The default policy, its times a tenth: a proxy that is killed is back after 5 to 30 s."""
+    default = RetryPolicy()
+    assert default.attempts is None and default.patience_s >= 45 and default.patience_to_connect_s >= 10
+    waited: list[FocusClientError] = []
+    retry = RetryPolicy(first_delay_s=0.02, max_delay_s=0.2, patience_to_connect_s=0.5, on_wait=waited.append)
+    with FocusClient(gateway.address, retry=retry) as client:
+        assert client.ask(None, "q").result().text == "a red café"
+        gateway.stop()
+        threading.Timer(2.0, gateway.start_again).start()
+        began = time.monotonic()
+        assert client.ask(None, "q").result().text == "a red café"
+        assert 1 < time.monotonic() - began < 10 and waited and waited[0].code == "UNAVAILABLE"
+    with FocusClient("127.0.0.1:9", retry=retry) as client:
+        began = time.monotonic()
+        with pytest.raises(FocusClientError, match="no server answers at"):
+            client.model_info()
+        assert 0.2 < time.monotonic() - began < 5
+
+
 def test_nothing_is_tried_again_after_the_first_event(client: FocusClient, gateway: ScriptedGateway) -> None:
     def script(request, context):
         yield started()

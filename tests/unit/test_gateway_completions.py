@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import grpc
 import openai
 import pytest
@@ -53,6 +55,37 @@ async def test_a_stream_is_the_whole_answer_in_pieces():
     assert not any(chunk.usage for chunk in plain) and {chunk.object for chunk in plain} == {"text_completion"}
     assert [chunk.usage.completion_tokens for chunk in chunks] == [*range(1, len(WORDS) + 1), len(WORDS), len(WORDS)]
     assert not chunks[-1].choices and len({chunk.id for chunk in chunks}) == 1
+
+
+async def test_several_prompts_are_several_choices():
+    prompts = ["One", [5, 6], "Three"]
+    model = LanguageModel(pause_s=0.01)
+    async with open_door(model) as door:
+        whole = await complete(door, prompts, logprobs=0)
+        options = {"include_usage": True}
+        chunks = [chunk async for chunk in await complete(door, prompts, stream=True, stream_options=options)]
+        asked = [request.raw_prompt for request in model.requests]
+    expected = [RAW(text="One"), RAW(token_ids=llm_pb2.TokenIds(ids=[5, 6])), RAW(text="Three")]
+    assert sorted(map(str, asked[:3])) == sorted(map(str, expected)) and len(asked) == 6
+    assert [choice.index for choice in whole.choices] == [0, 1, 2] and {c.text for c in whole.choices} == {TEXT}
+    assert all(choice.logprobs.text_offset[0] == 0 for choice in whole.choices)
+    usage = (3 * PROMPT_TOKENS, 3 * len(WORDS))
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == usage
+    assert (chunks[-1].usage.prompt_tokens, chunks[-1].usage.completion_tokens) == usage
+    texts = ["", "", ""]
+    for chunk in chunks[:-1]:
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == [TEXT] * 3 and len({chunk.id for chunk in chunks}) == 1
+    assert [chunk.choices[0].index for chunk in chunks[:3]] != [0, 0, 0]  # at the same time
+
+
+async def test_one_of_several_prompts_that_is_refused_refuses_all():
+    too_long = (0, grpc.StatusCode.INVALID_ARGUMENT, "raw_prompt: is too long")
+    model = LanguageModel(None, too_long, pause_s=1.0)
+    async with open_door(model) as door:
+        status, error = await door.refused({"prompt": ["a", "b"]}, "/v1/completions")
+        assert (status, error["param"]) == (400, "prompt")
+        await asyncio.wait_for(model.cancelled.wait(), 20)  # the other one
 
 
 async def test_log_probabilities_in_lists():

@@ -97,6 +97,8 @@ REFUSED_EVERYWHERE = [
     ({"logit_bias": {str(2**32): 1}}, "logit_bias", "has the key '4294967296', expected token ids"),
     ({"logit_bias": {"7": "1"}}, "logit_bias", "is '1' for token 7, expected a number"),
     ({"logit_bias": {"7": True}}, "logit_bias", "is True for token 7"),
+    ({"logit_bias": {"7": 10**400}}, "logit_bias", "for token 7, expected a number"),
+    ({"temperature": 10**400}, "temperature", "is 1000000000"),
     ({"logit_bias": {"-7": 1}}, "logit_bias", "has the key '-7'"),
     ({"logit_bias": [7]}, "logit_bias", "is [7], expected"),
     ({"logit_bias": {str(n): 1 for n in range(1025)}}, "logit_bias", "has 1025 tokens, expected at most 1024"),
@@ -162,10 +164,11 @@ REFUSED_IN_CHAT = [
 ]
 REFUSED_IN_TEXT = [
     ({"suffix": "x"}, "suffix", "is 'x', which is not supported; expected \"\""),
-    ({"prompt": ["a", "b"]}, "prompt", "holds 2 prompts, expected one"),
-    ({"prompt": [[1], [2]]}, "prompt", "holds 2 prompts, expected one"),
-    ({"prompt": []}, "prompt", "is [], expected text or token ids"),
-    ({"prompt": [1, "a"]}, "prompt", "expected text or token ids"),
+    ({"prompt": ["a"] * 33}, "prompt", "holds 33 prompts, expected at most 32"),
+    ({"prompt": ["a", 5]}, "prompt", "expected text, token ids, or a list of one kind"),
+    ({"prompt": [[1], []]}, "prompt", "is [[1], []], expected text, token ids"),
+    ({"prompt": []}, "prompt", "is [], expected text, token ids"),
+    ({"prompt": [1, "a"]}, "prompt", "holds 'a', expected token ids"),
     ({"prompt": "x" * 65_537}, "prompt", "has 65537 characters, the limit is 65536"),
     ({"prompt": [5, -1]}, "prompt", "holds -1, expected token ids"),
     ({"prompt": None}, "prompt", "is missing"),
@@ -281,7 +284,7 @@ HIGH, LOW, UNSET = image_pb2.IMAGE_DETAIL_HIGH, image_pb2.IMAGE_DETAIL_LOW, imag
 )
 def test_images_as_clients_write_them(part, detail):
     body = {"model": "m", "messages": [{"role": "user", "content": [part]}], "focus": {"reduced_jpeg": False}}
-    request = ChatCompletionRequest.parse(json.dumps(body).encode(), 1000).to_chat_request("r")
+    request = ChatCompletionRequest.parse(json.dumps(body).encode(), 1000).to_chat_requests("r")[0]
     (found,) = request.turns[0].parts
     assert found.image == PNG
     assert found.image_options == image_pb2.ImageOptions(detail=detail, reduced_jpeg=False)

@@ -11,7 +11,15 @@ import pytest
 
 from focusllava.v1 import encoder_pb2, encoder_pb2_grpc, focus_pb2, llm_pb2, llm_pb2_grpc
 from services.common import wire
-from services.common.errors import DeadlineExceeded, FocusError, InvalidInput, Overloaded, StageUnavailable, TooLarge
+from services.common.errors import (
+    DeadlineExceeded,
+    FocusError,
+    InternalError,
+    InvalidInput,
+    Overloaded,
+    StageUnavailable,
+    TooLarge,
+)
 from services.common.telemetry import Metrics
 from services.common.types import ImageOptions
 from services.gateway.admission import AdmissionLimits
@@ -328,6 +336,20 @@ async def test_a_refusal_by_a_stage_comes_before_any_event():
             await chat(service(*clients), ask(turn(USER, "what?", PNG)))
         with pytest.raises(TooLarge):
             await chat(service(*clients), ask(sampling=llm_pb2.SamplingParams(max_tokens=10**6)))
+
+
+async def test_visual_tokens_that_the_model_refuses_are_our_fault_and_leave_the_cache():
+    """NaN out of an encoder, or out of a cache that someone wrote to."""
+    refused = (0, grpc.StatusCode.INVALID_ARGUMENT, "images[0].tokens: holds NaN, infinity, or values beyond")
+    encoder = Encoder()
+    async with serving(LanguageModel(refused), encoder) as clients:
+        gateway = service(*clients)
+        with pytest.raises(InternalError, match="an image's visual tokens were of no use; try again"):
+            await chat(gateway, ask(turn(USER, PNG, "what?")))
+        await gateway._cache.flush()
+        events = await chat(gateway, ask(turn(USER, PNG, "what?")))
+    assert kinds(events)[-1] == "finished" and not events[0].started.images[0].cached
+    assert len(encoder.requests) == 2
 
 
 async def test_a_deadline_that_has_passed_starts_nothing():

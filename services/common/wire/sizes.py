@@ -12,6 +12,7 @@ MAX_REST_BYTES = 2**20
 MAX_TEXT_BYTES_A_TOKEN = 16
 """On average over a prompt that fills the context; words have 3 to 5. Counting the tokens of a megabyte takes
 seconds and hundreds of megabytes."""
+_OVERHEAD_BYTES = 8  # of a turn, a part or an image, at least: a million empty ones are not for nothing
 _MAX_BYTES_A_VALUE = 4  # of a visual token on the wire: float32
 
 
@@ -34,13 +35,17 @@ class RequestSizes:
                 field="images",
             )
         most = self.context * MAX_TEXT_BYTES_A_TOKEN
-        text = sum(len(part.text.encode()) for turn in message.turns for part in turn.parts)
-        if text > most:
-            raise InvalidInput(
-                f"hold {text} bytes of text, the model's context of {self.context} tokens has room for {most} at most",
-                field="turns",
-            )
-        rest = message.ByteSize() - visual - text
+        turns = sum(len(part.text.encode()) for turn in message.turns for part in turn.parts)
+        for field, text in (("turns", turns), ("raw_prompt", message.raw_prompt.ByteSize())):
+            if text > most:
+                raise InvalidInput(
+                    f"has {text} bytes of text, a context of {self.context} tokens has room for {most} at most",
+                    field=field,
+                )
+        # A message's ByteSize writes it out, which megabytes of visual tokens are too many for.
+        rest = len(message.request_id) + message.sampling.ByteSize() + message.prune.ByteSize()
+        rest += sum(_OVERHEAD_BYTES * (1 + len(turn.parts)) for turn in message.turns)
+        rest += sum(_OVERHEAD_BYTES + len(image.branch_ids) + sum(map(len, image.notes)) for image in message.images)
         if rest > MAX_REST_BYTES:
             raise InvalidInput(
                 f"has {rest} bytes beside visual tokens and texts, expected at most {MAX_REST_BYTES}", field="request"

@@ -24,13 +24,19 @@ _DTYPES = {
 _DATA_TYPES = {dtype: data_type for data_type, dtype in _DTYPES.items()}
 
 
-def tensor_to_proto(tensor: torch.Tensor) -> tensor_pb2.Tensor:
-    """A tensor of 1 to 8 dimensions, none of them 0; float32, float16, bfloat16 or uint8, on any device."""
+def tensor_to_proto(tensor: torch.Tensor, into: tensor_pb2.Tensor | None = None) -> tensor_pb2.Tensor:
+    """A tensor of 1 to 8 dimensions, none of them 0; float32, float16, bfloat16 or uint8, on any device.
+
+    into: an empty message to fill. A message that becomes a field of another is copied, and this one may have 24 MB.
+    """
     assert tensor.dtype in _DATA_TYPES, f"{tensor.dtype} has no type on the wire"
     assert 1 <= tensor.ndim <= MAX_DIMENSIONS and tensor.numel(), f"shape {tuple(tensor.shape)} cannot cross the wire"
     # numpy has no bfloat16: the bytes are read through a view.
     data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-    return tensor_pb2.Tensor(data_type=_DATA_TYPES[tensor.dtype], shape=tensor.shape, data=data)
+    message = tensor_pb2.Tensor() if into is None else into
+    message.data_type, message.data = _DATA_TYPES[tensor.dtype], data
+    message.shape.extend(tensor.shape)
+    return message
 
 
 def tensor_from_proto(message: tensor_pb2.Tensor, field: str = "tensor") -> torch.Tensor:
@@ -56,17 +62,18 @@ def tensor_from_proto(message: tensor_pb2.Tensor, field: str = "tensor") -> torc
     return torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
 
 
-def tokens_to_proto(tokens: CompressedVisualTokens) -> encoder_pb2.CompressedVisualTokens:
-    return encoder_pb2.CompressedVisualTokens(
-        tokens=tensor_to_proto(tokens.tokens_ND),
-        branch_ids=tokens.branch_ids_M.cpu().numpy().astype(np.uint8).tobytes(),
-        map_height=tokens.map_hw[0],
-        map_width=tokens.map_hw[1],
-        uncompressed_tokens=tokens.uncompressed_tokens,
-        content_hash=tokens.content_hash,
-        model_fingerprint=tokens.model_fingerprint,
-        notes=tokens.notes,
-    )
+def tokens_to_proto(
+    tokens: CompressedVisualTokens, into: encoder_pb2.CompressedVisualTokens | None = None
+) -> encoder_pb2.CompressedVisualTokens:
+    """into: an empty message to fill, as of `tensor_to_proto`."""
+    message = encoder_pb2.CompressedVisualTokens() if into is None else into
+    tensor_to_proto(tokens.tokens_ND, message.tokens)
+    message.branch_ids = tokens.branch_ids_M.cpu().numpy().astype(np.uint8).tobytes()
+    message.map_height, message.map_width = tokens.map_hw
+    message.uncompressed_tokens = tokens.uncompressed_tokens
+    message.content_hash, message.model_fingerprint = tokens.content_hash, tokens.model_fingerprint
+    message.notes.extend(tokens.notes)
+    return message
 
 
 def tokens_from_proto(

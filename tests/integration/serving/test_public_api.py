@@ -97,13 +97,17 @@ def test_a_cancelled_call_frees_its_slot(cluster, channel):
         return sum(map(float, re.findall(outcomes, scrape(cluster), re.M)))
 
     before = cancelled()
-    for _ in range(5):  # an answer is half a second's work: on a busy machine one may end before its cancellation
+    # As the first token comes, a message is being written in every process on the way: nobody waits for the next one.
+    for _ in range(20):
         call = stub.Chat(question(picture(31), sampling=sampling), metadata=(("application", "gateway"),))
         while next(call).WhichOneof("event") != "token":
             pass
         assert not call.done()
         call.cancel()
-    assert until(lambda: cancelled() > before), "the llm stage saw none of five calls cancelled"
+    # An answer is half a second's work: on a busy machine a few may end before their cancellation.
+    assert until(lambda: cancelled() >= before + 16), (
+        f"of 20 calls {cancelled() - before} were cancelled at the llm stage"
+    )
     assert until(lambda: gauge(cluster, "focusllava_kv_blocks_used") == 0), "KV blocks of a cancelled call stay taken"
     assert gauge(cluster, "focusllava_running_requests") == 0
     assert gauge(cluster, "focusllava_kv_blocks_total") > 0
