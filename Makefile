@@ -7,10 +7,11 @@ TRITON := triton==3.7.1
 TRANSFORMERS ?= 5.20.0
 CHECKPOINT ?= checkpoints/focusllava-tiny
 PORT ?= 9000
+CLIENTS ?= .clients
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve stop test compat lint format protos bench lock clean
+.PHONY: help setup demo serve stop test clients compat lint format protos bench lock clean
 
 help: ## This list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-8s %s\n", $$1, $$2 }'
@@ -30,14 +31,18 @@ serve: $(STAMP) ## Start everything and leave it running: gRPC on port 9000 (POR
 stop: $(STAMP) ## Stop what `make serve` left running
 	@$(BIN)/python -m cluster.local down --grpc-port $(PORT)
 
-test: $(STAMP) $(VENV)/.triton ## Every test
-	@$(BIN)/python -m pytest
+test: $(STAMP) $(VENV)/.triton ## Every test, in two processes: what starts Ray in one, the rest in the other
+	@$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 # Comes with PyTorch's CUDA builds. Beside a CPU build only the tests of the GPU's kernels want it: they interpret them.
 $(VENV)/.triton: $(STAMP)
 	@$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install -q --progress-bar off $(TRITON) || \
 		echo "test: $(TRITON) cannot be installed, tests of the GPU's decode kernels will be skipped"
 	@touch $@
+
+clients: $(STAMP) ## Other people's clients against the shipped model, each in an environment of its own (4 GB, Node)
+	@scripts/clients.sh $(PYTHON) $(CLIENTS)
+	@CLIENTS=$(CLIENTS) $(BIN)/python -m pytest tests/clients
 
 compat: $(STAMP) ## What leans on transformers' insides, with another version of it: TRANSFORMERS=5.20.0
 	@scripts/compat.sh $(BIN)/python $(TRANSFORMERS)
@@ -61,5 +66,5 @@ lock: ## Resolve pyproject.toml afresh into requirements.lock
 	@scripts/lock.sh $(PYTHON)
 
 clean: ## Remove the environment and what tools left behind
-	rm -rf $(VENV) $(VENV).log build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(VENV).log $(CLIENTS) tests/clients/node/node_modules build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

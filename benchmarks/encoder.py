@@ -35,6 +35,7 @@ from benchmarks.measure import (
 from benchmarks.workload import jpeg
 from services.common.dtypes import choose_dtype, dtype_name
 from services.common.malloc import keep_freed_memory
+from services.common.types import ImageOptions
 from services.encoder.batcher import TileBatcher
 from services.encoder.pipeline import EncoderPipeline
 
@@ -50,11 +51,7 @@ class EncoderBench:
     """One encoder, shared by the variants."""
 
     def __init__(self, checkpoint: pathlib.Path, device: str, dtype: torch.dtype, max_tiles: int):
-        loaded = EncoderPipeline.from_checkpoint(checkpoint, dtype=dtype, device=device)
-        self.pipelines = {
-            reduced: EncoderPipeline(loaded.model, loaded.fingerprint, loaded.limits, reduced_jpeg=reduced)
-            for reduced in (True, False)
-        }
+        self.pipeline = EncoderPipeline.from_checkpoint(checkpoint, dtype=dtype, device=device)
         self.max_tiles = max_tiles
         self._seeds = itertools.count()
 
@@ -62,18 +59,18 @@ class EncoderBench:
         """`images` requests, at most `concurrency` in flight."""
         size_hw, reduced = VARIANTS[variant]
         files = [jpeg(next(self._seeds) % 16, *size_hw) for _ in range(images)]
-        return asyncio.run(self._serve(self.pipelines[reduced], files, concurrency))
+        return asyncio.run(self._serve(ImageOptions(reduced_jpeg=reduced), files, concurrency))
 
-    async def _serve(self, pipeline: EncoderPipeline, files: list[bytes], concurrency: int) -> dict[str, float]:
+    async def _serve(self, options: ImageOptions, files: list[bytes], concurrency: int) -> dict[str, float]:
         tiles: list[int] = []
-        batcher = TileBatcher(pipeline, max_tiles=self.max_tiles, on_batch=tiles.append)
+        batcher = TileBatcher(self.pipeline, max_tiles=self.max_tiles, on_batch=tiles.append)
         seconds: list[float] = []
         places = asyncio.Semaphore(concurrency)
 
         async def one(file: bytes) -> None:
             async with places:
                 began = time.perf_counter()
-                await batcher.encode(file, True)
+                await batcher.encode(file, True, options)
                 seconds.append(time.perf_counter() - began)
 
         began = time.perf_counter()
@@ -93,14 +90,14 @@ class EncoderBench:
         size_hw, reduced = VARIANTS[variant]
         file = jpeg(0, *size_hw)
         began = time.thread_time()
-        self.pipelines[reduced].prepare(file)
+        self.pipeline.prepare(file, options=ImageOptions(reduced_jpeg=reduced))
         return 1e3 * (time.thread_time() - began)
 
     def model_ms(self, images: int) -> float:
         """Milliseconds of vision tower, projector and sampler for a batch of 672 x 672 images."""
-        prepared = [self.pipelines[True].prepare(jpeg(0))] * images
+        prepared = [self.pipeline.prepare(jpeg(0))] * images
         began = time.perf_counter()
-        self.pipelines[True].encode(prepared, [True] * images)
+        self.pipeline.encode(prepared, [True] * images)
         return 1e3 * (time.perf_counter() - began)
 
 

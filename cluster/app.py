@@ -10,15 +10,17 @@ from typing import Any
 
 from ray.serve import Application
 
-from cluster.checks import find_checkpoint
+from cluster.checks import check_network, find_checkpoint
 from services.common.settings import build_settings
 
 
 def gateway(args: Mapping[str, Any]) -> Application:
-    """The public door; `args` as in GatewaySettings."""
+    """The public door; `args` as in GatewaySettings, and `network`: how the cluster's ports are closed to strangers."""
     from services.gateway.deployment import Gateway, GatewaySettings
 
-    return Gateway.bind(build_settings(GatewaySettings, _with_checkpoint(args)))  # type: ignore[attr-defined]
+    check_network(args.get("network"))
+    settings = {name: value for name, value in args.items() if name != "network"}
+    return Gateway.bind(build_settings(GatewaySettings, _with_checkpoint(settings)))  # type: ignore[attr-defined]
 
 
 def encoder(args: Mapping[str, Any]) -> Application:

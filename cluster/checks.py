@@ -33,7 +33,8 @@ class Ports:
     metrics: int
     gcs: int
     agent: int
-    ray_client: int
+    agent_grpc: int
+    runtime_env: int
     http: int
 
 
@@ -75,6 +76,28 @@ def check_port(port: int, option: str) -> None:
         raise ClusterError(f"port {port} is taken: stop what uses it, or choose another with {option}")
 
 
+def check_host(host: str) -> str:
+    """The address of this machine that a host name or address means. Raises ClusterError when it is none of its own."""
+    try:
+        family, _, _, _, place = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as probe:
+            probe.bind((place[0], 0))
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ClusterError(f"--host is {host!r}, expected an address of this machine ({reason})") from None
+    return str(place[0])
+
+
+def check_network(closed_by: object) -> None:
+    """Raises InvalidInput until the operator has said how the network of a Ray cluster is closed."""
+    if not isinstance(closed_by, str) or not closed_by.strip():
+        raise InvalidInput(
+            "is not set: Ray runs code for whoever reaches its ports, so say how strangers are kept from them, "
+            'as network: "firewall, only 443 from outside" (docs/security.md)',
+            field="network",
+        )
+
+
 def free_ports(grpc_port: int = 0, http_port: int = 0) -> Ports:
     """Ports that are free now: Ray's usual ones for the dashboard, the metrics and HTTP when they are."""
     with contextlib.ExitStack() as held:
@@ -85,7 +108,8 @@ def free_ports(grpc_port: int = 0, http_port: int = 0) -> Ports:
             metrics=METRICS_PORT if _is_free(METRICS_PORT) else next(fresh),
             gcs=next(fresh),
             agent=next(fresh),
-            ray_client=next(fresh),
+            agent_grpc=next(fresh),
+            runtime_env=next(fresh),
             http=http_port or (HTTP_PORT if _is_free(HTTP_PORT) else next(fresh)),
         )
 

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -16,9 +18,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cluster.checks import REPOSITORY, ClusterError, Ports
+from cluster.loopback import HOOK, HOOK_VARIABLE, LOOPBACK, PUBLIC_VARIABLE, START_HOOK, START_HOOK_VARIABLE
 
 MARKER = "FOCUSLLAVA_CLUSTER"
 """Environment variable that every process of one cluster inherits; its value is the cluster's temporary folder."""
+_FATAL = re.compile(r"^\[[^]]* [CF] \d+|Check failed|Timed out waiting for file|Out of memory")
+_BEFORE_CAUSE = re.compile(r"^\[[^]]*\] *(\(\w+\) *)?(.*Check failed: (\S+\(\) )?)?")
+_NOT_INHERITED = ("RAY_ADDRESS", "RAY_JOB_ID", "RAY_AUTH_TOKEN", "RAY_SERVE_ENABLE_HA_PROXY", PUBLIC_VARIABLE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +34,8 @@ class ClusterState:
     temp_dir: str
     checkpoint: str
     ports: Ports
+    host: str = LOOPBACK
+    """Where the public API listens: the loopback interface, or what `--host` opened."""
 
     @property
     def grpc_address(self) -> str:
@@ -35,7 +43,9 @@ class ClusterState:
 
     @property
     def openai_url(self) -> str:
-        return f"http://127.0.0.1:{self.ports.http}/v1"
+        """As seen from this machine."""
+        host = LOOPBACK if self.host in ("0.0.0.0", "::") else f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.ports.http}/v1"
 
     @property
     def dashboard_url(self) -> str:
@@ -45,30 +55,72 @@ class ClusterState:
     def metrics_url(self) -> str:
         return f"http://127.0.0.1:{self.ports.metrics}/metrics"
 
+    @property
+    def token_file(self) -> pathlib.Path:
+        """Holds the token that Ray asks every caller for; only its owner can read it."""
+        return pathlib.Path(self.temp_dir) / "auth_token"
+
+    @property
+    def ray_dir(self) -> pathlib.Path:
+        """Ray's own folder. Ray lets everybody write to it, so it lies in one that only its owner can enter."""
+        return pathlib.Path(self.temp_dir) / "ray"
+
     def pids(self) -> list[int]:
-        """Processes of this cluster that live."""
+        """Processes of this cluster that live: those with its marker, and what they started."""
         sign = f"{MARKER}={self.temp_dir}\0".encode()
-        found = []
+        children: dict[int, list[int]] = {}
+        marked = []
         for entry in pathlib.Path("/proc").iterdir():
             if entry.name.isdigit() and int(entry.name) != os.getpid():
                 try:
-                    if sign in (entry / "environ").read_bytes() and "\nState:\tZ" not in (entry / "status").read_text():
-                        found.append(int(entry.name))
+                    state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+                    if state != "Z":
+                        children.setdefault(int(parent), []).append(int(entry.name))
+                        if sign in (entry / "environ").read_bytes():
+                            marked.append(int(entry.name))
                 except OSError:  # ended meanwhile, or another user's
                     continue
-        return found
+        found: dict[int, None] = {}
+        while marked:  # some processes of Ray's write their title over their environment
+            pid = marked.pop()
+            if pid not in found:
+                found[pid] = None
+                marked += children.get(pid, ())
+        return list(found)
+
+    def pid_of(self, program: str) -> int | None:
+        """The process of this cluster that runs the program of this name."""
+        for pid in self.pids():
+            try:
+                path = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
+            except OSError:
+                continue
+            if pathlib.PurePath(path).name == program:
+                return pid
+        return None
 
     def last_words(self) -> str:
-        """The last line that the Ray head printed."""
-        log = pathlib.Path(self.temp_dir) / "ray-start.log"
-        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        """The line of the logs that says best why the head ended."""
+        logs = self.ray_dir / "session_latest" / "logs"
+        for name in ("raylet.err", "raylet.out", "gcs_server.err", "gcs_server.out"):
+            fatal = [line for line in _lines(logs / name) if _FATAL.search(line)]
+            if fatal:
+                return f"{name}: {_BEFORE_CAUSE.sub('', fatal[-1])[:400]}"
+        lines = _lines(pathlib.Path(self.temp_dir) / "ray-start.log")
         return lines[-1] if lines else "no output"
 
 
+def _lines(log: pathlib.Path) -> list[str]:
+    try:
+        return [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    except OSError:
+        return []
+
+
 def new_temp_dir() -> pathlib.Path:
-    """A folder of its own for one cluster. Raises ClusterError when none can be made."""
+    """A folder of its own for one cluster, which nobody else can enter. Raises ClusterError when none can be made."""
     base = tempfile.gettempdir()
-    if len(base) > 24:  # Ray puts Unix sockets below it, whose paths may have 107 characters
+    if len(base) > 18:  # Ray puts Unix sockets below it, whose paths may have 107 characters
         base = "/tmp"
     try:
         return pathlib.Path(tempfile.mkdtemp(prefix="focusllava-", dir=base))
@@ -78,29 +130,42 @@ def new_temp_dir() -> pathlib.Path:
 
 def start_head(state: ClusterState, extra_env: Mapping[str, str]) -> subprocess.Popen[bytes]:
     """Starts a Ray head that outlives this process, and remembers it for `load_state`."""
-    env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_JOB_ID", "RAY_AUTH_TOKEN")}
+    state.token_file.touch(mode=0o600)
+    state.token_file.write_text(secrets.token_hex(32), encoding="ascii")
+    env = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
     env |= {
         MARKER: state.temp_dir,
         "PYTHONPATH": os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH")))),
         "FOCUSLLAVA_CHECKPOINT": state.checkpoint,
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "RAY_AUTH_MODE": "disabled",  # so that `serve status` needs no token
-        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # a killed proxy is back in 4 s, not 31
+        "RAY_AUTH_MODE": "token",  # whoever reaches a port of Ray's runs code otherwise
+        "RAY_AUTH_TOKEN_PATH": str(state.token_file),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # or Ray takes the machine's own address for 127.0.0.1
+        HOOK_VARIABLE: HOOK,
+        START_HOOK_VARIABLE: START_HOOK,
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # a killed proxy is back in 5 to 10 s, not 31
+        "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(2**29),  # of Ray's 2 GB a stranger's one message would fill a laptop
         "RAY_metrics_report_interval_ms": "2000",
         "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",  # fresh from the disk on a busy machine Ray's 60 are too few
+        "RAY_raylet_start_wait_time_s": "300",  # as are its 30: whoever waits watches the raylet itself
         "RAY_worker_niceness": "0",  # Ray's 15 starves the replicas whenever anything else runs
         **extra_env,
     }
     ports = state.ports
+    if state.host != LOOPBACK:
+        env[PUBLIC_VARIABLE] = f"[{state.host}]:{ports.grpc}" if ":" in state.host else f"{state.host}:{ports.grpc}"
     options = {
-        "node-ip-address": "127.0.0.1", "port": ports.gcs, "ray-client-server-port": ports.ray_client,
-        "dashboard-host": "127.0.0.1", "dashboard-port": ports.dashboard, "dashboard-agent-listen-port": ports.agent,
+        "node-ip-address": LOOPBACK, "port": ports.gcs, "dashboard-host": LOOPBACK, "dashboard-port": ports.dashboard,
+        "dashboard-agent-listen-port": ports.agent,
+        # Without ports for its agents the raylet waits for theirs, and dies when they need more than 15 s.
+        "dashboard-agent-grpc-port": ports.agent_grpc, "runtime-env-agent-port": ports.runtime_env,
         "metrics-export-port": ports.metrics, "num-cpus": max(4, os.cpu_count() or 1),
-        "object-store-memory": 200 * 2**20, "temp-dir": state.temp_dir, "include-dashboard": "true",
+        "object-store-memory": 200 * 2**20, "temp-dir": state.ray_dir, "include-dashboard": "true",
+        "include-log-monitor": "false",
     }  # fmt: skip
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
-    command += [f"--{name}={value}" for name, value in options.items()]
+    command += ["--no-monitor", *(f"--{name}={value}" for name, value in options.items())]
     with open(pathlib.Path(state.temp_dir) / "ray-start.log", "wb") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, cwd=REPOSITORY, start_new_session=True

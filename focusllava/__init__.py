@@ -6,6 +6,7 @@ from focusllava.connection import RetryPolicy
 from focusllava.errors import FocusClientError
 from focusllava.messages import (
     Answer,
+    ImageFile,
     ImageInfo,
     ImageSource,
     ModelInfo,
@@ -27,6 +28,7 @@ __all__ = [
     "AsyncFocusClient",
     "FocusClient",
     "FocusClientError",
+    "ImageFile",
     "ImageInfo",
     "ImageSource",
     "ModelInfo",

@@ -97,7 +97,9 @@ class AsyncFocusClient(Client[AsyncAnswerStream]):
         while True:
             try:
                 request = focus_pb2.GetModelInfoRequest()
-                return model_info(await self._service.GetModelInfo(request, **attempts.call_options()))
+                info = await self._service.GetModelInfo(request, **attempts.call_options())
+                self._reached = True
+                return model_info(info)
             except grpc.RpcError as error:
                 await asyncio.sleep(attempts.delay_after(error))
             except asyncio.CancelledError:

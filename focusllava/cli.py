@@ -7,6 +7,7 @@ import json
 import math
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any, Self
 
 import click
@@ -95,6 +96,16 @@ cli.add_command(serve)
 @click.option("--keep-ratio", type=float, help="Keep this share of visual tokens instead of by threshold, in (0, 1].")
 @click.option("--no-vision-sampler", is_flag=True, help="Leave the vision-guided sampler out.")
 @click.option("--no-text-sampler", is_flag=True, help="Leave the text-guided sampler out.")
+@click.option(
+    "--detail",
+    type=click.Choice(["low", "high", "auto"]),
+    help="low: the model sees each image in one tile alone, for a fraction of the visual tokens.",
+)
+@click.option(
+    "--reduced-jpeg/--whole-jpeg",
+    default=None,
+    help="Whether large JPEGs may be decoded at reduced scale; without it, as the served checkpoint says.",
+)
 @click.option("--max-tokens", type=int, help="Most tokens to generate.")
 @click.option("--temperature", type=float, help="In [0, 2]; 0 is greedy.")
 @click.option("--top-k", type=int, help="Draw from so many of the likeliest tokens; 0 is all.")
@@ -117,6 +128,8 @@ cli.add_command(serve)
 def ask(
     images: tuple[str, ...],
     question: str,
+    detail: str | None,
+    reduced_jpeg: bool | None,
     no_vision_sampler: bool,
     no_text_sampler: bool,
     as_json: bool,
@@ -134,8 +147,9 @@ def ask(
     settings: Settings = {"vision_sampler": not no_vision_sampler, "text_sampler": not no_text_sampler}
     settings.update({name: value for name, value in given.items() if value not in (None, ())})  # type: ignore[typeddict-item]
     sources: list[ImageSource] = [sys.stdin.buffer if image == "-" else image for image in images]
-    with FocusClient(address, timeout_s=timeout, token=token, credentials=_credentials(tls, tls_ca)) as client:
-        with client.ask(sources, question, **settings) as stream:
+    credentials, retry = _credentials(tls, tls_ca), RetryPolicy(on_wait=_say_once())
+    with FocusClient(address, timeout_s=timeout, token=token, credentials=credentials, retry=retry) as client:
+        with client.ask(sources, question, detail=detail, reduced_jpeg=reduced_jpeg, **settings) as stream:
             if not as_json:
                 try:
                     for text in stream:
@@ -192,10 +206,13 @@ def info(
 @click.argument("source", metavar="SRC", type=click.Path(exists=True, file_okay=False, path_type=pathlib.Path))
 @click.argument("destination", metavar="DST", type=click.Path(file_okay=False, path_type=pathlib.Path))
 def import_checkpoint(source: pathlib.Path, destination: pathlib.Path) -> None:
-    """Turn a hub-format LLaVA-NeXT folder SRC into a FocusLLaVA checkpoint DST, with fresh samplers."""
-    importer = part("services.checkpoint.import_llava_next", "serve")
+    """Turn a hub-format LLaVA-NeXT folder SRC into a FocusLLaVA checkpoint DST, with fresh samplers.
+
+    Before DST appears it answers two tokens about an image, with as many layers as half of the free memory holds.
+    """
+    importer, trial = part("services.checkpoint.import_llava_next", "serve"), part("cluster.dry_run", "serve")
     with _Percent("importing") as percent:
-        report = importer.import_llava_next(source, destination, progress=percent)
+        report = importer.import_llava_next(source, destination, progress=percent, dry_run=trial.dry_run)
     click.echo(report)
 
 
@@ -209,6 +226,18 @@ def completion(shell: str) -> None:
     completer = get_completion_class(shell)
     assert completer is not None
     click.echo(completer(cli, {}, PROGRAM, "_FOCUSLLAVA_COMPLETE").source())
+
+
+def _say_once() -> Callable[[FocusClientError], None]:
+    """Tells a person, the first time, why nothing happens yet."""
+    said: list[str] = []
+
+    def say(error: FocusClientError) -> None:
+        if not said:
+            said.append(error.message)
+            click.echo(f"{PROGRAM}: {error.message}; trying again", err=True)
+
+    return say
 
 
 def _credentials(tls: bool, ca: pathlib.Path | None) -> grpc.ChannelCredentials | None:

@@ -87,6 +87,8 @@ class FocusClient(Client[AnswerStream]):
         while True:
             try:
                 request = focus_pb2.GetModelInfoRequest()
-                return model_info(self._service.GetModelInfo(request, **attempts.call_options()))
+                info = self._service.GetModelInfo(request, **attempts.call_options())
+                self._reached = True
+                return model_info(info)
             except grpc.RpcError as error:
                 time.sleep(attempts.delay_after(error))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar, Unpack
 
 import grpc
 
 from focusllava.arguments import checked_address, checked_timeout, checked_token
-from focusllava.errors import FocusClientError, from_rpc_error
+from focusllava.errors import FocusClientError, from_rpc_error, is_not_connected
 from focusllava.messages import MAX_IMAGES_BYTES, ImageInfo, Images, Settings, TokenLogprobs, Turn, Usage, user
 from focusllava.v1 import focus_pb2, focus_pb2_grpc
 from focusllava.wire import AnswerState, build_request
@@ -30,13 +30,21 @@ CHANNEL_OPTIONS = (
 class RetryPolicy:
     """Tries after UNAVAILABLE, only before the first event: what the caller has read is never sent twice."""
 
-    attempts: int = 4
+    attempts: int | None = None
+    """Most tries, the first included; None leaves it to the times."""
+    patience_s: float = 60.0
+    """How long a server is waited for that has answered this client, or that says itself that it restarts. A lost proxy
+    is back in 5 to 10 s, or in half a minute where Ray Serve looks after it in its own period."""
+    patience_to_connect_s: float = 20.0
+    """The same of a server that this client has never reached: its address may be wrong."""
     first_delay_s: float = 0.2
     max_delay_s: float = 2.0
+    on_wait: Callable[[FocusClientError], None] | None = None
+    """Hears what each failed try failed with, before the wait for the next."""
 
     def delay_s(self, failed: int) -> float:
         """Wait after so many failed attempts (1 or more): doubles, with jitter so that not all return at once."""
-        return min(self.first_delay_s * 2 ** (failed - 1), self.max_delay_s) * random.uniform(0.5, 1.0)
+        return min(self.first_delay_s * 2 ** min(failed - 1, 30), self.max_delay_s) * random.uniform(0.5, 1.0)
 
 
 def fixed_metadata(application: str, token: str | None) -> tuple[tuple[str, str], ...]:
@@ -48,27 +56,25 @@ def fixed_metadata(application: str, token: str | None) -> tuple[tuple[str, str]
 class Attempts:
     """The deadline and the retries of one request; the deadline counts from its first call."""
 
-    def __init__(
-        self, address: str, timeout_s: float | None, retry: RetryPolicy, metadata: tuple[tuple[str, str], ...]
-    ):
-        self._address = address
-        self._metadata = metadata
-        self._retry = retry
+    def __init__(self, client: Client[Any], timeout_s: float | None):
+        self._client = client
         self._timeout_s = timeout_s
         self._deadline: float | None = None
+        self._began: float | None = None
         self._failed = 0
 
     def call_options(self) -> dict[str, Any]:
         """Keyword arguments of the next call: what remains of the deadline, and the metadata."""
-        if self._deadline is None and self._timeout_s is not None:
-            self._deadline = time.monotonic() + self._timeout_s
-        remaining_s = self.remaining_s()
+        if self._began is None:
+            self._began = time.monotonic()
+            self._deadline = None if self._timeout_s is None else self._began + self._timeout_s
+        remaining_s, metadata = self.remaining_s(), self._client._metadata
         if remaining_s is None:
-            return {"timeout": None, "metadata": self._metadata}
+            return {"timeout": None, "metadata": metadata}
         # Ray Serve hides a call's own deadline from the gateway, so it is said in the metadata too.
         return {
             "timeout": remaining_s,
-            "metadata": (*self._metadata, ("focusllava-timeout-ms", str(round(remaining_s * 1000)))),
+            "metadata": (*metadata, ("focusllava-timeout-ms", str(round(remaining_s * 1000)))),
         }
 
     def remaining_s(self) -> float | None:
@@ -77,19 +83,26 @@ class Attempts:
 
     def delay_after(self, error: grpc.RpcError) -> float:
         """Seconds to wait before the next attempt. Raises FocusClientError where there is to be none."""
+        assert self._began is not None, "nothing was called"
         self._failed += 1
-        delay, remaining = self._retry.delay_s(self._failed), self.remaining_s()
+        retry, remaining = self._client._retry, self.remaining_s()
+        self._client._reached = self._client._reached or not is_not_connected(error)
+        patience_s = retry.patience_s if self._client._reached else retry.patience_to_connect_s
+        delay = retry.delay_s(self._failed)
         if (
             error.code() is not grpc.StatusCode.UNAVAILABLE
-            or self._failed >= self._retry.attempts
+            or (retry.attempts is not None and self._failed >= retry.attempts)
+            or time.monotonic() - self._began + delay > patience_s
             or (remaining is not None and delay >= remaining)
         ):
             raise self.failure(error) from None
+        if retry.on_wait:
+            retry.on_wait(self.failure(error))
         return delay
 
     def failure(self, error: grpc.RpcError) -> FocusClientError:
         """What the caller is told, where there is no next attempt."""
-        return from_rpc_error(error, self._address, deadline_passed=self.remaining_s() == 0)
+        return from_rpc_error(error, self._client.address, deadline_passed=self.remaining_s() == 0)
 
 
 class StreamState:
@@ -144,7 +157,7 @@ class StreamState:
             self._cancel()
 
     def _take(self, event: focus_pb2.ChatResponse) -> str:
-        self._begun = True
+        self._begun = self._client._reached = True
         return self._state.take(event)
 
     def _delay_after(self, error: grpc.RpcError) -> float:
@@ -186,6 +199,7 @@ class Client(Generic[Stream]):
         self._retry = retry or RetryPolicy()
         self._metadata = fixed_metadata(application, checked_token(token))
         self._closed = False
+        self._reached = False  # whether anything has answered at the address
         self._channel: Any = (
             self._grpc.secure_channel(address, credentials, CHANNEL_OPTIONS)
             if credentials
@@ -206,11 +220,14 @@ class Client(Generic[Stream]):
         question: str,
         *,
         history: Sequence[Turn] = (),
+        detail: str | None = None,
+        reduced_jpeg: bool | None = None,
         timeout_s: float | None = None,
         **settings: Unpack[Settings],
     ) -> Stream:
-        """Asks about no, one or several images, after the turns of `history`."""
-        return self.chat([*history, user(question, images=images)], timeout_s=timeout_s, **settings)
+        """Asks about no, one or several images, each read as `ImageFile` says, after the turns of `history`."""
+        asked = user(question, images=images, detail=detail, reduced_jpeg=reduced_jpeg)
+        return self.chat([*history, asked], timeout_s=timeout_s, **settings)
 
     def chat(self, turns: Sequence[Turn], *, timeout_s: float | None = None, **settings: Unpack[Settings]) -> Stream:
         """Answers the last of the turns, which is a user's."""
@@ -218,4 +235,4 @@ class Client(Generic[Stream]):
 
     def _new_attempts(self, timeout_s: float | None) -> Attempts:
         timeout_s = self._timeout_s if timeout_s is None else checked_timeout(timeout_s)
-        return Attempts(self.address, timeout_s, self._retry, self._metadata)
+        return Attempts(self, timeout_s)

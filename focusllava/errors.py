@@ -27,10 +27,15 @@ class FocusClientError(Exception):
         self.message = message
 
 
+def is_not_connected(error: grpc.RpcError) -> bool:
+    """Whether gRPC reached nobody at the address."""
+    return error.code() is grpc.StatusCode.UNAVAILABLE and (error.details() or "").startswith(_NOT_CONNECTED)
+
+
 def from_rpc_error(error: grpc.RpcError, address: str, *, deadline_passed: bool) -> FocusClientError:
     """The same failure with its code by name; says what to do where gRPC's own words would not."""
     code, details = error.code().name, error.details() or ""
-    if code == "UNAVAILABLE" and details.startswith(_NOT_CONNECTED):
+    if is_not_connected(error):
         return FocusClientError(code, f"{NO_SERVER} {address} ({details})")
     if code == "DEADLINE_EXCEEDED" and deadline_passed:
         return FocusClientError(code, "the answer did not end within the timeout")

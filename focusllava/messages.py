@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,27 +18,50 @@ MAX_IMAGES_BYTES = 256 * 2**20
 class PillowImage(Protocol):
     """What is used of PIL.Image.Image, so that nobody needs Pillow who does not have one."""
 
-    def save(self, fp: Any, format: str, /) -> None: ...
+    def save(self, fp: Any, format: str, /, **options: Any) -> None: ...
+    def getexif(self) -> Any: ...
 
 
 ImageSource = str | os.PathLike[str] | bytes | BinaryIO | PillowImage
-"""A path, the bytes of an image file, an open binary file, or a PIL image, which is sent as PNG."""
+"""A path, the bytes of an image file, an open binary file, or a PIL image, which is sent as PNG, or TIFF where PNG
+has not its mode, with its EXIF orientation."""
 Images = ImageSource | Iterable[ImageSource] | None
 """One image, several, or none."""
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImageFile:
+    """An image's part of a turn, with how the server is to read it."""
+
+    data: bytes
+    """The bytes of an image file."""
+    detail: str | None = None
+    """"low" shows the model the whole image in one tile alone, for a fraction of the visual tokens; "high", "auto" and
+    None add the tiles of the grid."""
+    reduced_jpeg: bool | None = None
+    """Whether a large JPEG may be decoded at reduced scale, which is faster and changes its pixels a little; None
+    follows the served checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Turn:
-    """One turn of a conversation; a part is words or the bytes of an image file."""
+    """One turn of a conversation; a part is words, an image, or the bytes of an image file."""
 
     role: str
-    parts: tuple[str | bytes, ...]
+    parts: tuple[str | bytes | ImageFile, ...]
 
 
-def user(text: str, *, images: Images = None) -> Turn:
-    """A user's turn: the images, then the words. Raises FocusClientError where an image cannot be read."""
-    sources = [read_image(image, f"images[{number}]") for number, image in enumerate(_several(images))]
-    return Turn(role="user", parts=(*sources, text))
+def user(text: str, *, images: Images = None, detail: str | None = None, reduced_jpeg: bool | None = None) -> Turn:
+    """A user's turn: the images, each read as `ImageFile` says, then the words.
+
+    Raises FocusClientError where an image cannot be read.
+    """
+    files = [
+        ImageFile(data=read_image(image, f"images[{number}]"), detail=detail, reduced_jpeg=reduced_jpeg)
+        for number, image in enumerate(_several(images))
+    ]
+    plain = detail is None and reduced_jpeg is None
+    return Turn(role="user", parts=(*(file.data if plain else file for file in files), text))
 
 
 def assistant(text: str) -> Turn:
@@ -152,9 +176,7 @@ def read_image(source: ImageSource, name: str = "image") -> bytes:
         elif hasattr(source, "read"):
             data = source.read()
         elif hasattr(source, "save"):
-            buffer = io.BytesIO()
-            source.save(buffer, "PNG")
-            data = buffer.getvalue()
+            data = _file_of(source)
         else:
             raise FocusClientError(
                 "INVALID_ARGUMENT",
@@ -167,6 +189,22 @@ def read_image(source: ImageSource, name: str = "image") -> bytes:
         raise FocusClientError("INVALID_ARGUMENT", f"{name}: the file was opened as text, open it in mode 'rb'")
     check_size(len(data), f"{name}: {what}")
     return data
+
+
+def _file_of(image: PillowImage) -> bytes:
+    """The pixels without loss, and the orientation, which Pillow leaves out unless told. TIFF holds more modes."""
+    exif = b""
+    with contextlib.suppress(Exception):  # unreadable EXIF says nothing of the pixels
+        exif = image.getexif().tobytes()
+    buffer = io.BytesIO()
+    try:
+        image.save(buffer, "PNG", exif=exif)
+    except OSError as error:
+        if "cannot write mode" not in str(error):
+            raise
+        buffer = io.BytesIO()
+        image.save(buffer, "TIFF", exif=exif)
+    return buffer.getvalue()
 
 
 def _several(images: Images) -> Iterable[ImageSource]:

@@ -3,35 +3,113 @@
 from __future__ import annotations
 
 import contextlib
+import pathlib
 import time
+from typing import Any
 
 import click
 
 from focusllava.extras import find_checkpoint, part
+from focusllava.sizes import parse_size
 
 POLL_S = 5.0
+DTYPES = {
+    "auto": "auto", "float32": "float32", "float": "float32", "bfloat16": "bfloat16", "float16": "float16",
+    "half": "float16",
+}  # fmt: skip
+"""vLLM's names, and ours."""
+
+
+class Size(click.ParamType):
+    """Bytes or tokens, as 4GiB, 2.5G, 8k or plain digits."""
+
+    name = "size"
+
+    def convert(self, value: str | int, param: click.Parameter | None, context: click.Context | None) -> int:
+        try:
+            size = value if isinstance(value, int) else parse_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, context)
+        return size if size > 0 else self.fail(f"{value!r} is not above 0", param, context)
 
 
 @click.command()
 @click.argument("checkpoint", required=False, type=click.Path(file_okay=False))
+@click.option("--host", default="127.0.0.1", show_default=True, help="Where both APIs listen; 0.0.0.0: everywhere.")
 @click.option("--grpc-port", type=click.IntRange(0, 65535), default=9000, show_default=True, help="0: a free one.")
-@click.option("--http-port", type=click.IntRange(0, 65535), default=0, help="Of OpenAI's API; 0: 8000, or a free one.")
-def serve(checkpoint: str | None, grpc_port: int, http_port: int) -> None:
+@click.option(
+    "--port",
+    "--http-port",
+    "http_port",
+    type=click.IntRange(0, 65535),
+    default=0,
+    help="Of OpenAI's API; 0: 8000, or a free one.",
+)
+@click.option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path),
+    metavar="FILE",
+    help="A Serve configuration, as cluster/serve-a100.yaml; the options here go before what it says.",
+)
+@click.option("--device", metavar="NAME", help="cpu, cuda, or auto: a GPU when there is one.  [default: auto]")
+@click.option(
+    "--dtype",
+    type=click.Choice(list(DTYPES), case_sensitive=False),
+    metavar="NAME",
+    help="float32, bfloat16, float16, or auto: what the device multiplies best in.  [default: auto]",
+)
+@click.option(
+    "--kv-cache-memory",
+    "--kv-cache-memory-bytes",
+    "kv_cache_bytes",
+    type=Size(),
+    metavar="SIZE",
+    help="Of one replica of the language model, as 4GiB.  [default: what is free]",
+)
+@click.option(
+    "--max-model-len",
+    type=Size(),
+    metavar="TOKENS",
+    help="Prompt and answer together, as 8192 or 8K.  [default: the model's own]",
+)
+@click.option("--gpu-memory-utilization", "memory_share", type=click.FloatRange(0, 1, min_open=True), metavar="SHARE",
+              help="Of a GPU's memory, or of a CPU's that is free, what to use.  [default: 0.9]")  # fmt: skip
+def serve(
+    checkpoint: str | None,
+    host: str,
+    grpc_port: int,
+    http_port: int,
+    config: pathlib.Path | None,
+    dtype: str | None,
+    **wishes: Any,
+) -> None:
     """Serve CHECKPOINT on this machine until Ctrl-C.
 
     Default: FOCUSLLAVA_CHECKPOINT, then the shipped one, which is in the source tree and not in an installed package.
+    Sizes and places follow from the checkpoint and the machine, and are printed; what could never answer one image of
+    the largest size is refused before anything is loaded.
     """
     local, interrupts = part("cluster.local", "serve"), part("cluster.interrupts", "serve")
+    placing = part("cluster.placing", "serve")
+    folder, file = find_checkpoint(checkpoint), config or local.SERVE_CONFIG
+    wished = placing.Wishes(dtype=DTYPES[dtype] if dtype else None, **wishes)
+    placement = placing.place(folder, file, wished)
+    for line in placement.lines:
+        click.echo(line)
     try:
         with (
             interrupts.signals_interrupt(),
             local.LocalCluster(
-                checkpoint=find_checkpoint(checkpoint), grpc_port=grpc_port, http_port=http_port
+                checkpoint=folder,
+                host=host,
+                grpc_port=grpc_port,
+                http_port=http_port,
+                config=file,
+                **placement.cluster_arguments,
             ) as cluster,
         ):
             cluster.start(click.echo)
-            click.echo(f"OpenAI's API at {cluster.openai_url}")
-            click.echo(f"dashboard {cluster.dashboard_url}, metrics {cluster.metrics_url}")
+            click.echo("\n".join(local.opened(cluster.state)))
             click.echo(f"ask: focusllava ask --address {cluster.grpc_address} IMAGE QUESTION; Ctrl-C stops it")
             try:
                 while cluster.state.pids():

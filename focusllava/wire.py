@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 from focusllava.errors import FocusClientError
 from focusllava.messages import (
     Answer,
+    ImageFile,
     ImageInfo,
     ModelInfo,
     Settings,
@@ -22,12 +23,18 @@ from focusllava.messages import (
     Usage,
     check_size,
 )
-from focusllava.v1 import focus_pb2, llm_pb2
+from focusllava.v1 import focus_pb2, image_pb2, llm_pb2
 
 _ROLES = {
     "system": llm_pb2.ROLE_SYSTEM,
     "user": llm_pb2.ROLE_USER,
     "assistant": llm_pb2.ROLE_ASSISTANT,
+}
+_DETAILS = {
+    None: image_pb2.IMAGE_DETAIL_UNSPECIFIED,
+    "auto": image_pb2.IMAGE_DETAIL_UNSPECIFIED,
+    "low": image_pb2.IMAGE_DETAIL_LOW,
+    "high": image_pb2.IMAGE_DETAIL_HIGH,
 }
 _FINISH_REASONS = {
     llm_pb2.FINISH_REASON_STOP: "stop",
@@ -56,7 +63,8 @@ def build_request(turns: Sequence[Turn], **settings: Unpack[Settings]) -> focus_
     """
     if unknown := settings.keys() - Settings.__annotations__.keys():
         raise TypeError(f"unknown settings: {', '.join(sorted(unknown))}; known: {', '.join(Settings.__annotations__)}")
-    check_size(sum(len(part) for turn in turns for part in turn.parts if isinstance(part, bytes)), "images, together")
+    files = [part.data if isinstance(part, ImageFile) else part for turn in turns for part in turn.parts]
+    check_size(sum(len(file) for file in files if isinstance(file, bytes)), "images, together")
     request = focus_pb2.ChatRequest(
         turns=[_turn(turn, f"turns[{number}]") for number, turn in enumerate(turns)],
         sampling=llm_pb2.SamplingParams(),
@@ -100,8 +108,10 @@ def _turn(turn: Turn, name: str) -> focus_pb2.ChatTurn:
     return focus_pb2.ChatTurn(role=_ROLES[turn.role], parts=parts)
 
 
-def _part(part: str | bytes, name: str) -> focus_pb2.ChatPart:
+def _part(part: str | bytes | ImageFile, name: str) -> focus_pb2.ChatPart:
     try:
+        if isinstance(part, ImageFile):
+            return focus_pb2.ChatPart(image=part.data, image_options=_image_options(part, name))
         if isinstance(part, bytes):
             return focus_pb2.ChatPart(image=part)
         if isinstance(part, str):
@@ -109,6 +119,15 @@ def _part(part: str | bytes, name: str) -> focus_pb2.ChatPart:
     except UnicodeEncodeError:  # half a character, as a terminal that is not UTF-8 makes them
         pass
     raise FocusClientError("INVALID_ARGUMENT", f"{name}: is {reprlib.repr(part)}, expected text or bytes of an image")
+
+
+def _image_options(file: ImageFile, name: str) -> image_pb2.ImageOptions:
+    if file.detail not in _DETAILS:
+        raise FocusClientError("INVALID_ARGUMENT", f"{name}.detail: is {file.detail!r}, expected low, high or auto")
+    options = image_pb2.ImageOptions(detail=_DETAILS[file.detail])
+    if file.reduced_jpeg is not None:
+        _set(options, "reduced_jpeg", file.reduced_jpeg)
+    return options
 
 
 def _is_off(sampler: bool | None) -> bool:

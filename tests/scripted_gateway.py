@@ -69,18 +69,28 @@ class ScriptedGateway(focus_pb2_grpc.FocusServiceServicer):
         self.requests: list[focus_pb2.ChatRequest] = []
         self.metadata: list[dict[str, str | bytes]] = []
         self.cancelled = threading.Event()
-        self._server = grpc.server(
-            futures.ThreadPoolExecutor(max_workers=8), options=[("grpc.max_receive_message_length", 64 * 2**20)]
-        )
-        focus_pb2_grpc.add_FocusServiceServicer_to_server(self, self._server)
+        self._server = self._new_server()
         if credentials:
             self.address = f"localhost:{self._server.add_secure_port('localhost:0', credentials)}"
         else:
             self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
         self._server.start()
 
+    def _new_server(self) -> grpc.Server:
+        server = grpc.server(
+            futures.ThreadPoolExecutor(max_workers=8), options=[("grpc.max_receive_message_length", 64 * 2**20)]
+        )
+        focus_pb2_grpc.add_FocusServiceServicer_to_server(self, server)
+        return server
+
     def stop(self) -> None:
         self._server.stop(grace=0).wait()
+
+    def start_again(self) -> None:
+        """At the same address; without TLS."""
+        self._server = self._new_server()
+        self._server.add_insecure_port(self.address)
+        self._server.start()
 
     def Chat(self, request: focus_pb2.ChatRequest, context: grpc.ServicerContext) -> Iterator[focus_pb2.ChatResponse]:
         self.requests.append(request)

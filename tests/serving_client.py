@@ -15,7 +15,9 @@ from PIL import Image
 from focusllava.v1 import encoder_pb2, encoder_pb2_grpc, focus_pb2, focus_pb2_grpc, llm_pb2, llm_pb2_grpc
 
 OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
-LEAKS = re.compile(r"Traceback|File \"|\.py\b|/tmp/|/home/|site-packages|ray\.exceptions|\n")
+FP32 = {stage: {"dtype": "float32"} for stage in ("encoder", "llm")}
+"""Settings of the stages, whose answers are compared with fp32."""
+LEAKS = re.compile(r"Traceback|File \"|\.py\b|/tmp/|/home/|site-packages|ray\.exceptions|ray::|\bpid\b|\bactor|\n")
 
 
 def picture(seed: int, size: tuple[int, int] = (120, 90)) -> bytes:
@@ -85,10 +87,19 @@ def generated(channel, fingerprint: str, *images, parts=()) -> list[llm_pb2.Gene
 
 def replica_pids(cluster, application: str) -> list[int]:
     """Processes of this cluster that Ray titled as replicas of the application."""
+    return pids_titled(cluster, f"ray::ServeReplica:{application}:")
+
+
+def proxy_pids(cluster) -> list[int]:
+    """The process that answers on both ports."""
+    return pids_titled(cluster, "ray::ProxyActor")
+
+
+def pids_titled(cluster, beginning: str) -> list[int]:
     found = []
     for pid in cluster.state.pids():
         with contextlib.suppress(OSError):
             title = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
-            if title.startswith(f"ray::ServeReplica:{application}:"):
+            if title.startswith(beginning):
                 found.append(pid)
     return found

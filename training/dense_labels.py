@@ -10,13 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel
 
 from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.store import load_stage
-from services.checkpoint.writer import save_checkpoint
+from services.checkpoint.writer import save_checkpoint, save_tensors
 from services.encoder.anyres import normalise
 from services.encoder.vision_tower import build_vision_tower, patch_features
 from training.config import RunConfig, build
@@ -148,6 +147,5 @@ class DenseTask:
         if self.source:
             replace_tower(self.source, folder, self.module.vision_tower.state_dict())
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {k: v.float().contiguous() for k, v in self.module.state_dict().items()}, folder / "vision.safetensors"
-        )
+        tensors = {k: v.float().contiguous() for k, v in self.module.state_dict().items()}
+        save_tensors(tensors, folder / "vision.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -82,13 +83,14 @@ class JointTask:
         stage: JointStage = build(JointStage, run.stage, "stage.")
         self.stage = stage
         source = pathlib.Path(run.init_from) if run.init_from else None
-        whole = source is not None and (source / "config.json").exists()
+        self._whole = whole = source is not None and (source / "config.json").exists()
         base = FocusLlavaConfig.load(source).to_dict() if whole and source else {}
         # From nothing, the model's words are those of the scenes.
         self.tokenizer = AutoTokenizer.from_pretrained(str(source)) if whole else build_tokenizer()
         self.config = model_config(base, stage.model, self.tokenizer)
         weights = loss_weights(stage)
         check_kinds(stage)
+        check_switches(stage)
         schedule = prune_schedule(stage.prune, self.config.text_config.num_hidden_layers)
         self.module = JointModel(
             self.config,
@@ -140,7 +142,7 @@ class JointTask:
             self._set_share(self.module.hold.share)
         save_checkpoint(
             folder,
-            self.config,
+            exported_config(self.config, stage=self.stage, selects=self.module.selects, from_checkpoint=self._whole),
             encoder_tensors=self.module.encoder.state_dict(),
             llm_tensors={f"language_model.{k}": v for k, v in self.module.language_model.state_dict().items()},
             tokenizer=self.tokenizer,
@@ -270,6 +272,34 @@ def model_config(base: dict[str, Any], changes: dict[str, Any], tokenizer: Any) 
     merged.setdefault("eos_token_ids", [tokenizer.eos_token_id])
     merged.get("text", {}).setdefault("vocab_size", len(tokenizer))
     return FocusLlavaConfig.from_dict(merged)
+
+
+def exported_config(
+    config: FocusLlavaConfig, *, stage: JointStage, selects: bool, from_checkpoint: bool
+) -> FocusLlavaConfig:
+    """The config of what a run exports: a sampler that it trained is on, a selector that nobody has trained is off.
+
+    selects: whether this run trained the selector. What the run did not touch stays as its checkpoint has it.
+    """
+    vision, text = config.vision_sampler, config.text_sampler
+    if selects:
+        vision = dataclasses.replace(vision, enabled=True)
+    elif stage.fresh_selector or not from_checkpoint:
+        vision = dataclasses.replace(vision, enabled=False)
+    if stage.prune:
+        text = dataclasses.replace(text, enabled=True)
+    return dataclasses.replace(config, vision_sampler=vision, text_sampler=text)
+
+
+def check_switches(stage: JointStage) -> None:
+    """Raises ConfigError for a sampler that is to be trained and switched off at once."""
+    for sampler, trained, by in (
+        ("vision_sampler", stage.vision_sampler, "vision_sampler: true"),
+        ("text_sampler", bool(stage.prune), "prune"),
+    ):
+        fields = stage.model.get(sampler)
+        if trained and isinstance(fields, dict) and fields.get("enabled") is False:
+            raise ConfigError(f"stage.model.{sampler}.enabled: is false, and stage.{by} trains it: leave one out")
 
 
 def load_joint(joint: JointModel, folder: pathlib.Path, *, fresh_selector: bool = False) -> None:

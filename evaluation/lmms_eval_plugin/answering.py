@@ -113,7 +113,7 @@ class InProcess:
             for part in turn.parts:
                 if isinstance(part, str):
                     parts.append(TextPart(text=part))
-                else:
+                elif isinstance(part, bytes):
                     parts.append(ImagePart(image=len(images)))
                     images.append(visual[content_hash(part)])
             turns.append(ChatTurn(role=turn.role, parts=tuple(parts)))

@@ -114,7 +114,7 @@ def image_file(image: object, field: str = "image") -> bytes:
     if isinstance(image, Image.Image):
         file = io.BytesIO()
         picture = image if image.mode in _PNG_MODES else image.convert("RGB")
-        picture.save(file, "PNG", compress_level=1)
+        picture.save(file, "PNG", compress_level=1, exif=image.getexif())
         return file.getvalue()
     if isinstance(image, str | pathlib.Path):
         try:

@@ -13,15 +13,13 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 
 from evaluation.scenes import SEEDS, PosterSplit, asked_of
 from evaluation.scenes.scoring import GROUPS, Tally
 from evaluation.study.settings import Setting
-from services.encoder.anyres import tile_image
+from services.encoder.reading import tiles_of
 from services.sampler.calibration import Seen, set_map_share
 from training.branch_controls import BranchControl, regions_touched
 from training.data.branches import Exchange
@@ -99,20 +97,13 @@ def schedule_of(setting: Setting) -> PruneSchedule | None:
 
 def benchmark_samples(task: JointTask, split: PosterSplit, images: int) -> Iterator[Asked]:
     """`evaluation.scenes.benchmark_images` without the detour over files, as samples of the training model."""
-    seed, config = SEEDS[split], task.config
-    tile: Any = partial(
-        tile_image,
-        tile_px=config.tile_px,
-        pinpoints=config.image_grid_pinpoints,
-        mean=config.image_mean,
-        std=config.image_std,
-    )
+    seed = SEEDS[split]
     for index in range(images):
         poster = poster_at(split, seed, index)
         questions = asked_of(poster, split, seed, index)
         built = [task.builder.build(Exchange(question=q.question, answer=q.answer)) for q in questions]
         sample = Sample(
-            image=tile(render_poster(poster)),
+            image=tiles_of(render_poster(poster), task.config),
             prefix_ids=built[0][0],
             branches=tuple(branch for _, branch in built),
             glyph_boxes=content_boxes(poster)["glyph"],

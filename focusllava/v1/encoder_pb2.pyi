@@ -1,3 +1,4 @@
+from focusllava.v1 import image_pb2 as _image_pb2
 from focusllava.v1 import tensor_pb2 as _tensor_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
@@ -7,15 +8,27 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class CheckEncoderRequest(_message.Message):
+    __slots__ = ("model_fingerprint",)
+    MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    model_fingerprint: str
+    def __init__(self, model_fingerprint: _Optional[str] = ...) -> None: ...
+
+class CheckEncoderResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class EncodeRequest(_message.Message):
-    __slots__ = ("image", "model_fingerprint", "vision_sampler")
+    __slots__ = ("image", "model_fingerprint", "vision_sampler", "options")
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     VISION_SAMPLER_FIELD_NUMBER: _ClassVar[int]
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
     image: bytes
     model_fingerprint: str
     vision_sampler: bool
-    def __init__(self, image: _Optional[bytes] = ..., model_fingerprint: _Optional[str] = ..., vision_sampler: _Optional[bool] = ...) -> None: ...
+    options: _image_pb2.ImageOptions
+    def __init__(self, image: _Optional[bytes] = ..., model_fingerprint: _Optional[str] = ..., vision_sampler: _Optional[bool] = ..., options: _Optional[_Union[_image_pb2.ImageOptions, _Mapping]] = ...) -> None: ...
 
 class EncodeResponse(_message.Message):
     __slots__ = ("visual_tokens",)

@@ -40,6 +40,11 @@ class EncoderServiceStub:
                 request_serializer=focusllava_dot_v1_dot_encoder__pb2.EncodeRequest.SerializeToString,
                 response_deserializer=focusllava_dot_v1_dot_encoder__pb2.EncodeResponse.FromString,
                 _registered_method=True)
+        self.CheckEncoder = channel.unary_unary(
+                '/focusllava.v1.EncoderService/CheckEncoder',
+                request_serializer=focusllava_dot_v1_dot_encoder__pb2.CheckEncoderRequest.SerializeToString,
+                response_deserializer=focusllava_dot_v1_dot_encoder__pb2.CheckEncoderResponse.FromString,
+                _registered_method=True)
 
 
 class EncoderServiceServicer:
@@ -54,6 +59,13 @@ class EncoderServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CheckEncoder(self, request, context):
+        """Answers where a replica works. FAILED_PRECONDITION: another model.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EncoderServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -61,6 +73,11 @@ def add_EncoderServiceServicer_to_server(servicer, server):
                     servicer.Encode,
                     request_deserializer=focusllava_dot_v1_dot_encoder__pb2.EncodeRequest.FromString,
                     response_serializer=focusllava_dot_v1_dot_encoder__pb2.EncodeResponse.SerializeToString,
+            ),
+            'CheckEncoder': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckEncoder,
+                    request_deserializer=focusllava_dot_v1_dot_encoder__pb2.CheckEncoderRequest.FromString,
+                    response_serializer=focusllava_dot_v1_dot_encoder__pb2.CheckEncoderResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -91,6 +108,33 @@ class EncoderService:
             '/focusllava.v1.EncoderService/Encode',
             focusllava_dot_v1_dot_encoder__pb2.EncodeRequest.SerializeToString,
             focusllava_dot_v1_dot_encoder__pb2.EncodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckEncoder(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/focusllava.v1.EncoderService/CheckEncoder',
+            focusllava_dot_v1_dot_encoder__pb2.CheckEncoderRequest.SerializeToString,
+            focusllava_dot_v1_dot_encoder__pb2.CheckEncoderResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,4 +1,5 @@
 from focusllava.v1 import error_pb2 as _error_pb2
+from focusllava.v1 import image_pb2 as _image_pb2
 from focusllava.v1 import llm_pb2 as _llm_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
@@ -9,12 +10,14 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class ChatPart(_message.Message):
-    __slots__ = ("text", "image")
+    __slots__ = ("text", "image", "image_options")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_OPTIONS_FIELD_NUMBER: _ClassVar[int]
     text: str
     image: bytes
-    def __init__(self, text: _Optional[str] = ..., image: _Optional[bytes] = ...) -> None: ...
+    image_options: _image_pb2.ImageOptions
+    def __init__(self, text: _Optional[str] = ..., image: _Optional[bytes] = ..., image_options: _Optional[_Union[_image_pb2.ImageOptions, _Mapping]] = ...) -> None: ...
 
 class ChatTurn(_message.Message):
     __slots__ = ("role", "parts")
@@ -55,12 +58,14 @@ class ChatResponse(_message.Message):
     def __init__(self, started: _Optional[_Union[ChatStarted, _Mapping]] = ..., token: _Optional[_Union[_llm_pb2.Token, _Mapping]] = ..., finished: _Optional[_Union[_llm_pb2.Finished, _Mapping]] = ..., error: _Optional[_Union[_error_pb2.StreamError, _Mapping]] = ...) -> None: ...
 
 class ChatStarted(_message.Message):
-    __slots__ = ("request_id", "images")
+    __slots__ = ("request_id", "images", "prompt_tokens")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     images: _containers.RepeatedCompositeFieldContainer[ImageInfo]
-    def __init__(self, request_id: _Optional[str] = ..., images: _Optional[_Iterable[_Union[ImageInfo, _Mapping]]] = ...) -> None: ...
+    prompt_tokens: int
+    def __init__(self, request_id: _Optional[str] = ..., images: _Optional[_Iterable[_Union[ImageInfo, _Mapping]]] = ..., prompt_tokens: _Optional[int] = ...) -> None: ...
 
 class ImageInfo(_message.Message):
     __slots__ = ("content_hash", "cached", "visual_tokens_uncompressed", "visual_tokens_sampled", "notes")

@@ -40,6 +40,11 @@ class LanguageModelServiceStub:
                 request_serializer=focusllava_dot_v1_dot_llm__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=focusllava_dot_v1_dot_llm__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.CheckLanguageModel = channel.unary_unary(
+                '/focusllava.v1.LanguageModelService/CheckLanguageModel',
+                request_serializer=focusllava_dot_v1_dot_llm__pb2.CheckLanguageModelRequest.SerializeToString,
+                response_deserializer=focusllava_dot_v1_dot_llm__pb2.CheckLanguageModelResponse.FromString,
+                _registered_method=True)
 
 
 class LanguageModelServiceServicer:
@@ -54,6 +59,13 @@ class LanguageModelServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CheckLanguageModel(self, request, context):
+        """Answers where a replica works. FAILED_PRECONDITION: another model.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_LanguageModelServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -61,6 +73,11 @@ def add_LanguageModelServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=focusllava_dot_v1_dot_llm__pb2.GenerateRequest.FromString,
                     response_serializer=focusllava_dot_v1_dot_llm__pb2.GenerateResponse.SerializeToString,
+            ),
+            'CheckLanguageModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckLanguageModel,
+                    request_deserializer=focusllava_dot_v1_dot_llm__pb2.CheckLanguageModelRequest.FromString,
+                    response_serializer=focusllava_dot_v1_dot_llm__pb2.CheckLanguageModelResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -91,6 +108,33 @@ class LanguageModelService:
             '/focusllava.v1.LanguageModelService/Generate',
             focusllava_dot_v1_dot_llm__pb2.GenerateRequest.SerializeToString,
             focusllava_dot_v1_dot_llm__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckLanguageModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/focusllava.v1.LanguageModelService/CheckLanguageModel',
+            focusllava_dot_v1_dot_llm__pb2.CheckLanguageModelRequest.SerializeToString,
+            focusllava_dot_v1_dot_llm__pb2.CheckLanguageModelResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -85,6 +85,9 @@ class FocusLlavaConfig:
     projector_bias: bool = True
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    reduced_jpeg: bool = False
+    """Whether large JPEGs are decoded at reduced scale, in training and serving alike; False decodes every pixel, as
+    Hugging Face does. A request may say otherwise."""
     eos_token_ids: tuple[int, ...] = ()
     vision_sampler: VisionSamplerConfig = field(default_factory=VisionSamplerConfig)
     text_sampler: TextSamplerConfig = field(default_factory=TextSamplerConfig)
@@ -163,6 +166,8 @@ class FocusLlavaConfig:
             del raw["text_sampler"]["instruction"]
         if self.vision_sampler.token_order == VisionSamplerConfig.token_order:
             del raw["vision_sampler"]["token_order"]
+        if not self.reduced_jpeg:
+            del raw["reduced_jpeg"]
         return raw
 
     @classmethod

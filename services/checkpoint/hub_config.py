@@ -16,6 +16,7 @@ from services.checkpoint.config import (
     VisionSamplerConfig,
     as_tuples,
 )
+from services.checkpoint.supported import check_servable
 from services.common.errors import InvalidInput
 
 PREPROCESSING = {
@@ -65,13 +66,6 @@ def read_hub_config(src: pathlib.Path) -> Any:
     if not isinstance(hub.vision_feature_layer, int):
         found = f"is {hub.vision_feature_layer}, only a single layer is supported"
         raise InvalidInput(found, field="config.json vision_feature_layer")
-    window = text.sliding_window if getattr(text, "use_sliding_window", True) and text.model_type != "llama" else None
-    if window is not None and window < text.max_position_embeddings:
-        raise InvalidInput(
-            f"is {window}, smaller than the context of {text.max_position_embeddings}: windowed attention is not "
-            f"supported; set it to null, or max_position_embeddings to {window}",
-            field="config.json text_config.sliding_window",
-        )
     return hub
 
 
@@ -139,7 +133,7 @@ def convert_config(
     side = hub.vision_config.image_size // hub.vision_config.patch_size
     vision |= {"image_size": hub.vision_config.image_size, "patch_size": hub.vision_config.patch_size}
     dtype = str(hub.dtype or hub.text_config.dtype or stored_dtype).removeprefix("torch.")
-    return FocusLlavaConfig(
+    config = FocusLlavaConfig(
         vision=vision,
         text=text,
         image_token_id=hub.image_token_index,
@@ -156,6 +150,13 @@ def convert_config(
         ),
         dtype=dtype,  # type: ignore[arg-type]
     )
+    try:
+        check_servable(config)
+    except InvalidInput as error:  # names our field; the user has the hub's file open
+        part, _, name = error.field.partition(".")
+        message = str(error).removeprefix(f"{error.field}: ")
+        raise InvalidInput(message, field=f"config.json {part}_config.{name}") from None
+    return config
 
 
 def _eos_token_ids(src: pathlib.Path, hub: Any) -> tuple[int, ...]:

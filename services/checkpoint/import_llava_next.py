@@ -75,6 +75,7 @@ def import_llava_next(
     text_layer: int | None = None,
     text_threshold: float = 0.85,
     progress: Callable[[int, int], None] | None = None,
+    dry_run: Callable[[pathlib.Path], str] | None = None,
 ) -> ImportReport:
     """Writes the checkpoint at `dst`; holds one output shard and one input tensor in memory.
 
@@ -83,6 +84,7 @@ def import_llava_next(
     vision_sampler: default, the paper's with `enabled=False`, since a fresh selector is random.
     text_layer: layer before which tokens are pruned; default a quarter of the layers (8 of 32).
     progress: called with bytes done and bytes in all after each tensor.
+    dry_run: tries the finished folder before it appears at `dst`, and says what it ran; what it raises ends the import.
     Raises InvalidInput naming what this program cannot read or would not reproduce exactly.
     """
     started = time.monotonic()
@@ -120,14 +122,20 @@ def import_llava_next(
                 progress(done, total)
         for name, tensor in fresh.items():
             writer.add(name, tensor)
-        result = writer.finish(src, chat_template=chat_template(src), readme=_readme(src))
+        tried: list[str] = []
+        result = writer.finish(
+            src,
+            chat_template=chat_template(src),
+            readme=_readme(src),
+            check=(lambda folder: tried.append(dry_run(folder))) if dry_run else None,
+        )
     return ImportReport(
         tensors_used=len(sources),
         tensors_unused=tuple(sorted(unused)),
         bytes=writer.bytes_written,
         seconds=time.monotonic() - started,
         fingerprint=result,
-        notes=_notes(config, sources),
+        notes=(*_notes(config, sources), *tried),
     )
 
 
@@ -234,8 +242,8 @@ def _notes(config: FocusLlavaConfig, sources: dict[str, _Source]) -> tuple[str, 
     notes = []
     if not config.vision_sampler.enabled:
         notes.append(
-            "the vision-guided sampler is new (random) and off: train it with training/finetune.py, then set "
-            "vision_sampler.enabled in config.json"
+            "the vision-guided sampler is new (random) and off: training/finetune.py trains it, and turns it on in "
+            "what it exports"
         )
     notes.append(
         f"the text-guided sampler is on, before layer {config.text_sampler.layer} of "

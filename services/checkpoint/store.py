@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -68,6 +69,19 @@ def load_stage(
     if expected is not None:
         check_shapes({name: tensor.shape for name, tensor in tensors.items()}, expected)
     return tensors
+
+
+def stage_elements(folder: str | pathlib.Path, stage: Stage) -> int:
+    """How many numbers a stage's weights are, from the headers of its shards. Raises as `load_stage`."""
+    folder, total = pathlib.Path(folder), 0
+    for shard in sorted(set(read_index(folder, stage)["weight_map"].values())):
+        path = shard_path(folder, shard)
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        except SafetensorError as error:
+            raise InvalidInput(f"is not a readable safetensors file: {error}", field=str(path)) from None
+    return total
 
 
 def check_shapes(actual: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]]) -> None:

@@ -7,7 +7,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from safetensors.torch import save_file
@@ -53,7 +53,9 @@ class CheckpointWriter:
                 raise InvalidInput("exists and is not a FocusLLaVA checkpoint: remove it first", field=str(folder))
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         self._temp = pathlib.Path(tempfile.mkdtemp(prefix=f".{self.folder.name}.", dir=self.folder.parent))
-        self._temp.chmod(0o755)
+        (probe := self._temp / "mode").mkdir()  # tempfile's folders are their owner's alone, whatever the umask says
+        self._temp.chmod(probe.stat().st_mode & 0o777)
+        probe.rmdir()
         self._pending: dict[Stage, dict[str, torch.Tensor]] = {stage: {} for stage in STAGES}
         self._shards: dict[Stage, list[list[str]]] = {stage: [] for stage in STAGES}
         self._seen: set[str] = set()
@@ -93,8 +95,10 @@ class CheckpointWriter:
         """Takes a stage of another checkpoint as it is; within a file system its shards are not copied."""
         for shard in sorted(set(read_index(pathlib.Path(folder), stage)["weight_map"].values())):
             path = shard_path(pathlib.Path(folder), shard)
+            # A linked file has one mode in both folders, and an older program's is its owner's alone.
+            same_mode = path.stat().st_mode & 0o777 == self._temp.stat().st_mode & 0o666
             try:
-                os.link(path, self._temp / shard)
+                (os.link if same_mode else shutil.copyfile)(path, self._temp / shard)
             except OSError:
                 shutil.copyfile(path, self._temp / shard)
         shutil.copyfile(index_path(folder, stage), index_path(self._temp, stage))
@@ -109,7 +113,7 @@ class CheckpointWriter:
             return
         self._shards[stage].append(list(pending))
         self.bytes_written += sum(t.nbytes for t in pending.values())
-        save_file(pending, self._part(stage, len(self._shards[stage])), metadata={"format": "pt"})
+        save_tensors(pending, self._part(stage, len(self._shards[stage])))
         pending.clear()
 
     def finish(
@@ -118,10 +122,12 @@ class CheckpointWriter:
         *,
         chat_template: str | None = None,
         readme: str | None = None,
+        check: Callable[[pathlib.Path], None] | None = None,
     ) -> str:
         """Closes the shards, writes the small files, puts the folder in place and returns its fingerprint.
 
         tokenizer: an object, or a folder whose tokenizer files are copied. chat_template replaces the tokenizer's.
+        check: called with the finished folder before it takes its place; what it raises leaves the old one there.
         """
         for stage in STAGES:
             if stage in self._linked:
@@ -135,6 +141,8 @@ class CheckpointWriter:
         result = fingerprint(self._temp)
         for path in self._temp.iterdir():
             _sync(path)
+        if check:
+            check(self._temp)
         self._replace()
         return result
 
@@ -168,6 +176,14 @@ class CheckpointWriter:
         _sync(self.folder.parent)
         if old:
             shutil.rmtree(old)
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: pathlib.Path) -> None:
+    """Writes a safetensors file of the mode that the umask says; the library's own is its owner's alone."""
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def save_checkpoint(

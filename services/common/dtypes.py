@@ -11,11 +11,11 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def choose_dtype(name: str, device: str | torch.device) -> torch.dtype:
-    """name: of `Dtype`. "auto": bfloat16 on a GPU and on a CPU that multiplies in it, float32 on any other CPU."""
+    """name: of `Dtype`. "auto": bfloat16 on a device that multiplies in it, float32 on any other."""
     if name != "auto":
         return getattr(torch, name)
     on_cpu = torch.device(device).type == "cpu"
-    return torch.bfloat16 if not on_cpu or cpu_has_bfloat16() else torch.float32
+    return torch.bfloat16 if (cpu_has_bfloat16() if on_cpu else gpu_has_bfloat16()) else torch.float32
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -34,6 +34,11 @@ def cpu_has_bfloat16() -> bool:
     """Whether this CPU has instructions that multiply in bfloat16; elsewhere a product in it takes up to 50 times as
     long as in float32."""
     return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
+
+
+def gpu_has_bfloat16() -> bool:
+    """Whether this machine's GPUs multiply in bfloat16, as NVIDIA's do since Ampere; True where there is none."""
+    return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def all_finite(tensor: torch.Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any, Protocol
 
 import grpc
@@ -10,6 +11,11 @@ import grpc
 from services.common.errors import Code, FocusError, WrongFingerprint
 
 MAX_MESSAGE_CHARS = 500
+_LOST = re.compile(
+    r"actor died|actor is dead|is temporarily unavailable|ActorDied|ActorUnavailable|worker died|WorkerCrashed"
+    r"|NodeDied|OwnerDied",
+    re.IGNORECASE,
+)
 
 _log = logging.getLogger("focusllava")
 
@@ -63,6 +69,11 @@ def check_fingerprint(asked: str, ours: str, field: str = "model_fingerprint") -
     if asked != ours:
         said = f"is {asked[:12]}..." if asked else "is empty"
         raise WrongFingerprint(f"{said}, this stage serves {ours[:12]}...", field=field)
+
+
+def replica_is_lost(details: str) -> bool:
+    """Whether a status says, in Ray's words, that the replica which held the request is gone."""
+    return bool(_LOST.search(details))
 
 
 def one_line(text: str) -> str:

@@ -85,7 +85,7 @@ def prepare_linears(
     quantize: Quantize | None,
     pack: Callable[[nn.Linear], nn.Module] = PackedLinear,
 ) -> None:
-    """Replaces every nn.Linear that has a faster form on this device, one at a time to save memory.
+    """Replaces every nn.Linear that has a faster form on this device, converted to `dtype` one at a time.
 
     quantize "int8" takes those of the decoder layers; the head that makes logits keeps its precision. `pack` makes the
     others' form. Raises InvalidInput where int8 cannot run.
@@ -98,9 +98,9 @@ def prepare_linears(
                 f"is {quantize!r}: needs a CPU with AVX-512 VNNI and float32 or bfloat16, this is {device}, {dtype}",
                 field="quantize",
             )
-        _replace(causal_lm.get_submodule("model.layers"), Int8Linear)
+        _replace(causal_lm.get_submodule("model.layers"), lambda linear: Int8Linear(linear.to(dtype)))
     if can_pack(device, dtype):
-        _replace(causal_lm, pack)
+        _replace(causal_lm, lambda linear: pack(linear.to(dtype)))
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
@@ -111,7 +111,7 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _replace(module: nn.Module, made: Callable[[nn.Linear], nn.Module]) -> None:
-    for name, child in module.named_children():
+    for name, child in list(module.named_children()):
         if type(child) is nn.Linear:
             setattr(module, name, made(child))
         else:

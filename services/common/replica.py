@@ -35,9 +35,12 @@ class ModelSettings:
     """"auto": bfloat16 on a GPU and on a CPU that multiplies in it, float32 on any other CPU."""
     torch_threads: int | None = None
     """Unset: torch's own choice, one a core."""
+    memory_share: float = 0.9
+    """Of a GPU's memory, or of a machine's that is free, what is shared out where no size is said."""
 
     def __post_init__(self) -> None:
         require(_is_device(self.device), "device", self.device, "auto, cpu, cuda or another device of torch")
+        require(0 < self.memory_share <= 1, "memory_share", self.memory_share, "(0, 1]")
         require(self.torch_threads is None or self.torch_threads >= 1, "torch_threads", self.torch_threads, "1 or more")
 
     def place(self) -> tuple[str, torch.dtype]:

@@ -59,6 +59,9 @@ def _convert(value: Any, hint: Any, path: str, over: Any = None) -> Any:
     if origin is Literal:
         require(value in get_args(hint), path, value, f"one of {', '.join(map(str, get_args(hint)))}")
         return value
+    if origin is tuple:  # of one type and any length
+        require(isinstance(value, list | tuple), path, value, "a list")
+        return tuple(_convert(one, get_args(hint)[0], f"{path}[{index}]") for index, one in enumerate(value))
     if dataclasses.is_dataclass(hint):
         if isinstance(value, hint):  # type: ignore[arg-type]
             return value

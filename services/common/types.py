@@ -10,6 +10,18 @@ from typing import Literal
 
 import torch
 
+Detail = Literal["low", "high"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions:
+    """How one image is read."""
+
+    detail: Detail = "high"
+    """"high" is the base tile and the grid's tiles, "low" the base tile alone."""
+    reduced_jpeg: bool | None = None
+    """Whether a large JPEG may be decoded at reduced scale; None follows the checkpoint."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTiles:
@@ -20,7 +32,7 @@ class ImageTiles:
     image_size_hw: tuple[int, int]
     """Size of the image before resizing, in pixels."""
     grid_hw: tuple[int, int]
-    """Rows and columns of grid tiles."""
+    """Rows and columns of grid tiles; (0, 0) with low detail."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +41,12 @@ class ProjectedFeatureMap:
 
     base_PD: torch.Tensor
     map_HWD: torch.Tensor
+    """[0, 0, D] with low detail."""
+
+    @property
+    def low_detail(self) -> bool:
+        """Whether there is a base tile alone. The map of a very narrow image is empty too, but one way only."""
+        return self.map_HWD.shape[:2] == (0, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +55,12 @@ class CompressedVisualTokens:
 
     tokens_ND: torch.Tensor
     """Base-tile tokens, then those of the map with a newline embedding closing each row: of regions in the vision
-    sampler's `token_order` "region", of the map in "row" and with the sampler off."""
+    sampler's `token_order` "region", of the map in "row" and with the sampler off. With low detail: the base tile's and
+    one newline embedding."""
     branch_ids_M: torch.Tensor
     """uint8 [M]: the branch that each region chose, regions in raster order; empty with the vision sampler off."""
     map_hw: tuple[int, int]
-    """Height and width of the unpadded feature map, in tokens."""
+    """Height and width of the unpadded feature map, in tokens; (0, 0) with low detail."""
     uncompressed_tokens: int
     """Visual tokens of this image with the vision sampler off (newlines and base tile included)."""
     content_hash: str
@@ -243,6 +262,8 @@ class TokenEvent:
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     """One a token id when the request asked for them, otherwise empty."""
+    prompt_tokens: int = 0
+    """Text and visual tokens that entered layer 0: the same in every event."""
 
 
 @dataclass(frozen=True, kw_only=True)

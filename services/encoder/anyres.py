@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from services.common.types import ImageTiles
+from services.common.types import Detail, ImageTiles
 
 
 def best_resolution(size_hw: tuple[int, int], pinpoints: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -38,32 +38,40 @@ REDUCED_MARGIN = 2
 """A JPEG is decoded at reduced scale only if that leaves so many times the pixels of the grid, either way."""
 
 
-def decoded_hw(size_hw: tuple[int, int], tile_px: int, pinpoints: Sequence[tuple[int, int]]) -> tuple[int, int]:
+def decoded_hw(
+    size_hw: tuple[int, int], tile_px: int, pinpoints: Sequence[tuple[int, int]], detail: Detail = "high"
+) -> tuple[int, int]:
     """Height and width at which decoding a picture of this size is enough for its tiles (`REDUCED_MARGIN`).
 
     The second resizing, from there to the grid, then hides what the first did differently: docs/performance.md has the
     differences that were measured.
     """
+    if detail == "low":
+        return REDUCED_MARGIN * tile_px, REDUCED_MARGIN * tile_px
     inner_h, inner_w = resized_hw(size_hw, best_resolution(size_hw, pinpoints))
     return REDUCED_MARGIN * max(inner_h, tile_px), REDUCED_MARGIN * max(inner_w, tile_px)
 
 
 def tile_image(image: Image.Image, *, tile_px: int, pinpoints: Sequence[tuple[int, int]], mean: Sequence[float],
-               std: Sequence[float], size_hw: tuple[int, int] | None = None) -> ImageTiles:  # fmt: skip
+               std: Sequence[float], size_hw: tuple[int, int] | None = None,
+               detail: Detail = "high") -> ImageTiles:  # fmt: skip
     """Cuts an RGB image into normalised tiles, base tile first.
 
     size_hw: the picture's own size, when `image` was decoded at a smaller one; it alone decides the grid.
+    detail: "low" makes the base tile alone.
     """
     size_hw = size_hw or (image.height, image.width)
+    base = np.asarray(image.resize((tile_px, tile_px), Image.Resampling.BICUBIC))[None]
+    if detail == "low":
+        return ImageTiles(pixels_T3HW=normalise(base, mean, std), image_size_hw=size_hw, grid_hw=(0, 0))
     target_h, target_w = best_resolution(size_hw, pinpoints)
     inner_h, inner_w = resized_hw(size_hw, (target_h, target_w))
     canvas = Image.new("RGB", (target_w, target_h))
     inner = image.resize((inner_w, inner_h), Image.Resampling.BICUBIC)
     canvas.paste(inner, ((target_w - inner_w) // 2, (target_h - inner_h) // 2))
-    base = image.resize((tile_px, tile_px), Image.Resampling.BICUBIC)
     rows, cols = target_h // tile_px, target_w // tile_px
     grid = np.asarray(canvas).reshape(rows, tile_px, cols, tile_px, 3).swapaxes(1, 2).reshape(-1, tile_px, tile_px, 3)
-    pixels = np.concatenate((np.asarray(base)[None], grid))
+    pixels = np.concatenate((base, grid))
     return ImageTiles(pixels_T3HW=normalise(pixels, mean, std), image_size_hw=size_hw, grid_hw=(rows, cols))
 
 
@@ -99,7 +107,9 @@ def unpadded_hw(size_hw: tuple[int, int], map_hw: tuple[int, int]) -> tuple[int,
 
 
 def join_tiles(features_TPD: torch.Tensor, grid_hw: tuple[int, int], size_hw: tuple[int, int]) -> torch.Tensor:
-    """Grid tiles' features (no base tile) to the unpadded feature map [H, W, D]."""
+    """Grid tiles' features (no base tile) to the unpadded feature map [H, W, D]; without a tile to [0, 0, D]."""
+    if grid_hw == (0, 0):
+        return features_TPD.view(0, 0, features_TPD.shape[2])
     side, depth = math.isqrt(features_TPD.shape[1]), features_TPD.shape[2]
     rows, cols = grid_hw
     joined = features_TPD.view(rows, cols, side, side, depth).transpose(1, 2).reshape(rows * side, cols * side, depth)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from services.common.types import CompressedVisualTokens
+from services.common.types import CompressedVisualTokens, ImageOptions
 from services.encoder.pipeline import EncoderPipeline, PreparedImage
 
 
@@ -57,7 +57,9 @@ class TileBatcher:
         """Images decoded and not in a batch yet."""
         return len(self._ready)
 
-    async def encode(self, image: bytes, vision_sampler: bool) -> CompressedVisualTokens:
+    async def encode(
+        self, image: bytes, vision_sampler: bool, options: ImageOptions | None = None
+    ) -> CompressedVisualTokens:
         """Raises what `EncoderPipeline.prepare` raises; a bad image never reaches a batch. Cancelled by `close`."""
         loop = asyncio.get_running_loop()
         self._coming += 1
@@ -67,7 +69,9 @@ class TileBatcher:
                 self._check_open()
                 if self._loop_task is None or self._loop_task.done():
                     self._loop_task = loop.create_task(self._run())
-                prepared = await loop.run_in_executor(self._decode, self.pipeline.prepare, image, vision_sampler)
+                prepared = await loop.run_in_executor(
+                    self._decode, self.pipeline.prepare, image, vision_sampler, options
+                )
                 self._check_open()
                 waiting = _Waiting(prepared, vision_sampler, loop.create_future())
                 self._ready.append(waiting)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import time
 from dataclasses import dataclass, field
@@ -13,8 +14,8 @@ from ray import serve
 from ray.serve.grpc_util import RayServegRPCContext
 
 from focusllava.v1 import encoder_pb2
+from services.checkpoint.sizing import default_tiles
 from services.common import wire
-from services.common.dtypes import all_finite, dtype_name
 from services.common.errors import InternalError
 from services.common.grpc_status import check_fingerprint, refuse
 from services.common.media import MediaLimits
@@ -32,31 +33,32 @@ class EncoderSettings(ModelSettings):
 
     wire_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """What the visual tokens are sent as."""
-    max_tiles: int = 40
-    """Most tiles in one pass of the vision tower."""
+    max_tiles: int | None = None
+    """Most tiles in one pass of the vision tower; unset: 80 on a GPU, 20 on a CPU."""
     max_wait_s: float = 0.002
     """How long a first image waits for company."""
-    reduced_jpeg: bool = True
-    """Large JPEGs are decoded at reduced scale; false decodes every pixel, as Hugging Face does."""
     decode_threads: int = 2
     """Threads that decode and tile images while the model runs."""
     media: MediaLimits = field(default_factory=MediaLimits)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.max_tiles >= 1, "max_tiles", self.max_tiles, "1 or more")
+        require(self.max_tiles is None or self.max_tiles >= 1, "max_tiles", self.max_tiles, "1 or more")
         require(self.max_wait_s >= 0, "max_wait_s", self.max_wait_s, "0 or more seconds")
         require(self.decode_threads >= 1, "decode_threads", self.decode_threads, "1 or more")
 
 
-def in_wire_dtype(tokens: CompressedVisualTokens, dtype: torch.dtype) -> CompressedVisualTokens:
-    """As they are sent. Raises InternalError where the LLM stage would refuse them as if its caller had made them."""
-    sent_ND = tokens.tokens_ND.to(dtype)
-    if not sent_ND.numel():
+def encode_response(tokens: CompressedVisualTokens, dtype: torch.dtype) -> encoder_pb2.EncodeResponse:
+    """What is sent, its visual tokens in `dtype`: copies of up to 48 MB, which no event loop should wait for.
+
+    NaN and infinity are sent: the LLM stage, which must look at every caller's tokens, refuses them.
+    Raises InternalError where nothing is left to send.
+    """
+    if not tokens.tokens_ND.numel():
         raise InternalError("none is left of this image by the vision-guided sampler", field="visual tokens")
-    if not all_finite(sent_ND):
-        raise InternalError(f"hold NaN, or values beyond the range of {dtype_name(dtype)}", field="visual tokens")
-    return dataclasses.replace(tokens, tokens_ND=sent_ND)
+    response = encoder_pb2.EncodeResponse()
+    wire.tokens_to_proto(dataclasses.replace(tokens, tokens_ND=tokens.tokens_ND.to(dtype)), response.visual_tokens)
+    return response
 
 
 @serve.deployment(name="Encoder")
@@ -70,13 +72,12 @@ class Encoder(GrpcOnly):
             dtype=dtype,
             device=device,
             limits=settings.media,
-            reduced_jpeg=settings.reduced_jpeg,
         )
         self._wire_dtype: torch.dtype = getattr(torch, settings.wire_dtype)
         self._metrics = Metrics("encoder", ray.serve.metrics)
         self._batcher = TileBatcher(
             self._pipeline,
-            max_tiles=settings.max_tiles,
+            max_tiles=settings.max_tiles or default_tiles(on_gpu=torch.device(device).type == "cuda"),
             max_wait_s=settings.max_wait_s,
             decode_threads=settings.decode_threads,
             on_batch=lambda tiles: self._metrics.observe("focusllava_tiles_per_batch", tiles),
@@ -90,10 +91,11 @@ class Encoder(GrpcOnly):
         received, outcome = time.monotonic(), "cancelled"
         try:
             check_fingerprint(request.model_fingerprint, self._pipeline.fingerprint)
-            tokens = await self._batcher.encode(request.image, request.vision_sampler)
-            message = wire.tokens_to_proto(in_wire_dtype(tokens, self._wire_dtype))
+            options = wire.image_options_from_proto(request.options)
+            tokens = await self._batcher.encode(request.image, request.vision_sampler, options)
+            response = await asyncio.to_thread(encode_response, tokens, self._wire_dtype)
             outcome = "ok"
-            return encoder_pb2.EncodeResponse(visual_tokens=message)
+            return response
         except Exception as error:
             refused = refuse(grpc_context, error)
             outcome = refused.code.value
@@ -101,6 +103,17 @@ class Encoder(GrpcOnly):
         finally:
             self._metrics.count("focusllava_encode_requests", outcome=outcome)
             self._metrics.observe("focusllava_encode_seconds", time.monotonic() - received)
+
+    async def CheckEncoder(
+        self, request: encoder_pb2.CheckEncoderRequest, grpc_context: RayServegRPCContext
+    ) -> encoder_pb2.CheckEncoderResponse:
+        """EncoderService.CheckEncoder."""
+        try:
+            check_fingerprint(request.model_fingerprint, self._pipeline.fingerprint)
+            self.check_health()
+            return encoder_pb2.CheckEncoderResponse()
+        except Exception as error:
+            raise refuse(grpc_context, error) from None
 
     def check_health(self) -> None:
         """Called by Serve; raising has the replica replaced."""

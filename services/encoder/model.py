@@ -68,21 +68,25 @@ class EncoderModel(nn.Module):
     ) -> EncodedImage:
         """Feature map to visual tokens: base tile, then rows of regions (or of the map) closed by newlines.
 
+        With low detail: the base tile and one newline, as Hugging Face lays out a single tile. Where the checkpoint
+        samples or drops its base tile, the tile is sampled as if it were a map, which is all that the model has seen.
+
         `choose` takes the selector's place on the map, in experiments; `finer` moves it towards detail, in training.
         """
         base_PD, map_HWD = feature_map.base_PD, feature_map.map_HWD
         height, width, depth = map_HWD.shape
+        mode = self.config.vision_sampler.base_tile if vision_sampler else "keep"
         sampled = None
-        if vision_sampler:
+        if feature_map.low_detail:
+            rest_ND, newlines = self.image_newline.to(base_PD.dtype)[None], 1
+            if mode != "keep":
+                base_PD, rest_ND, newlines = self._sampled_base(base_PD, finer), rest_ND[:0], 0
+        elif vision_sampler:
             sampled = self.vision_guided_sampler(map_HWD, base_PD, self.image_newline, choose, finer=finer)
             rest_ND = sampled.tokens_ND
             newlines = sampled.newlines
-            mode = self.config.vision_sampler.base_tile
             if mode == "sample":
-                side = self.config.patches_per_side
-                base_PD = self.vision_guided_sampler(
-                    base_PD.view(side, side, depth), base_PD, self.image_newline, finer=finer
-                ).tokens_ND
+                base_PD = self._sampled_base(base_PD, finer)
             elif mode == "drop":
                 base_PD = base_PD[:0]
         else:
@@ -93,9 +97,14 @@ class EncoderModel(nn.Module):
             tokens_ND=torch.cat((base_PD, rest_ND)),
             map_hw=(height, width),
             map_tokens=len(rest_ND) - newlines,
-            uncompressed_tokens=feature_map.base_PD.shape[0] + height * (width + 1),
+            uncompressed_tokens=feature_map.base_PD.shape[0] + (height * (width + 1) or int(feature_map.low_detail)),
             sampled=sampled,
         )
+
+    def _sampled_base(self, base_PD: torch.Tensor, finer: float) -> torch.Tensor:
+        side = self.config.patches_per_side
+        map_HWD = base_PD.view(side, side, base_PD.shape[1])
+        return self.vision_guided_sampler(map_HWD, base_PD, self.image_newline, finer=finer).tokens_ND
 
     @torch.no_grad()
     def seen(self, maps: Sequence[ProjectedFeatureMap]) -> list[Seen]:

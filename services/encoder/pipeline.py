@@ -5,7 +5,6 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -14,11 +13,12 @@ from services.checkpoint.store import fingerprint, load_stage
 from services.common.dtypes import dtype_of_stored
 from services.common.errors import InvalidInput
 from services.common.linear import can_pack
-from services.common.media import MediaLimits, content_hash, open_image
-from services.common.types import CompressedVisualTokens, ImageTiles
-from services.encoder.anyres import any_map_left, decoded_hw, tile_image
+from services.common.media import MediaLimits, content_hash
+from services.common.types import CompressedVisualTokens, ImageOptions, ImageTiles
+from services.encoder.anyres import any_map_left
 from services.encoder.model import EncoderModel
 from services.encoder.packed import pack_encoder
+from services.encoder.reading import read_tiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,18 +33,15 @@ class PreparedImage:
 class EncoderPipeline:
     """One checkpoint's encoder stage on one device. `prepare` may run on many threads, `encode` on one at a time."""
 
-    def __init__(self, model: EncoderModel, model_fingerprint: str, limits: MediaLimits | None = None, *,
-                 reduced_jpeg: bool = True):  # fmt: skip
-        """reduced_jpeg: large JPEGs are decoded at reduced scale; False decodes every pixel, as Hugging Face does."""
+    def __init__(self, model: EncoderModel, model_fingerprint: str, limits: MediaLimits | None = None):
         self.model = model.eval()
         self.config = model.config
         self.fingerprint = model_fingerprint
         self.limits = limits or MediaLimits()
-        self.reduced_jpeg = reduced_jpeg
 
     @classmethod
     def from_checkpoint(cls, folder: str | pathlib.Path, *, dtype: torch.dtype | None = None, device: str = "cpu",
-                        limits: MediaLimits | None = None, reduced_jpeg: bool = True) -> EncoderPipeline:  # fmt: skip
+                        limits: MediaLimits | None = None) -> EncoderPipeline:  # fmt: skip
         """Loads the encoder's shards only. dtype None keeps the checkpoint's where `device` is made for it."""
         config = FocusLlavaConfig.load(folder)
         dtype = dtype or dtype_of_stored(config.dtype, device)
@@ -60,25 +57,17 @@ class EncoderPipeline:
         )
         if can_pack(torch.device(device), dtype):
             pack_encoder(model)
-        return cls(model, fingerprint(folder), limits, reduced_jpeg=reduced_jpeg)
+        return cls(model, fingerprint(folder), limits)
 
-    def prepare(self, image: bytes, vision_sampler: bool = True) -> PreparedImage:
+    def prepare(self, image: bytes, vision_sampler: bool = True, options: ImageOptions | None = None) -> PreparedImage:
         """Decodes and tiles an image file, to be encoded with or without the vision sampler.
 
         Raises InvalidInput or TooLarge naming what is wrong with it.
         """
-        tile_px, pinpoints = self.config.tile_px, self.config.image_grid_pinpoints
-        enough = partial(decoded_hw, tile_px=tile_px, pinpoints=pinpoints) if self.reduced_jpeg else None
-        opened = open_image(image, self.limits, enough_hw=enough)
-        tiles = tile_image(
-            opened.image,
-            size_hw=opened.size_hw,
-            tile_px=tile_px,
-            pinpoints=pinpoints,
-            mean=self.config.image_mean,
-            std=self.config.image_std,
-        )
-        notes = (*opened.notes, *self._narrow_notes(tiles, vision_sampler))
+        options = options or ImageOptions()
+        tiles, notes = read_tiles(image, self.config, options, limits=self.limits)
+        if options.detail == "high":
+            notes = (*notes, *self._narrow_notes(tiles, vision_sampler))
         return PreparedImage(tiles=tiles, content_hash=content_hash(image), notes=notes)
 
     def _narrow_notes(self, tiles: ImageTiles, vision_sampler: bool) -> tuple[str, ...]:

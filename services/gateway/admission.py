@@ -12,6 +12,7 @@ from services.common import wire
 from services.common.errors import InvalidInput, TooLarge
 from services.common.media import MediaLimits, check_image, content_hash
 from services.common.settings import require
+from services.common.types import ImageOptions
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:\-]{0,127}")
 
@@ -46,6 +47,7 @@ class AdmittedImage:
     content_hash: str
     field: str
     """Where it stands in the request, for messages."""
+    options: ImageOptions = ImageOptions()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,9 +149,15 @@ def _turns(
                     raise TooLarge(f"more than {limits.max_images} images", field=f"{name}.image")
                 image_bytes += len(part.image)
                 check_image(part.image, limits.media, f"{name}.image")
+                options = wire.image_options_from_proto(part.image_options, f"{name}.image_options")
                 parts.append(llm_pb2.PromptPart(image_index=len(images)))
                 images.append(
-                    AdmittedImage(data=part.image, content_hash=content_hash(part.image), field=f"{name}.image")
+                    AdmittedImage(
+                        data=part.image,
+                        content_hash=content_hash(part.image),
+                        field=f"{name}.image",
+                        options=options,
+                    )
                 )
             else:
                 raise InvalidInput("holds neither text nor an image", field=name)

@@ -12,7 +12,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import redis.asyncio
@@ -23,6 +23,7 @@ from focusllava.v1 import encoder_pb2
 from services.common import wire
 from services.common.errors import InvalidInput
 from services.common.telemetry import Metrics
+from services.common.types import ImageOptions
 
 _log = logging.getLogger("focusllava")
 
@@ -35,18 +36,21 @@ _FAILURES = (redis.RedisError, OSError, TimeoutError, ValueError)
 class CacheKey:
     """What decides the visual tokens of an image, as far as the gateway knows it.
 
-    The encoder's `dtype`, `wire_dtype` and `reduced_jpeg` change tokens too, and only the encoder knows them: flush
-    Redis after a change of these, or it gives what was encoded before for up to a day (`RedisStore.ttl_s`).
+    The encoder's `dtype` and `wire_dtype` change tokens too, and only the encoder knows them: flush Redis after a
+    change of these, or it gives what was encoded before for up to a day (`RedisStore.ttl_s`).
     """
 
     content_hash: str
     """SHA-256 (hex) of the image file's bytes."""
     model_fingerprint: str
     vision_sampler: bool
+    options: ImageOptions = field(default_factory=ImageOptions)
 
     def __str__(self) -> str:
         sampler = "sampled" if self.vision_sampler else "full"
-        return f"focusllava:visual-tokens:1:{self.model_fingerprint}:{sampler}:{self.content_hash}"
+        pixels = {None: "", True: "-reduced", False: "-whole"}[self.options.reduced_jpeg]
+        how = f"{sampler}:{self.options.detail}{pixels}"
+        return f"focusllava:visual-tokens:2:{self.model_fingerprint}:{how}:{self.content_hash}"
 
 
 class StoreFailed(Exception):
@@ -224,6 +228,11 @@ class VisualTokenCache:
                 self._forget(key, flight)
                 flight.task.cancel()
 
+    async def discard(self, key: CacheKey) -> None:
+        """Has the next request encode the image anew."""
+        with contextlib.suppress(StoreFailed):
+            await self.store.put(str(key), b"")  # which is no message
+
     async def flush(self) -> None:
         """Waits for writes under way."""
         await asyncio.gather(*self._writes, return_exceptions=True)
@@ -275,7 +284,7 @@ class VisualTokenCache:
 
 
 def verified(value: bytes, key: CacheKey) -> encoder_pb2.CompressedVisualTokens | None:
-    """The message, if it parses, is whole and finite, and is the one that the key asks for; otherwise None."""
+    """The message, if it parses, is whole, and is the one that the key asks for; otherwise None."""
     message = encoder_pb2.CompressedVisualTokens()
     try:
         message.ParseFromString(value)

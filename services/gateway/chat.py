@@ -13,16 +13,17 @@ from focusllava.v1 import encoder_pb2, error_pb2, focus_pb2, llm_pb2
 from services.common.errors import FocusError
 from services.common.grpc_status import code_of, status_of
 from services.common.telemetry import Metrics
+from services.common.types import ImageOptions
 from services.gateway.admission import AdmissionLimits, AdmittedChat, AdmittedImage, admit
 from services.gateway.cache import CacheKey, VisualTokenCache
-from services.gateway.stages import Deadline, with_field
+from services.gateway.stages import Deadline, UnusableVisualTokens, with_field
 
 
 class Encoder(Protocol):
     """Stage 1, as the gateway calls it."""
 
     async def encode(
-        self, image: bytes, vision_sampler: bool, deadline: Deadline
+        self, image: bytes, vision_sampler: bool, options: ImageOptions, deadline: Deadline
     ) -> encoder_pb2.CompressedVisualTokens: ...
 
 
@@ -92,16 +93,17 @@ class ChatService:
         admitted = await asyncio.to_thread(admit, request, self.limits, request_id)  # hashes megabytes
         images = await self._visual_tokens(admitted, deadline)
         generate = self._generate_request(admitted, [tokens for tokens, _ in images])
-        started = focus_pb2.ChatResponse(
-            started=focus_pb2.ChatStarted(request_id=request_id, images=[_image_info(*image) for image in images])
-        )
+        started = focus_pb2.ChatStarted(request_id=request_id, images=[_image_info(*image) for image in images])
         first_token_s: float | None = None
         announced = False
-        async with contextlib.aclosing(self._language_model.generate(generate, deadline)) as events:
+        answer = self._language_model.generate(generate, deadline)
+        async with self._forgetting_unusable(admitted), contextlib.aclosing(answer) as events:
             async for event in events:
                 if not announced:  # only now is it sure that the model takes the request
                     announced = True
-                    yield started
+                    usage = event.finished.usage  # of an answer without a token
+                    started.prompt_tokens = event.token.prompt_tokens or usage.prompt_tokens
+                    yield focus_pb2.ChatResponse(started=started)
                 kind = event.WhichOneof("event")
                 if kind == "token":
                     if first_token_s is None:
@@ -114,6 +116,24 @@ class ChatService:
                     yield focus_pb2.ChatResponse(finished=event.finished)
                 else:
                     yield focus_pb2.ChatResponse(error=event.error)
+
+    @contextlib.asynccontextmanager
+    async def _forgetting_unusable(self, admitted: AdmittedChat) -> AsyncGenerator[None, None]:
+        """Takes visual tokens that the model refuses out of the cache, where they would be refused again."""
+        try:
+            yield
+        except UnusableVisualTokens:
+            for image in admitted.images:
+                await self._cache.discard(self._key(image, admitted))
+            raise
+
+    def _key(self, image: AdmittedImage, admitted: AdmittedChat) -> CacheKey:
+        return CacheKey(
+            content_hash=image.content_hash,
+            model_fingerprint=self._fingerprint,
+            vision_sampler=admitted.vision_sampler,
+            options=image.options,
+        )
 
     async def _visual_tokens(
         self, admitted: AdmittedChat, deadline: Deadline
@@ -128,16 +148,12 @@ class ChatService:
     async def _one_image(
         self, image: AdmittedImage, admitted: AdmittedChat, deadline: Deadline
     ) -> tuple[encoder_pb2.CompressedVisualTokens, bool]:
-        key = CacheKey(
-            content_hash=image.content_hash,
-            model_fingerprint=self._fingerprint,
-            vision_sampler=admitted.vision_sampler,
-        )
+        key = self._key(image, admitted)
         try:
             async with asyncio.timeout(deadline.remaining_s(at_most=3600)):
                 # Others may wait for the same encoding: it runs under the stage's own limit, not one caller's deadline.
                 return await self._cache.get_or_encode(
-                    key, lambda: self._encoder.encode(image.data, admitted.vision_sampler, Deadline())
+                    key, lambda: self._encoder.encode(image.data, admitted.vision_sampler, image.options, Deadline())
                 )
         except FocusError as error:
             raise with_field(error, image.field) from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import pathlib
+import re
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,7 @@ from services.common.telemetry import Metrics
 from services.gateway.admission import AdmissionLimits, request_id_of
 from services.gateway.cache import VisualTokenCache, open_store
 from services.gateway.chat import ChatService
+from services.gateway.health import Health
 from services.gateway.http import HttpDoor
 from services.gateway.stages import TIMEOUT_METADATA, Deadline, EncoderClient, LanguageModelClient, StageAddress
 
@@ -49,11 +51,18 @@ class GatewaySettings:
     """Longest that storing a value may take. No request waits for it, and a failure has no other effect."""
     cache_bytes: int = 256 * 2**20
     """Bound of the cache in this process."""
+    cors_origins: tuple[str, ...] = ()
+    """Sites whose pages may use the HTTP API, as in "https://example.org"; "*" is any. Unset: none."""
+    max_model_len: int | None = None
+    """The language model's setting of this name, for what the door says of the model."""
     limits: AdmissionLimits = field(default_factory=AdmissionLimits)
     """The `user_config` of the Serve configuration, where it sets one of them, has the last word."""
 
     def __post_init__(self) -> None:
         require(self.cache_bytes >= 0, "cache_bytes", self.cache_bytes, "0 or more")
+        for index, origin in enumerate(self.cors_origins):
+            known = origin == "*" or re.fullmatch(r"https?://[^/*]+", origin)
+            require(bool(known), f"cors_origins[{index}]", origin, '"https://HOST", with a port if it has one, or "*"')
         for name in ("redis_timeout_s", "redis_put_timeout_s"):
             require(getattr(self, name) > 0, name, getattr(self, name), "more than 0 seconds")
 
@@ -75,16 +84,19 @@ class Gateway:
             put_timeout_s=settings.redis_put_timeout_s,
         )
         self._cache = VisualTokenCache(store, metrics)
-        self._limits = settings.limits
+        encoder = EncoderClient(settings.encoder, self._fingerprint, metrics)
+        language_model = LanguageModelClient(settings.llm, metrics)
+        self._limits, self._max_model_len = settings.limits, settings.max_model_len
         self._service = ChatService(
             model_fingerprint=self._fingerprint,
-            encoder=EncoderClient(settings.encoder, self._fingerprint, metrics),
-            language_model=LanguageModelClient(settings.llm, metrics),
+            encoder=encoder,
+            language_model=language_model,
             cache=self._cache,
             metrics=metrics,
             limits=settings.limits,
         )
-        self._http = HttpDoor(self._service, self._name)
+        health = Health([encoder, language_model], self._fingerprint)
+        self._http = HttpDoor(self._service, self._name, health, settings.cors_origins)
 
     async def __call__(self, request: Request) -> Response:
         """Any HTTP request. When the client goes, Serve cancels this, and with it the answer."""
@@ -128,7 +140,7 @@ class Gateway:
             prune_threshold=config.text_sampler.threshold,
             tile_px=config.tile_px,
             region_window=config.vision_sampler.window,
-            max_context_tokens=text.max_position_embeddings,
+            max_context_tokens=self._max_model_len or text.max_position_embeddings,
             max_image_bytes=limits.media.max_bytes,
             max_images=limits.max_images,
             server_version=_version(),

@@ -35,7 +35,9 @@ class Answer:
         logprobs = self._logprobs.take(token.logprobs, same=False)
         if not (chars or token_ids):
             return None
-        return llm_pb2.Token(text="".join(chars), token_ids=token_ids, logprobs=logprobs)
+        return llm_pb2.Token(
+            text="".join(chars), token_ids=token_ids, logprobs=logprobs, prompt_tokens=token.prompt_tokens
+        )
 
     def check_end(self) -> None:
         """Raises FocusError when the try ends before it has repeated what the caller has."""

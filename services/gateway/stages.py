@@ -7,24 +7,29 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 import grpc.aio
 
 from focusllava.v1 import encoder_pb2, encoder_pb2_grpc, llm_pb2, llm_pb2_grpc
+from services.common import wire
 from services.common.errors import (
     DeadlineExceeded,
     FocusError,
+    InternalError,
     InvalidInput,
     Overloaded,
     StageUnavailable,
     TooLarge,
     WrongFingerprint,
 )
+from services.common.grpc_status import replica_is_lost
 from services.common.settings import require
 from services.common.telemetry import Metrics
+from services.common.types import ImageOptions
 from services.gateway.replay import Answer
 
 _log = logging.getLogger("focusllava")
@@ -37,8 +42,6 @@ CHANNEL_OPTIONS = [
     # No keepalive: a gRPC server allows one ping in five minutes without data and ends the connection of who sends more
     # (too_many_pings), so a call that waits quietly would be lost. The proxy is on this node: if it dies, TCP says so.
 ]
-# What Ray says when the replica that held the request died.
-_REPLICA_DIED = ("actor died", "ActorDied", "ActorUnavailable", "actor is dead", "WorkerCrashed", "is temporarily")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +91,10 @@ class Deadline:
         return left
 
 
+class UnusableVisualTokens(InternalError):
+    """The LLM stage refuses what the encoder or the cache gave for an image."""
+
+
 class _Stage:
     """One channel and the retry rule."""
 
@@ -95,9 +102,19 @@ class _Stage:
         self.name, self.address, self._metrics = name, address, metrics
         self._channel = grpc.aio.insecure_channel(address.target, options=CHANNEL_OPTIONS)
         self._metadata = (("application", address.application or name),)
+        self.heard_at = -math.inf
+        """When the stage last answered, as time.monotonic() has it."""
 
     async def close(self) -> None:
         await self._channel.close(grace=None)
+
+    async def _answered(self, call: Awaitable[Any]) -> None:
+        """Waits for a call that asks for nothing but an answer. Raises FocusError."""
+        try:
+            await call
+        except grpc.aio.AioRpcError as error:
+            raise self._error_of(error) from error
+        self.heard_at = time.monotonic()
 
     async def _pause(self, attempt: int, error: FocusError, deadline: Deadline) -> None:
         """Waits before the next try, or raises `error` when there is none."""
@@ -116,7 +133,7 @@ class _Stage:
 
 def stage_error(stage: str, code: grpc.StatusCode, details: str) -> FocusError:
     """A stage's status as the error that the gateway raises. Only our own stages' messages pass through."""
-    if any(sign in details for sign in _REPLICA_DIED) or code in (
+    if replica_is_lost(details) or code in (
         grpc.StatusCode.UNAVAILABLE,
         grpc.StatusCode.CANCELLED,  # we did not cancel: the replica or its proxy went away
     ):
@@ -126,6 +143,9 @@ def stage_error(stage: str, code: grpc.StatusCode, details: str) -> FocusError:
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceeded("the request took longer than its deadline")
     if code is grpc.StatusCode.INVALID_ARGUMENT:
+        if stage == "llm" and details.startswith("images["):  # the encoder made them, or the cache gave them
+            _log.error("%s stage: %s", stage, details)
+            return UnusableVisualTokens("an image's visual tokens were of no use; try again")
         return InvalidInput(details)
     if code is grpc.StatusCode.FAILED_PRECONDITION:
         return WrongFingerprint(details)
@@ -145,17 +165,26 @@ class EncoderClient(_Stage):
         self._fingerprint = model_fingerprint
         self._stub = encoder_pb2_grpc.EncoderServiceStub(self._channel)  # type: ignore[no-untyped-call]
 
+    async def check(self, model_fingerprint: str, timeout_s: float) -> None:
+        """Raises FocusError unless a replica that serves this checkpoint answers within `timeout_s`."""
+        request = encoder_pb2.CheckEncoderRequest(model_fingerprint=model_fingerprint)
+        await self._answered(self._stub.CheckEncoder(request, timeout=timeout_s, metadata=self._metadata))
+
     async def encode(
-        self, image: bytes, vision_sampler: bool, deadline: Deadline
+        self, image: bytes, vision_sampler: bool, options: ImageOptions, deadline: Deadline
     ) -> encoder_pb2.CompressedVisualTokens:
         """Encoding has no effect but its answer, so any lost call is tried again."""
         request = encoder_pb2.EncodeRequest(
-            image=image, model_fingerprint=self._fingerprint, vision_sampler=vision_sampler
+            image=image,
+            model_fingerprint=self._fingerprint,
+            vision_sampler=vision_sampler,
+            options=wire.image_options_to_proto(options),
         )
         for attempt in range(self.address.attempts):
             timeout_s = deadline.remaining_s(self.address.timeout_s)
             try:
                 response = await self._stub.Encode(request, timeout=timeout_s, metadata=self._metadata)
+                self.heard_at = time.monotonic()
                 return response.visual_tokens
             except grpc.aio.AioRpcError as error:
                 failure = self._error_of(error)
@@ -171,6 +200,11 @@ class LanguageModelClient(_Stage):
     def __init__(self, address: StageAddress, metrics: Metrics):
         super().__init__("llm", address, metrics)
         self._stub = llm_pb2_grpc.LanguageModelServiceStub(self._channel)  # type: ignore[no-untyped-call]
+
+    async def check(self, model_fingerprint: str, timeout_s: float) -> None:
+        """Raises FocusError unless a replica that serves this checkpoint answers within `timeout_s`."""
+        request = llm_pb2.CheckLanguageModelRequest(model_fingerprint=model_fingerprint)
+        await self._answered(self._stub.CheckLanguageModel(request, timeout=timeout_s, metadata=self._metadata))
 
     async def generate(
         self, request: llm_pb2.GenerateRequest, deadline: Deadline
@@ -212,6 +246,7 @@ class LanguageModelClient(_Stage):
         ended = False
         try:
             async for event in call:
+                self.heard_at = time.monotonic()
                 kind = event.WhichOneof("event")
                 if kind == "token":
                     fresh = answer.take(event.token)

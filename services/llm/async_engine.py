@@ -10,6 +10,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
 
 from services.common.errors import FocusError, InternalError, Overloaded, StageUnavailable
 from services.common.types import Constraint, FinishedEvent, GenerateRequest
@@ -22,6 +23,13 @@ MOST_FAILED_STEPS = 3
 others answer theirs, so it would get most of the traffic."""
 MOST_COMPILING = 64
 """Constraints that wait to be compiled; one takes some milliseconds, a hostile one up to 4 s."""
+
+INTAKE_THREADS = 2
+"""Threads that take requests in. Each keeps the memory of its largest request (`services/common/malloc.py`), and the
+tokenizer serves one at a time."""
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +57,7 @@ class AsyncEngine:
         self._compiling = 0
         self._inbox_lock = threading.Lock()
         self._closing = False
+        self._intake = ThreadPoolExecutor(INTAKE_THREADS, thread_name_prefix="intake")
         self._thread = threading.Thread(target=self._run, name="llm-engine", daemon=True)
         self._thread.start()
 
@@ -60,7 +69,7 @@ class AsyncEngine:
         """
         if request.sampling.constraint is not None:
             await self._compile(request.sampling.constraint)
-        sequence = await asyncio.to_thread(self.engine.prepare, request)
+        sequence = await self.take_in(self.engine.prepare, request)
         stream = _Stream()
         self._post(lambda: self._enqueue(sequence, stream))
         ended = False
@@ -88,6 +97,17 @@ class AsyncEngine:
         finally:
             self._compiling -= 1
 
+    async def take_in(self, work: Callable[Given, Result], *given: Given.args, **named: Given.kwargs) -> Result:
+        """Does a part of a request's intake off the event loop; a caller cancelled before its turn costs nothing.
+
+        Raises StageUnavailable when the engine is closed.
+        """
+        with self._inbox_lock:
+            if self._closing:
+                raise _shutting_down()
+            taken = self._intake.submit(work, *given, **named)
+        return await asyncio.wrap_future(taken)
+
     def stats(self) -> EngineStats:
         return self.engine.stats()
 
@@ -107,6 +127,7 @@ class AsyncEngine:
         self._thread.join()
         self._compiler.shutdown(wait=False, cancel_futures=True)
         self.engine.grammars.close()
+        self._intake.shutdown(wait=False)
 
     def _post(self, request: Callable[[], None]) -> None:
         with self._inbox_lock:

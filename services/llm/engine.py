@@ -94,13 +94,16 @@ class Engine:
         kv_cache_bytes: int,
         max_batch_tokens: int = 8192,
         max_running: int = 64,
+        max_model_len: int | None = None,
         prefix_reuse: bool = True,
         quantize: Quantize | None = None,
     ) -> Engine:
         """Loads the LLM's shards and the tokenizer; no encoder weight is read. dtype None keeps the checkpoint's where
-        `device` is made for it; quantize: see `services.common.linear.prepare_linears`."""
+        `device` is made for it; max_model_len: tokens of prompt and answer, if fewer than the model's own context;
+        quantize: see `services.common.linear.prepare_linears`."""
         config = FocusLlavaConfig.load(folder)
         decoder = Decoder.from_checkpoint(folder, dtype=dtype, device=device, quantize=quantize)
+        decoder.context = min(decoder.context, max_model_len or decoder.context)
         renderer = PromptRenderer.from_checkpoint(
             folder,
             image_token_id=config.image_token_id,
@@ -261,7 +264,12 @@ class Engine:
             new += text.finish()
             reason = "stop" if text.stopped else reason
         events: list[Event] = [
-            TokenEvent(text=new, token_ids=(token,), logprobs=(sampled.logprob,) if sampled.logprob else ())
+            TokenEvent(
+                text=new,
+                token_ids=(token,),
+                logprobs=(sampled.logprob,) if sampled.logprob else (),
+                prompt_tokens=sequence.prompt_len,
+            )
         ]
         if reason:
             events.append(self._finish(sequence, reason))

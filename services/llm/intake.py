@@ -10,7 +10,7 @@ import time
 import torch
 
 from services.checkpoint.config import FocusLlavaConfig
-from services.common.dtypes import all_finite
+from services.common.dtypes import all_finite, dtype_name
 from services.common.errors import InvalidInput, TooLarge, WrongFingerprint
 from services.common.ranges import check_prune, check_sampling
 from services.common.types import GenerateRequest
@@ -99,7 +99,8 @@ class Intake:
             needed = max(cache.blocks(lower) * cache.block_bytes, cache.pages_needed(lower, upper) * cache.page_bytes)
             raise TooLarge(
                 f"a prompt of {sequence.prompt_len} tokens and up to {sequence.max_new_tokens} new ones need "
-                f"{needed} bytes of KV cache, this server has {cache.num_slots * cache.block_bytes}; "
+                f"{needed} bytes of KV cache, this server has {cache.num_slots * cache.block_bytes}, "
+                f"{cache.num_slots * cache.block_size} tokens; "
                 "ask for fewer max_tokens or send smaller images",
                 field="request",
             )
@@ -119,7 +120,9 @@ class Intake:
                 )
             parts.append(tokens.to(self.decoder.dtype))
             if not all_finite(parts[-1]):
-                raise InvalidInput(f"has values that are not finite in {self.decoder.dtype}", field=field)
+                raise InvalidInput(
+                    f"holds NaN, infinity, or values beyond the range of {dtype_name(self.decoder.dtype)}", field=field
+                )
         if not parts:
             return None
         visual_ND = torch.cat(parts) if len(parts) > 1 else parts[0]

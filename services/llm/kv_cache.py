@@ -86,9 +86,10 @@ class KVCache:
         # The last page belongs to nobody and stays zero: padded block tables point at it.
         rows = (self.num_pages + 1) * self.layers_per_page
         self.null_row = self.num_pages * self.layers_per_page
-        self.key = torch.zeros(rows, block_size, kv_heads, head_dim, dtype=dtype, device=device)
-        self.value = torch.zeros_like(self.key)
-        self.hidden = torch.zeros(self.num_slots, block_size, hidden_size, dtype=dtype, device=device)
+        # Written to here: memory that is only promised would look free to the next replica.
+        self.key = torch.empty(rows, block_size, kv_heads, head_dim, dtype=dtype, device=device).zero_()
+        self.value = torch.empty_like(self.key).zero_()
+        self.hidden = torch.empty(self.num_slots, block_size, hidden_size, dtype=dtype, device=device).zero_()
         self._tables: dict[str, BlockTables] = {}
 
     # What fits.

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.store import check_shapes, load_stage
+from services.checkpoint.supported import check_decoder
 from services.common.dtypes import dtype_of_stored
-from services.common.errors import InvalidInput
-from services.common.linear import Quantize, prepare_linears
+from services.common.linear import Quantize, can_pack, prepare_linears
 from services.llm.attention import ATTENTION_NAME, AttentionStep
 from services.llm.fused_layer import (
     DecodeLayer,
@@ -33,24 +33,7 @@ from services.sampler.text_guided import apply_rotary, text_importance
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
 """cos and sin, each [1, S, d]."""
-# "dynamic" and "longrope" choose their frequencies by the longest sequence of a batch: a batch would change answers.
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 SCORED_QUERIES = 256
-
-
-def check_decoder(config: PreTrainedConfig) -> None:
-    """Raises InvalidInput for a decoder that would not compute what its authors meant."""
-    context = config.max_position_embeddings
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if window is not None and window < context:
-        raise InvalidInput(
-            f"is {window}, smaller than max_position_embeddings {context}: windowed attention is not supported; "
-            f"set sliding_window to null or lower max_position_embeddings to {window}",
-            field="text.sliding_window",
-        )
-    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
-    if rope_type not in ROPE_TYPES:
-        raise InvalidInput(f"is {rope_type!r}, expected one of {', '.join(ROPE_TYPES)}", field="text.rope_type")
 
 
 class Decoder:
@@ -95,7 +78,12 @@ class Decoder:
         check_decoder(config)
         with torch.device("meta"):
             lm = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME, dtype=dtype)
-        state = {name: state.pop(name).to(device=device, dtype=dtype) for name in list(state)}
+        # What is packed is converted then, one layer at a time: a second whole copy would not fit where one just does.
+        later = _linear_parameters(lm) if can_pack(torch.device(device), dtype) else set()
+        state = {
+            name: state.pop(name) if name in later else state.pop(name).to(device=device, dtype=dtype)
+            for name in list(state)
+        }
         if config.tie_word_embeddings:
             state.setdefault("lm_head.weight", state.get("model.embed_tokens.weight", torch.empty(0)))
         check_shapes(
@@ -213,6 +201,16 @@ class Decoder:
             return apply_rotary(x_SHd, cos_Sd, sin_Sd)
         self.elementwise.rotate_(x_SHd, cos_Sd, sin_Sd)
         return x_SHd
+
+
+def _linear_parameters(module: nn.Module) -> set[str]:
+    """Names of the parameters that `prepare_linears` takes."""
+    return {
+        f"{name}.{parameter}"
+        for name, child in module.named_modules()
+        if type(child) is nn.Linear
+        for parameter, _ in child.named_parameters()
+    }
 
 
 def _fuse_norms(module: nn.Module) -> None:

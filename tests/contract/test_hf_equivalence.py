@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoTokenizer, LlavaNextForConditionalGeneration
+from transformers.models.llava_next import modeling_llava_next
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
@@ -22,6 +23,7 @@ from services.common.types import (
     ChatTurn,
     CompressedVisualTokens,
     GenerateRequest,
+    ImageOptions,
     ImagePart,
     PruneParams,
     SamplingParams,
@@ -149,6 +151,15 @@ def run_engine(pair: Pair, request: GenerateRequest) -> tuple[list[int], torch.T
 def check_equal(pair: Pair, turns: tuple[ChatTurn, ...], images: Sequence[bytes]) -> None:
     inputs = hf_inputs(pair, turns, images)
     visual = encode(pair, images)
+    prompt = pair.engine.renderer.render(turns, [len(tokens.tokens_ND) for tokens in visual])
+    assert list(prompt.input_ids) == inputs["input_ids"][0].tolist()
+    check_answer(pair, turns, visual, inputs)
+
+
+def check_answer(
+    pair: Pair, turns: tuple[ChatTurn, ...], visual: Sequence[CompressedVisualTokens], inputs: dict[str, torch.Tensor]
+) -> None:
+    """Greedy tokens and the logits of all positions, against transformers' for `inputs`."""
     request = GenerateRequest(
         request_id="r",
         turns=turns,
@@ -156,8 +167,6 @@ def check_equal(pair: Pair, turns: tuple[ChatTurn, ...], images: Sequence[bytes]
         sampling=SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True),
         prune=PruneParams(enabled=False),
     )
-    prompt = pair.engine.renderer.render(turns, [len(tokens.tokens_ND) for tokens in visual])
-    assert list(prompt.input_ids) == inputs["input_ids"][0].tolist()
     tokens, logits_SV = run_engine(pair, request)
 
     with torch.inference_mode():
@@ -199,6 +208,26 @@ def test_tiles_and_visual_tokens_are_hugging_faces(pair: Pair, shape: str) -> No
     assert tokens.tokens_ND.shape == expected_ND.shape
     assert tokens.uncompressed_tokens == len(expected_ND)
     assert_relative(tokens.tokens_ND, expected_ND)
+
+
+@pytest.mark.parametrize("shape", ["square", "ribbon", "tiny"])
+def test_low_detail_is_hugging_faces_model_given_the_base_tile_alone(
+    pair: Pair, shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = image_bytes(SHAPES_HW[shape])
+    inputs = hf_inputs(pair, QUESTION, [data])
+    # Its processor always cuts the grid; its model lays out a single tile, once it counts no more than that.
+    monkeypatch.setattr(modeling_llava_next, "image_size_to_num_patches", lambda **_: 1)
+    (visual,) = pair.encoder.encode([pair.encoder.prepare(data, options=ImageOptions(detail="low"))], [False])
+    prompt = pair.engine.renderer.render(QUESTION, [len(visual.tokens_ND)])
+    ids = torch.tensor([prompt.input_ids])
+    inputs |= {"pixel_values": inputs["pixel_values"][:, :1], "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.inference_mode():
+        features = pair.hf.get_image_features(inputs["pixel_values"], inputs["image_sizes"], return_dict=True)
+    (expected_ND,) = features.pooler_output
+    assert visual.tokens_ND.shape == expected_ND.shape and visual.uncompressed_tokens == len(expected_ND)
+    assert_relative(visual.tokens_ND, expected_ND)
+    check_answer(pair, QUESTION, [visual], inputs)
 
 
 def test_a_fresh_vision_sampler_is_never_used(pair: Pair) -> None:

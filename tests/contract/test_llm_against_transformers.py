@@ -138,10 +138,10 @@ def test_bfloat16_runs_and_halves_the_cache(budget: int) -> None:
     assert 0 < pruned.visual_tokens_kept < 40
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
 def test_sliding_windows_and_batch_dependent_rope_are_refused(family: str) -> None:
     from services.checkpoint.config import FocusLlavaConfig
-    from services.llm.model import check_decoder
+    from services.checkpoint.supported import check_decoder
 
     config = FocusLlavaConfig.load(tiny_llm.checkpoint(family)).text_config
     check_decoder(config)
@@ -149,8 +149,10 @@ def test_sliding_windows_and_batch_dependent_rope_are_refused(family: str) -> No
     with pytest.raises(InvalidInput, match="'dynamic'"):
         check_decoder(config)
     config.rope_parameters = {"rope_type": "default", "rope_theta": 1e4}
+    if family == "qwen2":  # the layers below max_window_layers have no window
+        window = {"sliding_window": 512, "use_sliding_window": True, "max_window_layers": config.num_hidden_layers}
+        check_decoder(type(config)(**window, num_hidden_layers=config.num_hidden_layers))
+        config.use_sliding_window, config.layer_types = True, ["sliding_attention"] * config.num_hidden_layers
     config.sliding_window = 512
-    if family == "qwen2":
-        config.use_sliding_window = True
     with pytest.raises(InvalidInput, match="text.sliding_window: is 512, .* 2048"):
         check_decoder(config)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import random
 from dataclasses import dataclass, field
 
@@ -10,7 +11,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM
 
-from services.checkpoint.config import TextSamplerConfig, VisionSamplerConfig
+from services.checkpoint.config import FocusLlavaConfig, TextSamplerConfig, VisionSamplerConfig
+from services.checkpoint.import_llava_next import import_llava_next
 from services.common.types import (
     ChatTurn,
     CompressedVisualTokens,
@@ -25,9 +27,10 @@ from services.encoder.pipeline import EncoderPipeline
 from services.llm.engine import Engine
 from services.llm.prompt import PromptRenderer
 from tests.llm_reference import causal_mask, naive_kept
-from tests.tiny_checkpoints import make_random_checkpoint
+from tests.tiny_checkpoints import make_hub_checkpoint, make_random_checkpoint
 from tests.tiny_training import MODEL, tiny_run
 from tests.unit import sampler_oracles as oracle
+from training.config import ConfigError
 from training.data.branches import BranchBuilder, Exchange
 from training.data.questions import questions
 from training.data.rendering import render
@@ -271,6 +274,85 @@ def test_users_words_choose_and_an_answer_never_does(task, instruction):
         words = words[:4]
     assert "".join(words) == "".join(both if instruction == "all_turns" else both[-4:])
     assert not any(branch.instruction[branch.answer_start :])
+
+
+@pytest.mark.parametrize("vision", [True, False])
+@pytest.mark.parametrize("text", [True, False])
+def test_what_was_trained_on_an_imported_checkpoint_is_on_in_its_export_and_served(tmp_path, vision, text):
+    """An import has the vision-guided sampler off, for its selector is new."""
+    import_llava_next(make_hub_checkpoint(tmp_path / "hub"), tmp_path / "imported")
+    config = FocusLlavaConfig.load(tmp_path / "imported")
+    switched = dataclasses.replace(config, text_sampler=dataclasses.replace(config.text_sampler, enabled=False))
+    switched.save(tmp_path / "imported")
+    entries = []
+    for index, size_wh in enumerate(((56, 40), (80, 30), (90, 90))):
+        (tmp_path / f"{index}.png").write_bytes(picture(index, size_wh))
+        turns = [
+            {"from": "human", "value": "<image>\nWhat number is on the red card?"},
+            {"from": "gpt", "value": "Six"},
+        ]
+        entries.append({"image": f"{index}.png", "conversations": turns})
+    (tmp_path / "data.json").write_text(json.dumps(entries))
+    stage = {
+        "vision_sampler": vision,
+        "prune": {"layers": [2, 2], "thresholds": [0.6, 0.6]} if text else {},
+        "data": str(tmp_path / "data.json"),
+        # Coarse branches are to be chosen, which a selector of two steps would not.
+        "model": {"vision_sampler": {"branches": [[2, 2], [4, 4]], "balance_coefficients": [1.0, 1.0]}},
+    }
+    joint_run = JointTask(tiny_run(str(tmp_path / "out"), stage=stage, init_from=str(tmp_path / "imported")))
+    optimizer = torch.optim.SGD([p for p in joint_run.module.parameters() if p.requires_grad], lr=1e-3)
+    for step in range(2):
+        optimizer.zero_grad()
+        loss, _ = joint_run.module(joint_run.batch(step, 0, 1), step)
+        loss.backward()
+        optimizer.step()
+    joint_run.export(tmp_path / "out")
+    exported = FocusLlavaConfig.load(tmp_path / "out")
+    assert (exported.vision_sampler.enabled, exported.text_sampler.enabled) == (vision, text)
+
+    # What the command line asks for by default: both samplers on, the checkpoint's own threshold.
+    pipeline = EncoderPipeline.from_checkpoint(tmp_path / "out", dtype=torch.float32)
+    engine = Engine.from_checkpoint(tmp_path / "out", dtype=torch.float32, kv_cache_bytes=1 << 23)
+    (tokens,) = pipeline.encode([pipeline.prepare(picture(5, (56, 56)))], [True])
+    assert (len(tokens.tokens_ND) < tokens.uncompressed_tokens == 88) == vision
+    turn = ChatTurn(role="user", parts=(ImagePart(image=0), TextPart(text="What number is on the red card?")))
+    engine.submit(
+        GenerateRequest(request_id="r", turns=(turn,), images=(tokens,), sampling=SamplingParams(max_tokens=2))
+    )
+    events = []
+    while engine.has_work():
+        events += engine.step()
+    usage = events[-1][1].usage
+    assert usage.visual_tokens_uncompressed == 88 and (usage.visual_tokens_sampled < 88) == vision
+    assert (usage.visual_tokens_kept < usage.visual_tokens_sampled) == text
+
+
+@pytest.mark.parametrize(
+    ("init", "stage", "enabled"),
+    [
+        (False, {"vision_sampler": False, "prune": {}}, False),
+        (False, {"vision_sampler": True, "branch_control": {"name": "random", "shares": [0.5, 0.3, 0.2]}}, False),
+        (False, {"vision_sampler": True}, True),
+        (True, {"vision_sampler": False, "prune": {}}, True),
+        (True, {"vision_sampler": False, "prune": {}, "fresh_selector": True}, False),
+        (True, {"vision_sampler": True, "fresh_selector": True}, True),
+    ],
+)
+def test_a_selector_that_nobody_trained_is_off_and_what_a_run_leaves_alone_stays(tmp_path, init, stage, enabled):
+    first = JointTask(tiny_run(str(tmp_path / "first")))
+    first.export(tmp_path / "first")
+    run = tiny_run(str(tmp_path / "out"), stage=stage, **({"init_from": str(tmp_path / "first")} if init else {}))
+    JointTask(run).export(tmp_path / "out")
+    assert FocusLlavaConfig.load(tmp_path / "first").vision_sampler.enabled
+    assert FocusLlavaConfig.load(tmp_path / "out").vision_sampler.enabled == enabled
+
+
+@pytest.mark.parametrize("sampler", ["vision_sampler", "text_sampler"])
+def test_a_sampler_is_not_trained_and_switched_off_at_once(tmp_path, sampler):
+    model = {**MODEL, sampler: {**MODEL[sampler], "enabled": False}}
+    with pytest.raises(ConfigError, match=rf"stage.model.{sampler}.enabled: is false, and stage\.\w+.* trains it"):
+        JointTask(tiny_run(str(tmp_path / "out"), stage={"model": model}))
 
 
 def picture(seed, size_wh):

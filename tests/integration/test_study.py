@@ -20,8 +20,9 @@ def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     torch.manual_seed(0)
     JointTask(tiny_run(str(folder))).export(folder / "start")
+    # On two cores one run is scored while another, which does not need its result, is trained.
     return Study(start=folder / "start", folder=folder / "page", scratch=folder / "scratch", seeds=1, steps=2,
-                 images=3, cores=1)  # fmt: skip
+                 images=3, cores=2)  # fmt: skip
 
 
 def test_runs_train_score_and_resume(study):

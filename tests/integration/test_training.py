@@ -18,8 +18,8 @@ from services.llm.engine import Engine
 from tests.tiny_training import MODEL
 
 ROOT = pathlib.Path(__file__).parents[2]
-STEPS = 120
-SELECTOR_STEPS, ENCODER_STEPS = 50, 90
+STEPS, CHECKPOINT_EVERY = 60, 10
+SELECTOR_STEPS, ENCODER_STEPS = 25, 45
 
 
 def configuration(folder: pathlib.Path) -> pathlib.Path:
@@ -29,14 +29,14 @@ def configuration(folder: pathlib.Path) -> pathlib.Path:
         "steps": STEPS,
         "samples_per_worker": 2,
         "output": str(folder / "export"),
-        "checkpoint_every": 20,
+        "checkpoint_every": CHECKPOINT_EVERY,
         "log_every": 1,
         "optimizer": {
             "learning_rate": 4e-3,
             "warmup_steps": 4,
             "selector_steps": SELECTOR_STEPS,
             "encoder_steps": ENCODER_STEPS,
-            "rest_cooldown": 20,
+            "rest_cooldown": 10,
         },
         "cluster": {"storage_path": str(folder / "runs"), "cpus_per_worker": 0.5},
         "stage": {"model": MODEL, "prune": {"layers": [1, 3], "thresholds": [0.7, 1.0]}, "questions_per_image": 4},
@@ -60,7 +60,7 @@ def check_encoder_rested(folder: pathlib.Path) -> None:
     """In the last two checkpoints, both after ENCODER_STEPS, it is the same, its selector not what it started as."""
     files = sorted(folder.glob("runs/killed/checkpoint_*/state/mp_rank_00_model_states.pt"))
     states = [torch.load(file, weights_only=False) for file in files[-2:]]
-    assert [state["step"] for state in states] == [STEPS - 20, STEPS]
+    assert [state["step"] for state in states] == [STEPS - CHECKPOINT_EVERY, STEPS]
     before, after = (state["module"] for state in states)
     encoder = [name for name in after if name.startswith("encoder.")]
     assert encoder and all(torch.equal(before[name], after[name]) for name in encoder)
@@ -80,7 +80,7 @@ def test_a_killed_worker_resumes_and_the_export_answers(tmp_path):
                                    env={**environment, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"})  # fmt: skip
     try:
         # A checkpoint counts once it is registered, which the next one's being written makes certain.
-        wait_for(log, rf" 5\d/{STEPS} ", process, 400)
+        wait_for(log, rf" 2[5-9]/{STEPS} ", process, 400)
         workers = [
             p
             for p in psutil.Process(process.pid).children(recursive=True)
@@ -89,7 +89,7 @@ def test_a_killed_worker_resumes_and_the_export_answers(tmp_path):
         assert workers
         workers[0].send_signal(signal.SIGKILL)
         resumed = int(wait_for(log, rf"resumed at step (\d+) of {STEPS}", process, 300).group(1))
-        assert resumed % 20 == 0 and 0 < resumed < STEPS
+        assert resumed % CHECKPOINT_EVERY == 0 and 0 < resumed < STEPS
         assert process.wait(timeout=400) == 0, log.read_text(encoding="utf8")[-3000:]
     finally:
         if process.poll() is None:

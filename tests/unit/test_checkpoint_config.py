@@ -127,6 +127,14 @@ def test_checkpoints_that_exist_are_read_and_written_as_they_are():
         assert json.dumps(FocusLlavaConfig.from_dict(raw).to_dict(), sort_keys=True) == json.dumps(raw, sort_keys=True)
 
 
+def test_reduced_jpegs_are_kept_and_the_default_is_not_written():
+    assert "reduced_jpeg" not in config().to_dict(), "older checkpoints would change their fingerprints"
+    chosen = dataclasses.replace(config(), reduced_jpeg=True)
+    assert FocusLlavaConfig.from_dict(chosen.to_dict()) == chosen
+    with pytest.raises(InvalidInput, match="reduced_jpeg: is 'yes', expected bool"):
+        FocusLlavaConfig.from_dict({**config().to_dict(), "reduced_jpeg": "yes"})
+
+
 def test_the_choice_of_instruction_tokens_is_kept_and_the_default_is_not_written():
     default = config()
     assert "instruction" not in default.to_dict()["text_sampler"], "older checkpoints would change their fingerprints"

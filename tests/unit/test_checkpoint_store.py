@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pathlib
 import shutil
 
@@ -290,3 +291,28 @@ def test_one_tensor_under_two_names_is_stored_twice(original: pathlib.Path, tmp_
     save_checkpoint(tmp_path / "c", FocusLlavaConfig.load(original), dict.fromkeys(names, shared), {}, make_tokenizer())
     loaded = load_stage(tmp_path / "c", "encoder")
     assert loaded.keys() == set(names) and all(torch.equal(tensor, shared) for tensor in loaded.values())
+
+
+@pytest.mark.parametrize(("umask", "folder_mode", "file_mode"), [(0o022, 0o755, 0o644), (0o077, 0o700, 0o600)])
+def test_files_have_the_modes_that_the_umask_says(
+    umask: int, folder_mode: int, file_mode: int, tmp_path: pathlib.Path
+) -> None:
+    """Other users can read a checkpoint unless the umask forbids it; a shard that is more private is not linked."""
+    make_random_checkpoint(tmp_path / "source")
+    for path in (tmp_path / "source").glob("llm-*"):
+        path.chmod(0o600)
+    before = os.umask(umask)
+    try:
+        make_random_checkpoint(tmp_path / "written")
+        with CheckpointWriter(tmp_path / "linked", FocusLlavaConfig.load(tmp_path / "source")) as writer:
+            writer.link("llm", tmp_path / "source")
+            for name, tensor in load_stage(tmp_path / "source", "encoder").items():
+                writer.add(name, tensor)
+            writer.finish(tmp_path / "source")
+    finally:
+        os.umask(before)
+    for folder in (tmp_path / "written", tmp_path / "linked"):
+        assert folder.stat().st_mode & 0o777 == folder_mode
+        modes = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
+        assert len(modes) > 8 and set(modes.values()) == {file_mode}, modes
+    verify(tmp_path / "linked")

@@ -15,6 +15,7 @@ import grpc
 import pytest
 
 from focusllava.cli import main
+from focusllava.v1 import image_pb2
 from tests.certificates import self_signed
 from tests.scripted_gateway import ScriptedGateway, failed, finished, likely, started, token
 from tests.tiny_checkpoints import make_random_checkpoint
@@ -101,6 +102,16 @@ def test_log_probabilities_are_shown(gateway: ScriptedGateway, capsys) -> None:
     )
 
 
+def test_ask_says_how_images_are_read(gateway: ScriptedGateway, image: str) -> None:
+    for arguments in (["--detail", "low", "--whole-jpeg"], ["--reduced-jpeg"], []):
+        assert main(["ask", image, "What?", *arguments]) == 0
+    assert main(["ask", image, "What?", "--detail", "most"]) == 2
+    low, reduced, plain = (request.turns[0].parts[0] for request in gateway.requests)
+    assert low.image_options == image_pb2.ImageOptions(detail=image_pb2.IMAGE_DETAIL_LOW, reduced_jpeg=False)
+    assert reduced.image_options == image_pb2.ImageOptions(reduced_jpeg=True)
+    assert not plain.HasField("image_options")
+
+
 def test_ask_json_is_one_object(gateway: ScriptedGateway, image: str, capsys) -> None:
     assert main(["ask", image, image, "What?", "--json"]) == 0
     out, err = capsys.readouterr()
@@ -151,6 +162,13 @@ def test_a_path_is_no_question(gateway: ScriptedGateway, image: str, capsys, com
         err = capsys.readouterr().err
         assert "QUESTION is missing" in err and repr(arguments[-1]) in err
     assert gateway.requests == []
+
+
+def test_who_waits_for_a_server_is_told_so_once(capsys) -> None:
+    assert main(["ask", "docs/assets/sample.png", "what?", "--address", "127.0.0.1:9", "--timeout", "2"]) == 4
+    first, *rest = capsys.readouterr().err.splitlines()
+    assert "no server answers at 127.0.0.1:9" in first and first.endswith("; trying again")
+    assert len(rest) == 1 and "trying" not in rest[0]
 
 
 def test_nobody_there(capsys) -> None:

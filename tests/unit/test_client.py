@@ -11,18 +11,22 @@ from collections.abc import Iterator
 
 import grpc
 import pytest
+from PIL import Image, ImageCms, ImageOps
 
 from focusllava import (
     AsyncFocusClient,
     FocusClient,
     FocusClientError,
+    ImageFile,
     RetryPolicy,
     TokenLogprob,
+    Turn,
     assistant,
     system,
     user,
 )
-from focusllava.v1 import llm_pb2
+from focusllava.messages import read_image
+from focusllava.v1 import image_pb2, llm_pb2
 from tests.scripted_gateway import ScriptedGateway, failed, finished, likely, started, token
 
 QUICK = RetryPolicy(attempts=3, first_delay_s=0.01)
@@ -113,6 +117,42 @@ def test_image_sources_and_chat_turns(client: FocusClient, gateway: ScriptedGate
     assert last[4].text == "And these?"
 
 
+def test_how_images_are_read_reaches_the_wire(client: FocusClient, gateway: ScriptedGateway) -> None:
+    client.ask([b"a", b"b"], "q", detail="low", reduced_jpeg=False).result()
+    client.ask(b"a", "q").result()
+    mixed = Turn(role="user", parts=(ImageFile(data=b"a", detail="low"), b"b", ImageFile(data=b"c"), "q"))
+    client.chat([mixed, user("and?", images=b"d", detail="high"), user("q", images=b"e", detail="auto")]).result()
+    both, bare, each = gateway.requests
+    asked = image_pb2.ImageOptions(detail=image_pb2.IMAGE_DETAIL_LOW, reduced_jpeg=False)
+    assert [part.image_options for part in both.turns[0].parts[:2]] == [asked, asked]
+    assert not bare.turns[0].parts[0].HasField("image_options")
+    parts = [part for turn in each.turns for part in turn.parts if part.WhichOneof("part") == "image"]
+    assert [part.image for part in parts] == [b"a", b"b", b"c", b"d", b"e"]
+    details = [part.image_options.detail for part in parts]
+    assert details == [image_pb2.IMAGE_DETAIL_LOW, 0, 0, image_pb2.IMAGE_DETAIL_HIGH, 0]
+    assert not any(part.image_options.HasField("reduced_jpeg") for part in parts)
+    with pytest.raises(FocusClientError, match=r"parts\[0\]\.detail: is 'most', expected low, high or auto"):
+        client.ask(b"a", "q", detail="most")
+    with pytest.raises(FocusClientError, match="reduced_jpeg: is 'yes', expected True or False"):
+        client.ask(b"a", "q", reduced_jpeg="yes")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "F", "I", "I;16"])
+def test_a_pillow_image_keeps_its_orientation_and_its_pixels_in_every_mode(mode: str) -> None:
+    picture = Image.linear_gradient("L").resize((8, 4))
+    if mode == "LAB":
+        profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+        picture = ImageCms.applyTransform(picture.convert("RGB"), ImageCms.buildTransform(*profiles, "RGB", "LAB"))
+    else:
+        picture = picture.convert(mode)
+    picture.getexif()[0x0112] = 6
+    sent, shown = (ImageOps.exif_transpose(i) for i in (Image.open(io.BytesIO(read_image(picture))), picture))
+    assert sent.size == shown.size == (4, 8)
+    if mode not in ("F", "I"):  # these two with their values: Pillow's RGB of them is clipped
+        sent, shown = sent.convert("RGB"), shown.convert("RGB")
+    assert sent.tobytes() == shown.tobytes()
+
+
 def test_messages_larger_than_grpc_s_default_limit_pass(client: FocusClient, gateway: ScriptedGateway) -> None:
     client.ask(b"\0" * (9 * 2**20), "q").result()
     assert len(gateway.requests[0].turns[0].parts[0].image) == 9 * 2**20
@@ -144,6 +184,26 @@ def test_retries_end(client: FocusClient, gateway: ScriptedGateway) -> None:
         client.ask(None, "q").result()
     assert (caught.value.code, caught.value.message) == ("UNAVAILABLE", "restarting")  # a server did answer
     assert len(gateway.requests) == QUICK.attempts
+
+
+def test_a_server_that_went_is_waited_for_and_one_that_never_was_is_not_for_long(gateway: ScriptedGateway) -> None:
+    """The default policy, its times a tenth: a proxy that is killed is back after 5 to 30 s."""
+    default = RetryPolicy()
+    assert default.attempts is None and default.patience_s >= 45 and default.patience_to_connect_s >= 10
+    waited: list[FocusClientError] = []
+    retry = RetryPolicy(first_delay_s=0.02, max_delay_s=0.2, patience_to_connect_s=0.5, on_wait=waited.append)
+    with FocusClient(gateway.address, retry=retry) as client:
+        assert client.ask(None, "q").result().text == "a red café"
+        gateway.stop()
+        threading.Timer(2.0, gateway.start_again).start()
+        began = time.monotonic()
+        assert client.ask(None, "q").result().text == "a red café"
+        assert 1 < time.monotonic() - began < 10 and waited and waited[0].code == "UNAVAILABLE"
+    with FocusClient("127.0.0.1:9", retry=retry) as client:
+        began = time.monotonic()
+        with pytest.raises(FocusClientError, match="no server answers at"):
+            client.model_info()
+        assert 0.2 < time.monotonic() - began < 5
 
 
 def test_nothing_is_tried_again_after_the_first_event(client: FocusClient, gateway: ScriptedGateway) -> None:

@@ -126,7 +126,7 @@ def test_images_refused(client: FocusClient, tmp_path: pathlib.Path) -> None:
         (5, "images[0]: is a int, expected a path, bytes, an open binary file or a PIL image"),
         ([b"x", None], "images[1]: is a NoneType, expected"),
         ([b"x", [b"y"]], "images[1]: is a list, expected"),
-        (Image.new("CMYK", (2, 2)), "images[0]: cannot read Image: cannot write mode CMYK as PNG"),
+        (Image.new("HSV", (2, 2)), "images[0]: cannot read Image: cannot write mode HSV as TIFF"),
         (closed, "images[0]: cannot read BytesIO: I/O operation on closed file"),
         (io.StringIO("x"), "images[0]: the file was opened as text"),
         ("a\0b", "images[0]: cannot read 'a\\x00b': embedded null byte"),

@@ -7,20 +7,25 @@ import os
 import pathlib
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
 import yaml
 
-from cluster import checks, local, ray_head
+from cluster import checks, local, ray_head, serve_api
 from cluster.app import encoder, gateway, llm
-from cluster.checks import ClusterError, Ports, check_disk, check_port, find_checkpoint, free_ports
+from cluster.checks import ClusterError, Ports, check_disk, check_host, check_port, find_checkpoint, free_ports
 from cluster.interrupts import SIGNALS, signals_interrupt
-from cluster.ray_head import ClusterState
+from cluster.listeners import listeners
+from cluster.loopback import addresses
+from cluster.ray_head import MARKER, ClusterState
+from cluster.watch import HeadDied, StartWatch, check_listeners
 from services.common.errors import InvalidInput
 
 CONFIGS = sorted(pathlib.Path(local.__file__).parent.glob("serve*.yaml"))
-PORTS = Ports(grpc=1, dashboard=2, metrics=3, gcs=4, agent=5, ray_client=6, http=7)
+PORTS = Ports(grpc=1, dashboard=2, metrics=3, gcs=4, agent=5, agent_grpc=6, runtime_env=8, http=7)
 
 
 @pytest.fixture
@@ -41,7 +46,8 @@ def test_every_setting_of_a_shipped_configuration_exists(path, folder):
         assert application["import_path"] == f"cluster.app:{builder.__name__}"
         # Serve routes gRPC to nothing without one; the gateway's is where OpenAI's clients look for /v1.
         assert application["route_prefix"] == ("/" if name == "gateway" else f"/{name}")
-        bound = builder({**application["args"], "checkpoint": str(folder)})
+        said = {"network": "closed by a test"} if name == "gateway" else {}
+        bound = builder({**application["args"], **said, "checkpoint": str(folder)})
         (deployment,) = application["deployments"]
         assert deployment["name"] == bound._bound_deployment.name
         scaling = deployment["autoscaling_config"]
@@ -53,14 +59,22 @@ def test_every_setting_of_a_shipped_configuration_exists(path, folder):
     assert patience_s["gateway"] == patience_s["llm"] >= 60
     target = f"127.0.0.1:{config['grpc_options']['port']}"
     assert (built["gateway"].encoder.target, built["gateway"].llm.target) == (target, target)
-    assert len(config["grpc_options"]["grpc_servicer_functions"]) == 3
+    assert config["grpc_options"]["grpc_servicer_functions"] == ["cluster.ingress.add_services_to_server"]
 
 
 def test_a_misspelt_setting_is_named(folder):
     with pytest.raises(InvalidInput, match="kv_cache_byte: unknown setting"):
         llm({"checkpoint": str(folder), "kv_cache_byte": 1})
     with pytest.raises(InvalidInput, match="llm.attempts: is 'x', expected int"):
-        gateway({"checkpoint": str(folder), "llm": {"attempts": "x"}})
+        gateway({"checkpoint": str(folder), "network": "closed", "llm": {"attempts": "x"}})
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_a_shipped_configuration_waits_for_its_operator_to_close_the_network(path, folder):
+    (args,) = (a["args"] for a in yaml.safe_load(path.read_text())["applications"] if a["name"] == "gateway")
+    for said in ({}, {"network": ""}, {"network": " "}, {"network": True}):
+        with pytest.raises(InvalidInput, match="network: is not set: Ray runs code for whoever reaches its ports"):
+            gateway({**args, **said, "checkpoint": str(folder)})
 
 
 def test_the_local_configuration_has_this_clusters_ports_checkpoint_and_settings():
@@ -71,6 +85,9 @@ def test_the_local_configuration_has_this_clusters_ports_checkpoint_and_settings
     assert all(settings["checkpoint"] == "/some/where" for settings in args.values())
     assert args["gateway"]["encoder"]["target"] == args["gateway"]["llm"]["target"] == "127.0.0.1:1"
     assert args["llm"]["max_running"] == 3
+    assert args["gateway"]["network"] == "loopback"
+    opened = local.serve_config(local.SERVE_CONFIG, PORTS, "/some/where", {}, host="0.0.0.0")
+    assert opened["http_options"]["host"] == "0.0.0.0"
 
 
 def test_the_checkpoint_comes_from_the_argument_then_the_environment(folder, tmp_path_factory, monkeypatch):
@@ -105,6 +122,142 @@ def test_a_taken_port_and_a_missing_checkpoint_are_one_line_of_the_command(folde
     lines = capsys.readouterr().err.splitlines()
     assert [line.startswith("error: ") for line in lines] == [True] * 3
     assert f"port {port} is taken" in lines[0] and "no config.json" in lines[1] and "no cluster of ours" in lines[2]
+
+
+def test_a_host_is_an_address_of_this_machine():
+    assert (check_host("127.0.0.1"), check_host("0.0.0.0")) == ("127.0.0.1", "0.0.0.0")
+    assert check_host("localhost") in ("127.0.0.1", "::1")
+    for host in ("203.0.113.7", "no.such.host.invalid", "a b"):  # the first is nobody's, for documentation
+        with pytest.raises(ClusterError, match=f"--host is '{host}', expected an address of this machine"):
+            check_host(host)
+
+
+@pytest.mark.parametrize(
+    "asked, public, expected",
+    [
+        ("[::]:0", "", ["127.0.0.1:0"]),
+        ("[::]:9000", "", ["127.0.0.1:9000"]),
+        ("[::]:9000", "192.0.2.7:9000", ["127.0.0.1:9000", "192.0.2.7:9000"]),
+        ("[::]:9000", "[fd00::7]:9000", ["127.0.0.1:9000", "[fd00::7]:9000"]),
+        ("[::]:9000", "0.0.0.0:9000", ["0.0.0.0:9000"]),
+        ("[::]:9000", "[::]:9000", ["[::]:9000"]),
+        ("[::]:0", "0.0.0.0:9000", ["127.0.0.1:0"]),
+        ("0.0.0.0:9001", "0.0.0.0:9000", ["127.0.0.1:9001"]),
+    ],
+)
+def test_only_the_public_port_leaves_the_loopback_interface(asked, public, expected):
+    assert addresses(asked, public) == expected
+
+
+GRPC_SERVER = """
+import asyncio, sys, time
+import grpc.aio
+from cluster.loopback import keep_servers_local
+
+async def serve():
+    server = grpc.aio.server()
+    server.add_insecure_port("[::]:0")  # as Ray Serve does
+    await server.start()
+    print("ready", flush=True)
+    await asyncio.sleep(60)
+
+if sys.argv[1] == "hooked":
+    keep_servers_local()
+asyncio.run(serve())
+"""
+
+
+@pytest.mark.parametrize("hook, local_", [("hooked", True), ("bare", False)])
+def test_the_hook_keeps_a_grpc_server_on_the_loopback_interface(folder, hook, local_):
+    state = ClusterState(temp_dir=str(folder), checkpoint="x", ports=PORTS)
+    with subprocess.Popen(
+        [sys.executable, "-c", GRPC_SERVER, hook],
+        stdout=subprocess.PIPE,
+        env={**os.environ, MARKER: state.temp_dir, "PYTHONPATH": str(checks.REPOSITORY)},
+    ) as server:
+        try:
+            assert server.stdout.readline() == b"ready\n"
+            (found,) = listeners(state.pids())
+            assert (found.pid, found.is_local) == (server.pid, local_)
+            if local_:
+                check_listeners(state)
+            else:
+                with pytest.raises(ClusterError, match=f"could reach port {found.port} of python.* at ::"):
+                    check_listeners(state)
+        finally:
+            server.kill()
+
+
+@pytest.mark.parametrize("address, local_", [("127.0.0.1", True), ("0.0.0.0", False), ("127.0.0.2", True)])
+def test_listeners_are_read_from_the_kernel(address, local_):
+    with socket.socket() as listener, socket.socket():
+        listener.bind((address, 0))
+        listener.listen()
+        found = {each.port: each for each in listeners([os.getpid()])}[listener.getsockname()[1]]
+        assert (found.address, found.is_local, found.pid) == (address, local_, os.getpid())
+
+
+RAYLET_DIED = (  # a line of Ray 2.60
+    "[2026-11-30 00:24:47,093 C 4232 4232] (raylet) node_manager.cc:3576:  An unexpected system state has occurred. "
+    "You have likely discovered a bug in Ray. Check failed: statussetor3576.has_value() Timed out waiting for file "
+    "/x/metrics_agent_port_a06f\n*** StackTrace Information ***\n    @ 0x5651 raylet(+0x1) [0x2]\n"
+)
+
+
+def test_a_dead_head_is_noticed_and_its_log_explains_it(folder):
+    state = ClusterState(temp_dir=str(folder), checkpoint="x", ports=PORTS)
+    with subprocess.Popen(["sleep", "60"]) as head:
+        watch = StartWatch(state, head, timeout_s=60)
+        watch.check()
+        head.kill()
+        head.wait()
+        (folder / "ray-start.log").write_text("Exception: The current node timed out during startup.\n\n")
+        with pytest.raises(HeadDied, match="Ray died: Exception: The current node timed out .*; logs: "):
+            watch.check()
+        logs = folder / "ray" / "session_latest" / "logs"
+        logs.mkdir(parents=True)
+        (logs / "raylet.err").write_text(RAYLET_DIED)
+        with pytest.raises(
+            HeadDied, match="Ray died: raylet.err: Timed out waiting for file /x/metrics_agent_port_a06f;"
+        ):
+            watch.check()
+
+
+def test_a_start_has_as_long_as_it_makes_progress(folder):
+    state = ClusterState(temp_dir=str(folder), checkpoint="x", ports=PORTS)
+    program = "input(); held = b'x' * 2**27; print('held', flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    now = [0.0]
+    with subprocess.Popen([sys.executable, "-c", program], env={**os.environ, MARKER: state.temp_dir}, **pipes) as head:
+        try:
+            watch = StartWatch(state, head, timeout_s=300, clock=lambda: now[0])
+            watch.check("a")
+            now[0] = 299
+            head.stdin.write(b"\n")
+            head.stdin.flush()
+            assert head.stdout.readline() == b"held\n"
+            watch.check("a")  # memory that grows is progress
+            now[0] = 598
+            watch.check("b")  # and so is another state
+            now[0] = 897
+            watch.check("b")
+            now[0] = 899
+            with pytest.raises(ClusterError, match=r"no progress for 300 s \(b\); logs: "):
+                watch.check("b")
+        finally:
+            head.kill()
+
+
+def test_processes_that_write_over_their_environment_are_found_by_their_parents(folder):
+    state = ClusterState(temp_dir=str(folder), checkpoint="x", ports=PORTS)
+    program = "env -i sleep 60 & echo $!; wait"
+    environment = {**os.environ, MARKER: state.temp_dir}
+    with subprocess.Popen(["sh", "-c", program], env=environment, stdout=subprocess.PIPE) as parent:
+        try:
+            child = int(parent.stdout.readline())
+            assert set(state.pids()) == {parent.pid, child} and state.pid_of("sleep") == child
+        finally:
+            os.kill(child, signal.SIGKILL)
 
 
 def test_a_full_disk_is_named(folder):
@@ -183,5 +336,5 @@ def test_the_state_folder_must_be_private(folder):
 def test_the_failure_line_is_the_cause():
     message = "It failed 3 times.\n  File \"/x.py\"\nservices.common.errors.InvalidInput: dtype: is 'x'\n\n"
     application = {"message": "Failed to update the deployments", "deployments": {"Llm": {"message": message}}}
-    assert local.failure_line(application) == "services.common.errors.InvalidInput: dtype: is 'x'"
-    assert local.failure_line({"message": "plain\n", "deployments": {}}) == "plain"
+    assert serve_api.failure_line(application) == "services.common.errors.InvalidInput: dtype: is 'x'"
+    assert serve_api.failure_line({"message": "plain\n", "deployments": {}}) == "plain"

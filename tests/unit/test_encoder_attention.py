@@ -7,6 +7,7 @@ import torch
 
 from services.encoder.attention import attend
 
+TORCH_THREADS = 2
 HEADS, WIDTH = 3, 32
 
 

@@ -38,11 +38,11 @@ class Recorded(EncoderPipeline):
         self.decoding = threading.Event()
         self.prepared = 0
 
-    def prepare(self, image, vision_sampler=True):
+    def prepare(self, image, vision_sampler=True, options=None):
         self.prepared += 1
         self.decoding.set()
         self.decode_gate.wait()
-        return super().prepare(image, vision_sampler)
+        return super().prepare(image, vision_sampler, options)
 
     def encode(self, images, vision_sampler):
         self.batches.append([image.content_hash for image in images])

@@ -17,6 +17,7 @@ from services.encoder.pipeline import EncoderPipeline
 from tests.processor import PACKED_DTYPES, needs_bf16
 from tests.tiny_checkpoints import make_random_checkpoint
 
+TORCH_THREADS = 2
 TILE_PX = 28
 
 

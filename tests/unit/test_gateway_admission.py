@@ -10,11 +10,12 @@ import grpc
 import pytest
 from PIL import Image
 
-from focusllava.v1 import focus_pb2, llm_pb2
+from focusllava.v1 import focus_pb2, image_pb2, llm_pb2
 from services.common.errors import FocusError, InvalidInput, StageUnavailable, TooLarge
 from services.common.grpc_status import MAX_MESSAGE_CHARS, check_fingerprint, refuse, status_of
 from services.common.media import MediaLimits, content_hash
 from services.common.settings import build_settings
+from services.common.types import ImageOptions
 from services.gateway.admission import AdmissionLimits, admit, request_id_of
 
 USER, SYSTEM, ASSISTANT = llm_pb2.ROLE_USER, llm_pb2.ROLE_SYSTEM, llm_pb2.ROLE_ASSISTANT
@@ -51,6 +52,18 @@ def raw(text: str | None = None, token_ids: llm_pb2.TokenIds | None = None, **fi
 
 def admitted(request: focus_pb2.ChatRequest):
     return admit(request, LIMITS, request_id_of(request))
+
+
+def test_each_image_is_read_as_its_part_says():
+    request = ask(turn(USER, PNG, PNG, "what?"))
+    request.turns[0].parts[1].image_options.detail = image_pb2.IMAGE_DETAIL_LOW
+    request.turns[0].parts[1].image_options.reduced_jpeg = False
+    request.turns[0].parts[2].image_options.detail = image_pb2.IMAGE_DETAIL_LOW  # words have none
+    found = [image.options for image in admitted(request).images]
+    assert found == [ImageOptions(), ImageOptions(detail="low", reduced_jpeg=False)]
+    request.turns[0].parts[0].image_options.detail = 9  # type: ignore[assignment]
+    with pytest.raises(InvalidInput, match=r"^turns\[0\]\.parts\[0\]\.image_options\.detail: is 9, expected"):
+        admitted(request)
 
 
 def test_an_admitted_request_keeps_its_order_and_points_at_its_images():
@@ -106,6 +119,7 @@ def test_a_raw_prompt_enters_as_it_is():
         (ask(turn(USER, "x"), continue_final_message=True), InvalidInput, "continue_final_message: expects the last"),
         (raw(text="x", turns=[turn(USER, "x")]), InvalidInput, "turns: is set beside raw_prompt"),
         (raw(text="x", continue_final_message=True), InvalidInput, "continue_final_message: is set beside raw_prompt"),
+        (raw(token_ids=llm_pb2.TokenIds()), InvalidInput, "raw_prompt.token_ids: is empty"),
         (raw(), InvalidInput, "raw_prompt: is neither text nor token_ids"),
         (raw(text="x" * 61), TooLarge, "raw_prompt: has 61 characters, the limit is 60"),
         (raw(token_ids=llm_pb2.TokenIds(ids=[1] * 61)), TooLarge, "raw_prompt: has 61 tokens, the limit is 60"),

@@ -14,7 +14,7 @@ from focusllava.v1 import encoder_pb2
 from services.common import wire
 from services.common.errors import InvalidInput
 from services.common.telemetry import Metrics
-from services.common.types import CompressedVisualTokens
+from services.common.types import CompressedVisualTokens, ImageOptions
 from services.gateway.cache import (
     CacheKey,
     InProcessStore,
@@ -203,7 +203,6 @@ async def test_redis_that_was_never_there_is_a_miss(url):
         message_for(KEY).SerializeToString()[:-30],
         message_for(dataclasses.replace(KEY, content_hash="c" * 64)).SerializeToString(),
         message_for(dataclasses.replace(KEY, model_fingerprint="d" * 64)).SerializeToString(),
-        message_for(KEY, float("nan")).SerializeToString(),
     ],
 )
 async def test_a_poisoned_value_is_a_miss_and_is_replaced(redis_server, value):
@@ -237,8 +236,11 @@ def test_every_part_of_the_key_matters():
         dataclasses.replace(KEY, content_hash="c" * 64),
         dataclasses.replace(KEY, model_fingerprint="d" * 64),
         dataclasses.replace(KEY, vision_sampler=False),
+        dataclasses.replace(KEY, options=ImageOptions(detail="low")),
+        dataclasses.replace(KEY, options=ImageOptions(reduced_jpeg=True)),
+        dataclasses.replace(KEY, options=ImageOptions(reduced_jpeg=False)),
     ]
-    assert len({str(key) for key in (KEY, *others)}) == 4
+    assert len({str(key) for key in (KEY, *others)}) == len({KEY, *others}) == 7
 
 
 async def test_at_the_same_time_encodes_once():

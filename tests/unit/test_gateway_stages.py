@@ -10,8 +10,18 @@ import grpc.aio
 import pytest
 
 from focusllava.v1 import encoder_pb2, encoder_pb2_grpc, focus_pb2, llm_pb2, llm_pb2_grpc
-from services.common.errors import DeadlineExceeded, FocusError, InvalidInput, Overloaded, StageUnavailable, TooLarge
+from services.common import wire
+from services.common.errors import (
+    DeadlineExceeded,
+    FocusError,
+    InternalError,
+    InvalidInput,
+    Overloaded,
+    StageUnavailable,
+    TooLarge,
+)
 from services.common.telemetry import Metrics
+from services.common.types import ImageOptions
 from services.gateway.admission import AdmissionLimits
 from services.gateway.cache import InProcessStore, VisualTokenCache
 from services.gateway.chat import ChatService
@@ -27,6 +37,7 @@ from tests.unit.test_gateway_admission import PNG, USER, ask, turn
 from tests.unit.test_gateway_cache import KEY, message_for
 
 DIED = "The actor died unexpectedly before finishing this task"
+PROMPT_TOKENS = 7
 WORDS = ["The ", "card ", "says ", "sev", "en."]
 METRICS = Metrics("gateway")
 
@@ -39,6 +50,7 @@ class LanguageModel(llm_pb2_grpc.LanguageModelServiceServicer):
         self.requests: list[llm_pb2.GenerateRequest] = []
         self.metadata: list[dict[str, str]] = []
         self.cancelled = asyncio.Event()
+        self.checks, self.check_pause_s, self.check_failure = 0, 0.0, None
 
     async def Generate(self, request, context):
         self.requests.append(request)
@@ -51,15 +63,26 @@ class LanguageModel(llm_pb2_grpc.LanguageModelServiceServicer):
                     await context.abort(failure[1], failure[2])
                 await asyncio.sleep(self.pause_s)
                 wanted = [logprobs(number)] if request.sampling.HasField("logprobs") else []
-                yield llm_pb2.GenerateResponse(token=llm_pb2.Token(text=word, token_ids=[number], logprobs=wanted))
+                token = llm_pb2.Token(text=word, token_ids=[number], logprobs=wanted, prompt_tokens=PROMPT_TOKENS)
+                yield llm_pb2.GenerateResponse(token=token)
             yield llm_pb2.GenerateResponse(
                 finished=llm_pb2.Finished(
-                    reason=llm_pb2.FINISH_REASON_STOP, usage=llm_pb2.Usage(completion_tokens=len(self.words))
+                    reason=llm_pb2.FINISH_REASON_STOP,
+                    usage=llm_pb2.Usage(prompt_tokens=PROMPT_TOKENS, completion_tokens=len(self.words)),
                 )
             )
         except asyncio.CancelledError:
             self.cancelled.set()
             raise
+
+    async def CheckLanguageModel(self, request, context):
+        self.checks += 1
+        if request.model_fingerprint != KEY.model_fingerprint:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "model_fingerprint: is another")
+        if self.check_failure:
+            await context.abort(*self.check_failure)
+        await asyncio.sleep(self.check_pause_s)
+        return llm_pb2.CheckLanguageModelResponse()
 
 
 class Encoder(encoder_pb2_grpc.EncoderServiceServicer):
@@ -72,6 +95,9 @@ class Encoder(encoder_pb2_grpc.EncoderServiceServicer):
         if failure:
             await context.abort(*failure)
         return encoder_pb2.EncodeResponse(visual_tokens=message_for(KEY))
+
+    async def CheckEncoder(self, request, context):
+        return encoder_pb2.CheckEncoderResponse()
 
 
 @contextlib.asynccontextmanager
@@ -92,7 +118,9 @@ async def serving(model: LanguageModel | None = None, encoder: Encoder | None = 
 
 
 def logprobs(number: int) -> llm_pb2.TokenLogprobs:
-    return llm_pb2.TokenLogprobs(chosen=llm_pb2.TokenLogprob(token_id=number, logprob=-number, text=str(number)))
+    return llm_pb2.TokenLogprobs(
+        chosen=llm_pb2.TokenLogprob(token_id=number, logprob=-number, text=str(number), raw_bytes=b"%d" % number)
+    )
 
 
 def request(**sampling) -> llm_pb2.GenerateRequest:
@@ -239,8 +267,10 @@ async def test_a_deadline_reaches_the_stage():
 async def test_encode_is_tried_again_and_names_the_fingerprint():
     encoder = Encoder((grpc.StatusCode.UNAVAILABLE, ""), (grpc.StatusCode.INTERNAL, DIED))
     async with serving(encoder=encoder) as (client, _):
-        assert await client.encode(b"image", True, Deadline()) == message_for(KEY)
+        options = ImageOptions(detail="low", reduced_jpeg=False)
+        assert await client.encode(b"image", True, options, Deadline()) == message_for(KEY)
     assert len(encoder.requests) == 3 and encoder.requests[0].model_fingerprint == KEY.model_fingerprint
+    assert [wire.image_options_from_proto(request.options) for request in encoder.requests] == [options] * 3
 
 
 @pytest.mark.parametrize(
@@ -306,6 +336,20 @@ async def test_a_refusal_by_a_stage_comes_before_any_event():
             await chat(service(*clients), ask(turn(USER, "what?", PNG)))
         with pytest.raises(TooLarge):
             await chat(service(*clients), ask(sampling=llm_pb2.SamplingParams(max_tokens=10**6)))
+
+
+async def test_visual_tokens_that_the_model_refuses_are_our_fault_and_leave_the_cache():
+    """NaN out of an encoder, or out of a cache that someone wrote to."""
+    refused = (0, grpc.StatusCode.INVALID_ARGUMENT, "images[0].tokens: holds NaN, infinity, or values beyond")
+    encoder = Encoder()
+    async with serving(LanguageModel(refused), encoder) as clients:
+        gateway = service(*clients)
+        with pytest.raises(InternalError, match="an image's visual tokens were of no use; try again"):
+            await chat(gateway, ask(turn(USER, PNG, "what?")))
+        await gateway._cache.flush()
+        events = await chat(gateway, ask(turn(USER, PNG, "what?")))
+    assert kinds(events)[-1] == "finished" and not events[0].started.images[0].cached
+    assert len(encoder.requests) == 2
 
 
 async def test_a_deadline_that_has_passed_starts_nothing():

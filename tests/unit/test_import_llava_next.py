@@ -302,7 +302,7 @@ def _quantized(hub: pathlib.Path) -> None:
         (_file("config.json", projector_hidden_act="relu"), "projector_hidden_act: is 'relu'"),
         (_file("config.json", quantization_config={"quant_method": "awq"}), "quantization_config"),
         (_file("config.json", image_token_index=3000), "image_token_index: is 3000"),
-        (_text(sliding_window=512), "sliding_window: is 512, smaller than the context of 2048"),
+        (_text(sliding_window=512), "sliding_window: is 512, smaller than max_position_embeddings 2048"),
         (_text(model_type="gemma"), "text_config.model_type: is 'gemma'"),
         (_text(hidden_size="wide"), "config.json: is not a LLaVA-NeXT config"),
         (_file("preprocessor_config.json", resample=2), "resample: is 2"),

@@ -15,6 +15,7 @@ from services.llm.model import Decoder
 from tests import tiny_llm
 from tests.processor import PACKED_DTYPES, needs_bf16, needs_vnni
 
+TORCH_THREADS = 2
 CPU = torch.device("cpu")
 
 

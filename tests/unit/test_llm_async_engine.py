@@ -12,7 +12,7 @@ import pytest
 
 from services.common.errors import InternalError, InvalidInput, StageUnavailable
 from services.common.types import FinishedEvent, GenerateRequest
-from services.llm.async_engine import AsyncEngine
+from services.llm.async_engine import INTAKE_THREADS, AsyncEngine
 from services.llm.block_pool import Block
 from services.llm.kv_cache import BlockTables
 from tests import tiny_llm
@@ -92,6 +92,32 @@ async def test_a_request_that_waits_can_be_cancelled() -> None:
         ids, _ = await first
         assert len(ids) == 300
         assert second.cancelled() or second.done()
+
+
+async def test_requests_cancelled_before_their_intake_are_never_read(monkeypatch) -> None:
+    """Three hundred that wait behind a slow one: the threads of the intake are few."""
+    async with running() as engine:
+        read: list[str] = []
+        slow = threading.Event()
+        prepare = engine.engine.prepare
+
+        def slowly(request: GenerateRequest) -> Any:
+            read.append(request.request_id)
+            slow.wait(20)
+            return prepare(request)
+
+        monkeypatch.setattr(engine.engine, "prepare", slowly)
+        requests = [tiny_llm.request(engine.engine, f"r{i}", max_tokens=1000) for i in range(300)]
+        tasks = [asyncio.create_task(answer(engine, request)) for request in requests]
+        while len(read) < INTAKE_THREADS:
+            await asyncio.sleep(0.01)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        slow.set()
+        await engine.take_in(lambda: None)
+        await until_idle(engine)
+        assert len(read) == INTAKE_THREADS and engine.stats().decode_passes == 0
 
 
 async def test_a_refused_request_raises_before_any_event_and_a_duplicate_leaves_the_first_alone() -> None:

@@ -15,6 +15,7 @@ from services.llm.kernels.reference import ReferenceKernels
 from tests import gpu
 from tests.attention_oracle import decode_oracle, prefill_oracle
 
+TORCH_THREADS = 2
 CPU = torch.device("cpu")
 DTYPES = {torch.float32: 3e-6, torch.bfloat16: 2e-2}
 """Largest error of an output of size one."""

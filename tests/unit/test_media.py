@@ -11,7 +11,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms, ImageOps
 
 from services.common import media
 from services.common.errors import InvalidInput, TooLarge
@@ -319,6 +319,45 @@ def test_exif_rotation_is_applied(format):
     opened = open_image(file_of(image, format, exif=exif))
     assert opened.image.size == (20, 40)
     assert opened.image.getpixel((10, 2))[1] < 40 and opened.image.getpixel((10, 35))[1] > 215
+
+
+def in_mode(picture: Image.Image, mode: str) -> Image.Image:
+    if mode == "LAB":
+        profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+        return ImageCms.applyTransform(picture, ImageCms.buildTransform(*profiles, "RGB", "LAB"))
+    if mode == "PA":
+        return picture.convert("P").convert("PA")
+    return picture.convert(mode)
+
+
+@pytest.mark.parametrize(
+    "format, mode, options",
+    [
+        *(("TIFF", "LAB", {"compression": how}) for how in ("raw", "tiff_lzw", "tiff_adobe_deflate", "packbits")),
+        *(("TIFF", mode, {}) for mode in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")),
+        *(("JPEG", mode, {}) for mode in ("L", "RGB", "CMYK")),
+        *(("PNG", mode, {}) for mode in ("1", "L", "LA", "P", "RGB", "RGBA")),
+        *(("BMP", mode, {}) for mode in ("1", "L", "P", "RGB", "RGBA")),
+        *(("GIF", mode, {}) for mode in ("1", "L", "P", "RGB")),
+        *(("WEBP", mode, {"lossless": True}) for mode in ("L", "RGB", "RGBA")),
+    ],
+)
+def test_every_mode_becomes_rgb_as_pillow_converts_it(format, mode, options):
+    noise = np.random.default_rng(1).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    data = file_of(in_mode(Image.fromarray(noise.repeat(8, 0).repeat(8, 1)), mode), format, **options)
+    opened = open_image(data)
+    assert opened.notes == () and opened.image.mode == "RGB"
+    assert opened.image.tobytes() == Image.open(io.BytesIO(data)).convert("RGB").tobytes()
+
+
+def test_lab_is_turned_upright_before_it_is_converted():
+    picture = Image.linear_gradient("L").resize((40, 20)).convert("RGB")
+    picture.paste((255, 0, 0), (0, 0, 10, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = file_of(in_mode(picture, "LAB"), "TIFF", exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    assert open_image(data).image.tobytes() == upright.tobytes() and upright.size == (20, 40)
 
 
 def test_broken_exif_is_ignored():

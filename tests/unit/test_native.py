@@ -23,6 +23,7 @@ from tests.attention_oracle import prefill_oracle
 from tests.processor import PACKED_DTYPES
 from tests.tiny_llm import checkpoint
 
+TORCH_THREADS = 2
 ops = torch.ops.focusllava
 DTYPES = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
 """Largest relative error: a rounding or two."""

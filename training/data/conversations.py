@@ -10,8 +10,8 @@ from typing import Any
 
 from services.checkpoint.config import FocusLlavaConfig
 from services.common.errors import FocusError
-from services.common.media import open_image
-from services.encoder.anyres import any_map_left, tile_image
+from services.encoder.anyres import any_map_left
+from services.encoder.reading import read_tiles
 from training.config import ConfigError
 from training.data.branches import BranchBuilder, Exchange
 from training.layout import Branch, Sample
@@ -41,18 +41,10 @@ class ConversationBatches:
     def sample(self, index: int) -> Sample:
         path = self.folder / self.entries[index]["image"]
         try:
-            image = open_image(path.read_bytes(), field=str(path)).image
+            tiles, _ = read_tiles(path.read_bytes(), self.config, field=str(path))
         except (OSError, FocusError) as error:
             raise ConfigError(f"stage.data[{index}].image: {error}") from None
-        config = self.config
-        tiles = tile_image(
-            image,
-            tile_px=config.tile_px,
-            pinpoints=config.image_grid_pinpoints,
-            mean=config.image_mean,
-            std=config.image_std,
-        )
-        if not any_map_left(tiles, config.patches_per_side):
+        if not any_map_left(tiles, self.config.patches_per_side):
             height, width = tiles.image_size_hw
             raise ConfigError(f"stage.data[{index}].image: {path} is {width} x {height} pixels, too narrow a strip")
         built = [self._branch(index, turn) for turn in range(len(self.exchanges[index]))]

@@ -11,7 +11,8 @@ from typing import Any
 from PIL import Image
 
 from services.checkpoint.config import FocusLlavaConfig
-from services.encoder.anyres import best_resolution, tile_image
+from services.encoder.anyres import best_resolution
+from services.encoder.reading import tiles_of
 from training.data.branches import BranchBuilder, Exchange
 from training.data.easy_vqa import easy_vqa_asked, easy_vqa_at, open_easy_vqa
 from training.data.fonts import Box
@@ -84,14 +85,7 @@ class SceneBatches:
         """The scene with this index and its questions; `small` takes it among those that the curriculum starts with."""
         scene = self._scene(index, small)
         rng = random.Random(f"{self.seed}/{index}/questions")
-        config = self.config
-        image = tile_image(
-            self.source.draw(scene),
-            tile_px=config.tile_px,
-            pinpoints=config.image_grid_pinpoints,
-            mean=config.image_mean,
-            std=config.image_std,
-        )
+        image = tiles_of(self.source.draw(scene), self.config)
         branches = []
         prefix: tuple[int, ...] = ()
         for asked in self._choose(self.source.ask(scene, rng), rng):

@@ -1,6 +1,7 @@
 """The only converters between our types and their protobuf messages; everything that comes in is checked here."""
 
 from services.common.wire.events import Event, event_from_proto, event_to_proto, usage_from_proto, usage_to_proto
+from services.common.wire.images import image_options_from_proto, image_options_to_proto
 from services.common.wire.requests import (
     generate_request_from_proto,
     generate_request_to_proto,
@@ -13,14 +14,18 @@ from services.common.wire.requests import (
     turns_from_proto,
     turns_to_proto,
 )
+from services.common.wire.sizes import RequestSizes
 from services.common.wire.tensors import tensor_from_proto, tensor_to_proto, tokens_from_proto, tokens_to_proto
 
 __all__ = [
     "Event",
+    "RequestSizes",
     "event_from_proto",
     "event_to_proto",
     "generate_request_from_proto",
     "generate_request_to_proto",
+    "image_options_from_proto",
+    "image_options_to_proto",
     "prune_from_proto",
     "prune_to_proto",
     "raw_prompt_from_proto",

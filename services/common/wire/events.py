@@ -51,7 +51,9 @@ def event_to_proto(event: Event) -> llm_pb2.GenerateResponse:
     """A FocusError becomes the stream's error event."""
     if isinstance(event, TokenEvent):
         logprobs = [_logprobs_to_proto(logprobs) for logprobs in event.logprobs]
-        token = llm_pb2.Token(text=event.text, token_ids=event.token_ids, logprobs=logprobs)
+        token = llm_pb2.Token(
+            text=event.text, token_ids=event.token_ids, logprobs=logprobs, prompt_tokens=event.prompt_tokens
+        )
         return llm_pb2.GenerateResponse(token=token)
     if isinstance(event, FinishedEvent):
         finished = llm_pb2.Finished(reason=_REASON_VALUES[event.reason], usage=usage_to_proto(event.usage))
@@ -65,7 +67,12 @@ def event_from_proto(message: llm_pb2.GenerateResponse) -> Event:
     if kind == "token":
         token = message.token
         logprobs = tuple(_logprobs_from_proto(logprobs) for logprobs in token.logprobs)
-        return TokenEvent(text=token.text, token_ids=tuple(token.token_ids), logprobs=logprobs)
+        return TokenEvent(
+            text=token.text,
+            token_ids=tuple(token.token_ids),
+            logprobs=logprobs,
+            prompt_tokens=token.prompt_tokens,
+        )
     if kind == "finished":
         reason = _REASONS.get(message.finished.reason)
         if reason is None:

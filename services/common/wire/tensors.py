@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from focusllava.v1 import encoder_pb2, tensor_pb2
-from services.common.dtypes import all_finite
 from services.common.errors import InvalidInput
 from services.common.types import CompressedVisualTokens
 
@@ -25,17 +24,26 @@ _DTYPES = {
 _DATA_TYPES = {dtype: data_type for data_type, dtype in _DTYPES.items()}
 
 
-def tensor_to_proto(tensor: torch.Tensor) -> tensor_pb2.Tensor:
-    """A tensor of 1 to 8 dimensions, none of them 0; float32, float16, bfloat16 or uint8, on any device."""
+def tensor_to_proto(tensor: torch.Tensor, into: tensor_pb2.Tensor | None = None) -> tensor_pb2.Tensor:
+    """A tensor of 1 to 8 dimensions, none of them 0; float32, float16, bfloat16 or uint8, on any device.
+
+    into: an empty message to fill. A message that becomes a field of another is copied, and this one may have 24 MB.
+    """
     assert tensor.dtype in _DATA_TYPES, f"{tensor.dtype} has no type on the wire"
     assert 1 <= tensor.ndim <= MAX_DIMENSIONS and tensor.numel(), f"shape {tuple(tensor.shape)} cannot cross the wire"
     # numpy has no bfloat16: the bytes are read through a view.
     data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-    return tensor_pb2.Tensor(data_type=_DATA_TYPES[tensor.dtype], shape=tensor.shape, data=data)
+    message = tensor_pb2.Tensor() if into is None else into
+    message.data_type, message.data = _DATA_TYPES[tensor.dtype], data
+    message.shape.extend(tensor.shape)
+    return message
 
 
 def tensor_from_proto(message: tensor_pb2.Tensor, field: str = "tensor") -> torch.Tensor:
-    """Raises InvalidInput: unknown type, a shape that is not 1 to 8 positive sizes or does not match the bytes, NaN."""
+    """Raises InvalidInput: unknown type, a shape that is not 1 to 8 positive sizes or does not match the bytes.
+
+    NaN and infinity pass: the engine's intake looks for them once, in the dtype that the model computes in.
+    """
     dtype = _DTYPES.get(message.data_type)
     if dtype is None:
         known = ", ".join(tensor_pb2.DataType.Name(value) for value in _DTYPES)
@@ -51,23 +59,21 @@ def tensor_from_proto(message: tensor_pb2.Tensor, field: str = "tensor") -> torc
         found = f"has {len(data)} bytes, expected {expected} for shape {list(shape)} of {dtype}"
         raise InvalidInput(found, field=f"{field}.data")
     # One copy: torch wants memory that may be written, and bytes may not.
-    tensor = torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
-    if dtype.is_floating_point and not all_finite(tensor):
-        raise InvalidInput("holds NaN or infinity", field=f"{field}.data")
-    return tensor
+    return torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
 
 
-def tokens_to_proto(tokens: CompressedVisualTokens) -> encoder_pb2.CompressedVisualTokens:
-    return encoder_pb2.CompressedVisualTokens(
-        tokens=tensor_to_proto(tokens.tokens_ND),
-        branch_ids=tokens.branch_ids_M.cpu().numpy().astype(np.uint8).tobytes(),
-        map_height=tokens.map_hw[0],
-        map_width=tokens.map_hw[1],
-        uncompressed_tokens=tokens.uncompressed_tokens,
-        content_hash=tokens.content_hash,
-        model_fingerprint=tokens.model_fingerprint,
-        notes=tokens.notes,
-    )
+def tokens_to_proto(
+    tokens: CompressedVisualTokens, into: encoder_pb2.CompressedVisualTokens | None = None
+) -> encoder_pb2.CompressedVisualTokens:
+    """into: an empty message to fill, as of `tensor_to_proto`."""
+    message = encoder_pb2.CompressedVisualTokens() if into is None else into
+    tensor_to_proto(tokens.tokens_ND, message.tokens)
+    message.branch_ids = tokens.branch_ids_M.cpu().numpy().astype(np.uint8).tobytes()
+    message.map_height, message.map_width = tokens.map_hw
+    message.uncompressed_tokens = tokens.uncompressed_tokens
+    message.content_hash, message.model_fingerprint = tokens.content_hash, tokens.model_fingerprint
+    message.notes.extend(tokens.notes)
+    return message
 
 
 def tokens_from_proto(
@@ -94,7 +100,7 @@ def tokens_from_proto(
         check_sha256(getattr(message, name), f"{field}.{name}")
     return CompressedVisualTokens(
         tokens_ND=tokens_ND,
-        branch_ids_M=torch.tensor(list(message.branch_ids), dtype=torch.uint8),
+        branch_ids_M=torch.from_numpy(np.frombuffer(message.branch_ids, np.uint8).copy()),
         map_hw=(height, width),
         uncompressed_tokens=message.uncompressed_tokens,
         content_hash=message.content_hash,

@@ -1,14 +1,19 @@
-"""One cluster on a random checkpoint serves every test that asks for it."""
+"""One cluster on a random checkpoint serves every test that asks for it; its first raylet dies as it starts."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import pathlib
+import signal
+import threading
+import time
 
 import grpc
 import pytest
 
 from cluster.local import LocalCluster
-from tests.serving_client import OPTIONS
+from tests.serving_client import FP32, OPTIONS
 from tests.tiny_checkpoints import make_random_checkpoint
 
 
@@ -21,15 +26,27 @@ def checkpoint(tmp_path_factory) -> tuple[pathlib.Path, str]:
 @pytest.fixture(scope="package")
 def cluster(checkpoint):
     said: list[str] = []
-    with LocalCluster(
-        checkpoint=checkpoint[0],
-        grpc_port=0,
-        timeout_s=400,
-        args={stage: {"dtype": "float32"} for stage in ("encoder", "llm")},  # compared with fp32
-    ) as local:
+    killed: list[int] = []
+    with LocalCluster(checkpoint=checkpoint[0], grpc_port=0, timeout_s=400, args=FP32) as local:
+        killer = threading.Thread(target=kill_first_raylet, args=(local, killed), daemon=True)
+        killer.start()
         local.start(progress=said.append)
-        assert any("gateway running" in line for line in said)
+        killer.join(60)
+        # Ray's own parent process may say it first: "Ray died", not "raylet died".
+        assert killed and any("died" in line and "trying once more" in line for line in said), said
+        assert killed[0] not in local.state.pids() and any("gateway running" in line for line in said)
         yield local
+
+
+def kill_first_raylet(local: LocalCluster, killed: list[int]) -> None:
+    """kill -9 as soon as it runs, which is before the dashboard answers."""
+    while not killed:
+        with contextlib.suppress(AssertionError):  # there is no state yet
+            raylet = local.state.pid_of("raylet")
+            if raylet is not None:
+                os.kill(raylet, signal.SIGKILL)
+                killed.append(raylet)
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="package")

@@ -10,6 +10,7 @@ import urllib.request
 
 import openai
 import pytest
+from transformers import AutoTokenizer
 
 from tests.serving_client import LEAKS, chat, gauge, picture, question, scrape, text_of, until
 
@@ -110,3 +111,76 @@ def test_nothing_else_is_there_and_nothing_leaks(cluster, path):
         assert caught.value.code == 404, (path, caught.value.code, text)
         assert not LEAKS.search(text), text
         assert text == "this stage speaks gRPC" or json.loads(text)["error"]["message"]
+
+
+def test_both_stages_are_there(cluster):
+    url = cluster.openai_url.removesuffix("/v1") + "/health"
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=30) as answer:
+        assert json.loads(answer.read()) == {"status": "ok"}
+
+
+def test_a_text_completion(client, checkpoint):
+    model = client.models.list().data[0].id
+    fields = {"model": model, "prompt": "What is on", "max_tokens": 9, "extra_body": {"ignore_eos": True}}
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    whole = client.completions.create(**fields, logprobs=2)
+    chunks = list(client.completions.create(**fields, stream=True, stream_options=options))
+    tokens = AutoTokenizer.from_pretrained(checkpoint[0])(fields["prompt"])["input_ids"]
+    by_ids = client.completions.create(**{**fields, "prompt": tokens})
+    assert whole.usage.prompt_tokens == len(tokens) and whole.usage.completion_tokens == 9
+    assert whole.choices[0].text == "".join(chunk.choices[0].text for chunk in chunks if chunk.choices)
+    assert by_ids.choices[0].text == whole.choices[0].text and by_ids.usage == whole.usage == chunks[-1].usage
+    assert {chunk.usage.prompt_tokens for chunk in chunks} == {len(tokens)}
+    assert len(whole.choices[0].logprobs.tokens) == len(whole.choices[0].logprobs.text_offset) == 9
+    assert all(len(top) in (2, 3) for top in whole.choices[0].logprobs.top_logprobs)
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"colour": {"enum": ["red", "blue"]}, "count": {"type": "integer", "minimum": 0, "maximum": 9}},
+    "required": ["colour", "count"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("temperature", [0, 1.5])
+def test_an_answer_that_must_match(client, temperature):
+    formatted = {"type": "json_schema", "json_schema": {"name": "card", "schema": SCHEMA, "strict": True}}
+    common = {"tokens": 200, "temperature": temperature, "seed": 5}
+    card = json.loads(ask(client, picture(107), response_format=formatted, **common).choices[0].message.content)
+    assert card.keys() == {"colour", "count"} and card["colour"] in ("red", "blue") and 0 <= card["count"] <= 9
+    said = ask(client, picture(107), extra_body={"guided_choice": ["yes", "no"]}, **common)
+    assert said.choices[0].message.content in ("yes", "no") and said.choices[0].finish_reason == "stop"
+    said = ask(client, picture(107), extra_body={"structured_outputs": {"regex": "[a-c]{3}"}}, **common)
+    assert re.fullmatch("[a-c]{3}", said.choices[0].message.content)
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, picture(107), extra_body={"guided_json": {"type": "no such type"}})
+    assert caught.value.param == "guided_json"
+
+
+def test_settings_that_vllm_has_too(client):
+    plain = ask(client, picture(108), logprobs=True).choices[0]
+    text, stop = plain.message.content, plain.message.content[2:4]
+    assert stop and b"".join(bytes(entry.bytes) for entry in plain.logprobs.content).decode(errors="replace")
+    stopped = ask(client, picture(108), extra_body={"ignore_eos": True, "stop": [stop]})
+    assert stopped.choices[0].message.content == text[: text.find(stop)]
+    kept = ask(client, picture(108),
+               extra_body={"ignore_eos": True, "stop": [stop], "include_stop_str_in_output": True})  # fmt: skip
+    assert kept.choices[0].message.content == text[: text.find(stop)] + stop
+    alone = [{"role": "user", "content": messages(picture(108))[0]["content"][:1]}]
+    said = client.chat.completions.create(model=client.models.list().data[0].id, messages=alone, max_tokens=3)
+    assert said.focus["visual_tokens_kept"] == said.focus["visual_tokens_sampled"]  # nothing is pruned by no words
+
+
+def test_a_conversation_in_every_order(client):
+    model = client.models.list().data[0].id
+    system, user = {"role": "system", "content": "Be short."}, messages(picture(109))[0]
+    begun = [user, {"role": "assistant", "content": "It is"}]
+    again = {"role": "user", "content": "Why?"}
+    for conversation in ([system, system, user], [user, system], [system, *begun, system, again], begun):
+        said = client.chat.completions.create(model=model, messages=conversation, max_tokens=2)
+        assert said.usage.completion_tokens >= 1
+    open_ended = client.chat.completions.create(
+        model=model, messages=begun, max_tokens=4, extra_body={"continue_final_message": True, "ignore_eos": True}
+    )
+    assert open_ended.usage.completion_tokens == 4

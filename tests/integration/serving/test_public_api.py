@@ -14,7 +14,9 @@ import time
 import grpc
 import pytest
 
+from focusllava import FocusClient
 from focusllava.v1 import focus_pb2, focus_pb2_grpc, llm_pb2
+from services.checkpoint.config import FocusLlavaConfig
 from services.common.media import content_hash
 from tests.serving_client import LEAKS, chat, gauge, ids_of, picture, question, replica_pids, scrape, until
 
@@ -43,6 +45,21 @@ def test_the_second_question_about_an_image_is_answered_from_the_cache(channel):
     cached = [events[0].started.images[0].cached for events in (first, again, other, unsampled)]
     assert cached == [False, True, True, False]
     assert ids_of(again) == ids_of(first)
+
+
+def test_low_detail_is_one_tile_in_the_accounts_and_in_the_cache(cluster, checkpoint):
+    patches = FocusLlavaConfig.load(checkpoint[0]).patches_per_side ** 2
+    image = picture(3)
+    with FocusClient(cluster.grpc_address, timeout_s=60) as client:
+        high = client.ask(image, "What?", max_tokens=2).result()
+        low, again = (client.ask(image, "What?", detail="low", max_tokens=2).result() for _ in range(2))
+        auto = client.ask(image, "What?", detail="auto", max_tokens=2).result()
+        whole = client.ask(image, "What?", reduced_jpeg=False, max_tokens=2).result()
+    assert low.usage.visual_tokens_uncompressed == low.usage.visual_tokens_sampled == patches + 1
+    saved = high.usage.visual_tokens_sampled - (patches + 1)
+    assert saved > 0 and low.usage.prompt_tokens == high.usage.prompt_tokens - saved
+    assert [answer.images[0].cached for answer in (high, low, again, auto, whole)] == [False, False, True, True, False]
+    assert again.text == low.text and auto.text == high.text == whole.text
 
 
 def test_two_clients_stream_at_the_same_time(cluster):
@@ -80,13 +97,17 @@ def test_a_cancelled_call_frees_its_slot(cluster, channel):
         return sum(map(float, re.findall(outcomes, scrape(cluster), re.M)))
 
     before = cancelled()
-    for _ in range(5):  # an answer is half a second's work: on a busy machine one may end before its cancellation
+    # As the first token comes, a message is being written in every process on the way: nobody waits for the next one.
+    for _ in range(20):
         call = stub.Chat(question(picture(31), sampling=sampling), metadata=(("application", "gateway"),))
         while next(call).WhichOneof("event") != "token":
             pass
         assert not call.done()
         call.cancel()
-    assert until(lambda: cancelled() > before), "the llm stage saw none of five calls cancelled"
+    # An answer is half a second's work: on a busy machine a few may end before their cancellation.
+    assert until(lambda: cancelled() >= before + 16), (
+        f"of 20 calls {cancelled() - before} were cancelled at the llm stage"
+    )
     assert until(lambda: gauge(cluster, "focusllava_kv_blocks_used") == 0), "KV blocks of a cancelled call stay taken"
     assert gauge(cluster, "focusllava_running_requests") == 0
     assert gauge(cluster, "focusllava_kv_blocks_total") > 0

@@ -10,21 +10,33 @@ import torch
 
 from focusllava.v1 import encoder_pb2, focus_pb2, focus_pb2_grpc, llm_pb2
 from services.common import wire
-from services.common.types import ChatTurn, GenerateRequest, ImagePart, SamplingParams, TextPart, TokenEvent
+from services.common.types import (
+    ChatTurn,
+    GenerateRequest,
+    ImageOptions,
+    ImagePart,
+    SamplingParams,
+    TextPart,
+    TokenEvent,
+)
 from services.encoder.pipeline import EncoderPipeline
 from services.llm.engine import Engine
 from tests.serving_client import LEAKS, chat, encoded, generated, ids_of, picture, question, text_of
 
 
 def test_split_over_grpc_equals_one_process(channel, checkpoint):
-    """Three images and both settings; the tokens are rounded to bfloat16 in both, as they are on the wire."""
+    """Images, both settings and both details; the tokens are rounded to bfloat16 in both, as they are on the wire."""
     pipeline = EncoderPipeline.from_checkpoint(checkpoint[0], dtype=torch.float32)
     engine = Engine.from_checkpoint(
         checkpoint[0], dtype=torch.float32, kv_cache_bytes=2**24, max_batch_tokens=4096, max_running=4
     )
-    for seed, size, sampler in ((11, (120, 90), True), (12, (40, 200), True), (13, (90, 90), False)):
+    high, low = ImageOptions(), ImageOptions(detail="low")
+    for seed, size, sampler, options in (
+        (11, (120, 90), True, high), (12, (40, 200), True, high), (13, (90, 90), False, high),
+        (11, (120, 90), True, low), (13, (90, 90), False, low),
+    ):  # fmt: skip
         image = picture(seed, size)
-        tokens = pipeline.encode([pipeline.prepare(image)], [sampler])[0]
+        tokens = pipeline.encode([pipeline.prepare(image, sampler, options)], [sampler])[0]
         engine.submit(
             GenerateRequest(
                 request_id="one-process",
@@ -36,10 +48,16 @@ def test_split_over_grpc_equals_one_process(channel, checkpoint):
         alone = []
         while engine.has_work():
             alone += [event for _, event in engine.step()]
-        events = chat(channel, question(image, vision_sampler_off=not sampler))
+        asked = question(image, vision_sampler_off=not sampler)
+        asked.turns[0].parts[0].image_options.CopyFrom(wire.image_options_to_proto(options))
+        events = chat(channel, asked)
         assert text_of(events) == "".join(e.text for e in alone if isinstance(e, TokenEvent))
         assert ids_of(events) == [t for e in alone if isinstance(e, TokenEvent) for t in e.token_ids]
-        assert events[-1].finished.usage.visual_tokens_kept == alone[-1].usage.visual_tokens_kept
+        served, here = events[-1].finished.usage, alone[-1].usage
+        assert served.visual_tokens_kept == here.visual_tokens_kept
+        assert (served.prompt_tokens, served.visual_tokens_uncompressed, served.visual_tokens_sampled) == (
+            here.prompt_tokens, here.visual_tokens_uncompressed, len(tokens.tokens_ND),
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("wrong", ["", "0" * 64, "f" * 10])

@@ -1,4 +1,5 @@
-"""Autoscaling from one LLM replica to two under load, and visual tokens in Redis that outlive the gateway."""
+"""The same cluster, deployed anew: autoscaling from one LLM replica to two, and visual tokens in Redis that outlive the
+gateway. It comes last of this package's tests, for what it changes stays."""
 
 from __future__ import annotations
 
@@ -10,13 +11,13 @@ import signal
 import grpc
 import pytest
 import redis
-import yaml
 
-from cluster.local import SERVE_CONFIG, LocalCluster, request_json
+from cluster.local import SERVE_CONFIG, serve_config
+from cluster.serve_api import application_states, request_json
+from cluster.watch import check_listeners
 from focusllava.v1 import llm_pb2
 from tests.redis_server import RedisServer
-from tests.serving_client import OPTIONS, chat, ids_of, picture, question, replica_pids, until
-from tests.tiny_checkpoints import make_random_checkpoint
+from tests.serving_client import FP32, chat, ids_of, picture, question, replica_pids, until
 
 
 @pytest.fixture(scope="module")
@@ -26,34 +27,29 @@ def redis_server(tmp_path_factory):
     server.kill()
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory, redis_server):
-    folder = tmp_path_factory.mktemp("scaling")
-    make_random_checkpoint(folder / "random-tiny")
-    config = yaml.safe_load(SERVE_CONFIG.read_text())
-    (llm,) = (a for a in config["applications"] if a["name"] == "llm")
-    llm["deployments"][0]["autoscaling_config"] |= {"target_ongoing_requests": 1, "upscale_delay_s": 1}
-    (folder / "serve.yaml").write_text(yaml.safe_dump(config))
-    with LocalCluster(
-        checkpoint=folder / "random-tiny",
-        grpc_port=0,
-        config=folder / "serve.yaml",
-        env={"REDIS_URL": redis_server.url},
-        timeout_s=400,
-    ) as local:
-        local.start()
-        yield local
+@pytest.fixture(scope="module", autouse=True)
+def deployed_again(cluster, redis_server):
+    """As `serve deploy` of a changed file: the gateway is replaced, the stages go on."""
+    assert until(lambda: llm_replicas(cluster) == 1, 200), "the tests before left two, and they were to go"
+    config = serve_config(SERVE_CONFIG, cluster.state.ports, cluster.state.checkpoint, FP32)
+    gateway, _, llm = (application["deployments"][0] for application in config["applications"])
+    gateway["ray_actor_options"]["runtime_env"] = {"env_vars": {"REDIS_URL": redis_server.url}}
+    llm["autoscaling_config"] |= {"target_ongoing_requests": 1, "upscale_delay_s": 1, "downscale_delay_s": 600}
+    replaced, kept = (set(replica_pids(cluster, name)) for name in ("gateway", "encoder"))
+    request_json(cluster.state, "/api/serve/applications/", config, timeout_s=60)
 
+    def deployed() -> bool:
+        running = all(status == "RUNNING" for status, _ in application_states(cluster.state).values())
+        gateways = set(replica_pids(cluster, "gateway"))
+        return running and len(gateways) == 1 and not gateways & replaced
 
-@pytest.fixture(scope="module")
-def channel(cluster):
-    with grpc.insecure_channel(cluster.grpc_address, options=OPTIONS) as channel:
-        yield channel
+    assert until(deployed, 200)
+    assert kept & set(replica_pids(cluster, "encoder"))
 
 
 def llm_replicas(cluster) -> int:
     """Running ones, as `serve status` counts them."""
-    details = request_json(cluster.dashboard_url + "/api/serve/applications/")
+    details = request_json(cluster.state, "/api/serve/applications/")
     replicas = details["applications"]["llm"]["deployments"]["LanguageModel"]["replicas"]
     return sum(replica["state"] == "RUNNING" for replica in replicas)
 
@@ -73,6 +69,7 @@ def test_load_brings_a_second_llm_replica_and_both_answer(cluster, channel):
         answers.extend(pool.map(lambda _: ids_of(chat(channel, request)), range(12)))
     assert all(answer == alone for answer in answers)
     assert len(replica_pids(cluster, "llm")) == 2
+    check_listeners(cluster.state)  # the new one's ports are closed too
 
 
 def test_a_new_gateway_finds_the_visual_tokens_in_redis(cluster, channel, redis_server):

@@ -1,0 +1,176 @@
+"""Bounds on the HTTP connections of Ray Serve's proxy, for which uvicorn and Ray have no switch.
+
+A request costs a replica one of its places only when all of it is here: half a body would hold that place, for HTTP
+and gRPC alike, until its sender goes on. Who does not go on is closed, and where connections or bodies become too many,
+those that have waited longest make room.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import resource
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, ClassVar
+
+import uvicorn.config
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+HEADERS_S = 15.0
+"""Longest from the first moment of a connection, or the first byte of a later request, to the end of its headers."""
+BODY_PIECE_S = 20.0
+"""Longest that a body may bring nothing."""
+BODY_S = 300.0
+"""Longest that a body may take."""
+MOST_CONNECTIONS = 1000
+MOST_BODY_BYTES = 128 * 2**20
+"""Of one request; the gateway's own limit is below it and knows the field's name."""
+MOST_BODIES_BYTES = 1024 * 2**20
+"""Of all bodies that are on their way."""
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+def bound_http() -> None:
+    """Has uvicorn servers that start from now on in this process use the bounded protocol."""
+    uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{__name__}:BoundedHttp"  # type: ignore[index]
+
+
+def most_connections() -> int:
+    """At most half of the files that this process may open: the rest is for gRPC, and for Ray."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MOST_CONNECTIONS if soft < 0 else min(MOST_CONNECTIONS, soft // 2)  # below 0: no limit
+
+
+class BoundedHttp(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+    """One HTTP connection that is closed when it does not go on."""
+
+    waiting: ClassVar[dict[BoundedHttp, None]] = {}
+    """Connections that have no whole request yet, the longest wait first."""
+    body_bytes: ClassVar[int] = 0
+    """Of bodies that are not whole yet."""
+
+    def __init__(self, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
+        self.ws_protocol_class = None  # nothing here speaks WebSocket
+        self._app: Any = self.app  # type: ignore[has-type]
+        self.app = self._whole_requests
+        self._headers_timer: asyncio.TimerHandle | None = None
+        self._held = 0  # bytes of a body that is not whole yet
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > most_connections() and not drop_longest_waiting():
+            transport.abort()
+            return
+        self.waiting[self] = None
+        self._watch_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.waiting.pop(self, None)
+        self._unwatch_headers()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._has_headers():
+            self._unwatch_headers()
+        elif self._headers_timer is None:
+            self._watch_headers()  # of a later request on this connection
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not self.transport.is_closing():
+            self.waiting[self] = None
+
+    def _has_headers(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _watch_headers(self) -> None:
+        if not self.transport.is_closing():
+            self._headers_timer = self.loop.call_later(HEADERS_S, self.transport.close)
+
+    def _unwatch_headers(self) -> None:
+        if self._headers_timer is not None:
+            self._headers_timer.cancel()
+            self._headers_timer = None
+
+    async def _whole_requests(self, scope: Message, receive: Receive, send: Send) -> None:
+        """An ASGI application in front of Ray's: passes a request on when all of it is here."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        body = await self._body(receive, send)
+        if body is None:
+            return
+        self.waiting.pop(self, None)
+        answered = False
+
+        async def receive_all() -> Message:
+            nonlocal body
+            if body is None:
+                return await receive()  # that the client went
+            whole, body = body, None
+            return {"type": "http.request", "body": whole, "more_body": False}
+
+        async def send_on(message: Message) -> None:
+            nonlocal answered
+            answered = True
+            await send(message)
+
+        await self._app(scope, receive_all, send_on)
+        if not answered:  # Ray sends nothing where the replica is gone
+            await _refuse(send, 503, "the gateway's replica that had this request is gone; try again")
+
+    async def _body(self, receive: Receive, send: Send) -> bytes | None:
+        """The request's body; None where it is refused, or its sender went away."""
+        body = bytearray()
+        try:
+            async with asyncio.timeout(BODY_S):
+                while True:
+                    async with asyncio.timeout(BODY_PIECE_S):
+                        message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    piece = message.get("body", b"")
+                    if len(body) + len(piece) > MOST_BODY_BYTES:
+                        await _refuse(send, 413, f"body: has more than {MOST_BODY_BYTES} bytes")
+                        return None
+                    body += piece
+                    self._count_body(len(piece))
+                    while BoundedHttp.body_bytes > MOST_BODIES_BYTES and drop_longest_waiting(but=self):
+                        pass
+                    if not message.get("more_body", False):
+                        return bytes(body)
+        except TimeoutError:
+            await _refuse(send, 408, "body: did not come in time")
+            return None
+        finally:
+            self._count_body(-self._held)
+
+    def _count_body(self, change: int) -> None:
+        self._held += change
+        BoundedHttp.body_bytes += change
+
+
+def drop_longest_waiting(*, but: BoundedHttp | None = None) -> bool:
+    """Ends the connection that has waited longest for the rest of a request; False where none waits."""
+    oldest = next((connection for connection in BoundedHttp.waiting if connection is not but), None)
+    if oldest is None:
+        return False
+    del BoundedHttp.waiting[oldest]
+    oldest._count_body(-oldest._held)
+    oldest.transport.abort()
+    return True
+
+
+async def _refuse(send: Send, status: int, message: str) -> None:
+    """An error as OpenAI's clients read it; the connection ends, for the rest of a body may still come."""
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    param = "body" if message.startswith("body: ") else None
+    content = json.dumps({"error": {"message": message, "type": kind, "param": param, "code": None}}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+    headers += [(b"connection", b"close"), *([(b"retry-after", b"1")] if status == 503 else [])]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": content})

@@ -1,0 +1,118 @@
+"""What this project adds to Ray Serve's proxy: `grpc_servicer_functions: [cluster.ingress.add_services_to_server]`.
+
+The function runs inside the proxy's process, before its servers take a connection. Ray's handlers stay, and route as
+ever; around them stand three things that Ray leaves out:
+
+- No status tells internals. Ray writes an exception of its own with pid, address, actor id and traceback.
+- A cancelled call is cancelled. Ray's handler hears of it only while it waits for the replica: a client that leaves
+  while a message is being written would be answered to the end, for nobody.
+- HTTP connections are bounded in number and time (`cluster/http_bounds.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import resource
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc
+
+from cluster.http_bounds import bound_http
+from focusllava.v1 import encoder_pb2_grpc, focus_pb2_grpc, llm_pb2_grpc
+from services.common.grpc_status import one_line, replica_is_lost
+
+_log = logging.getLogger("focusllava")
+
+MOST_FILES = 65_536
+"""What the proxy's limit of open files is raised to, where the hard limit has room."""
+_NO_METHOD = re.compile(r"Tried to call a method '(\w+)' that does not exist")
+
+
+def add_services_to_server(servicer: Any, server: Any) -> None:
+    """Adds the three services to the gRPC server of Ray's proxy; `servicer` is Ray's placeholder."""
+    _raise_file_limit()
+    bound_http()
+    server.service_handler_factory = guarded(server.service_handler_factory)
+    for add in (
+        focus_pb2_grpc.add_FocusServiceServicer_to_server,
+        encoder_pb2_grpc.add_EncoderServiceServicer_to_server,
+        llm_pb2_grpc.add_LanguageModelServiceServicer_to_server,
+    ):
+        add(servicer, server)  # type: ignore[no-untyped-call]
+
+
+def guarded(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """Ray's factory of handlers, each of whose unary and server-streaming handlers is guarded; we have no others."""
+
+    def make(service_method: str, streaming_type: Any) -> Any:
+        handler = factory(service_method=service_method, streaming_type=streaming_type)
+
+        async def unary_unary(request: Any, context: Any) -> Any:
+            try:
+                response = await handler(request, context)
+            except Exception as error:
+                response = _failed(context, service_method, error)
+            clean_status(context, service_method)
+            return response
+
+        async def unary_stream(request: Any, context: Any) -> None:
+            messages: asyncio.Queue[Any] = asyncio.Queue()
+            pump = asyncio.create_task(_pump(handler(request, context), messages))
+            pump.add_done_callback(lambda _: messages.put_nowait(None))
+            try:
+                while (message := await messages.get()) is not None:
+                    await context.write(message)
+                if error := pump.exception():
+                    _failed(context, service_method, error)
+            finally:
+                # The client is gone, or this changes nothing. The pump waits for the replica at every other moment, so
+                # Ray hears of it; what it then logs reads the call, which ends with this handler.
+                pump.cancel()
+                await asyncio.wait([pump])
+            clean_status(context, service_method)
+
+        return {"UNARY_UNARY": unary_unary, "UNARY_STREAM": unary_stream}.get(streaming_type.name, handler)
+
+    return make
+
+
+def _failed(context: Any, service_method: str, error: BaseException) -> bytes:
+    """Ray's handler itself fails, which gRPC would tell the client in the exception's words."""
+    _log.error("%s: the proxy failed", service_method, exc_info=error)
+    context.set_code(grpc.StatusCode.INTERNAL)
+    context.set_details("internal error")
+    return b""
+
+
+async def _pump(answer: AsyncIterator[Any], messages: asyncio.Queue[Any]) -> None:
+    async for message in answer:
+        messages.put_nowait(message)
+
+
+def clean_status(context: Any, service_method: str) -> None:
+    """Puts a status of ours in the place of one that Ray wrote of an exception."""
+    code, details = context.code(), context.details() or ""
+    if code is not grpc.StatusCode.INTERNAL:  # of Ray's others each has a code that fits, and a line without internals
+        return
+    application = one_line(str(dict(context.invocation_metadata()).get("application", "")))[:60]
+    if missing := _NO_METHOD.search(details):
+        code, said = grpc.StatusCode.UNIMPLEMENTED, f"{missing[1]} is not a method of the application {application!r}"
+    elif replica_is_lost(details):
+        code, said = grpc.StatusCode.UNAVAILABLE, f"the {application} replica that had this request is gone; try again"
+    elif details != one_line(details) or "ray::" in details:  # ours have one line
+        said = "internal error"
+    else:
+        return
+    _log.warning("%s at %s: %s; Ray says: %s", service_method, application, said, one_line(details))
+    context.set_code(code)
+    context.set_details(said)
+
+
+def _raise_file_limit() -> None:
+    """Raises this process's soft limit of open files as far as it may: a connection of either kind takes one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < MOST_FILES:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (MOST_FILES if hard < 0 else min(MOST_FILES, hard), hard))
