@@ -192,8 +192,9 @@ class Grammars:
         masks = np.empty((len(guides), 4 * words), dtype=np.uint8)
         rows = [(guide._matcher, row) for row, guide in enumerate(guides)]
         self._threads.unsafe_compute_mask_ptr(rows, masks.ctypes.data, 4 * words, len(guides))
-        for guide, mask, allows_any in zip(guides, masks, masks.any(axis=1).tolist(), strict=True):
-            guide._take(mask, allows_any)
+        any_n = masks.any(axis=1)
+        for row, guide in enumerate(guides):
+            guide._take(masks[row], bool(any_n[row]))
 
     def close(self) -> None:
         """Ends its threads and its process."""
