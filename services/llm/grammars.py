@@ -19,12 +19,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import llguidance
-import torch
+import numpy as np
+import numpy.typing as npt
 
 from services.common.errors import InvalidInput
 from services.common.types import Constraint, SamplingParams
 from services.llm.closing import MOST_STEPS, Closing
 from services.llm.grammar_process import limits
+
+Mask = npt.NDArray[np.uint8]
 
 logger = logging.getLogger(__name__)
 
@@ -53,13 +56,13 @@ class Guide:
         self._taken, self._most = 0, max_new_tokens
         self._way: list[int] = []
         self._longest_way, self._look_at = SPARE_TOKENS, 0
-        self._mask: torch.Tensor | None = None
+        self._mask: Mask | None = None
         self._ready: Future[None] = Future()
         self._ready.set_result(None)
         grammars.fill([self])
 
-    def mask(self) -> torch.Tensor:
-        """uint8 [4 * ceil(V / 32)], CPU: bit t % 8 of byte t // 8 says whether token t may come next."""
+    def mask(self) -> Mask:
+        """uint8 [4 * ceil(V / 32)]: bit t % 8 of byte t // 8 says whether token t may come next."""
         self._ready.result()
         assert self._mask is not None
         return self._mask
@@ -69,21 +72,21 @@ class Guide:
         early, eos = self._taken < self._sampling.min_tokens, self._grammars.eos_token_ids
         return (*(eos if early or self._sampling.ignore_eos else ()), *(self._sampling.stop_token_ids if early else ()))
 
-    def _take(self, mask: torch.Tensor) -> None:
+    def _take(self, mask: Mask, allows_any: bool) -> None:
         """The matcher's mask; the end is left out of it while it is too early, unless nothing else is left."""
         self._mask = mask
-        if self._matcher.is_error() or not mask.any():
+        if not allows_any or self._matcher.is_error():
             reason = (
                 self._matcher.get_error().split("\n")[0] or "the model's tokenizer cannot spell what must come next"
             )
             self.error = f"cannot be followed any further: {reason}"
             return
         if self.closes or self._must_close():
-            self._mask = torch.zeros_like(mask)
+            self._mask = np.zeros_like(mask)
             token = self._way.pop(0) if self._way else self._grammars.eos_token_ids[0]
             self._mask[token // 8] = 1 << token % 8
         elif waiting := self._end_waits():
-            left = mask.clone()
+            left = mask.copy()
             for token in waiting:
                 left[token // 8] &= ~(1 << token % 8) & 255
             if left.any():
@@ -95,7 +98,7 @@ class Guide:
             return False
         way, left = self._grammars.closing.way(self._matcher), self._most - self._taken
         if way is None or len(way) > left:
-            self._look_at = self._taken + MOST_STEPS // 4
+            self._look_at = self._taken + MOST_STEPS
             return False
         self._longest_way = max(self._longest_way, len(way))
         # The next token may open something that takes as many more to close.
@@ -186,11 +189,12 @@ class Grammars:
     def fill(self, guides: Sequence[Guide]) -> None:
         """Computes the masks of guides that no other thread uses."""
         words = -(-self._vocabulary // 32)
-        masks = torch.empty(len(guides), 4 * words, dtype=torch.uint8)
+        masks = np.empty((len(guides), 4 * words), dtype=np.uint8)
         rows = [(guide._matcher, row) for row, guide in enumerate(guides)]
-        self._threads.unsafe_compute_mask_ptr(rows, masks.data_ptr(), 4 * words, len(guides))
-        for guide, mask in zip(guides, masks, strict=True):
-            guide._take(mask)
+        self._threads.unsafe_compute_mask_ptr(rows, masks.ctypes.data, 4 * words, len(guides))
+        any_n = masks.any(axis=1)
+        for row, guide in enumerate(guides):
+            guide._take(masks[row], bool(any_n[row]))
 
     def close(self) -> None:
         """Ends its threads and its process."""

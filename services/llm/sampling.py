@@ -14,6 +14,8 @@ import math
 import secrets
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from services.common.ranges import MAX_LOGPROBS
@@ -35,12 +37,12 @@ def sample(
     prompt_ids: Sequence[Sequence[int]],
     output_ids: Sequence[Sequence[int]],
     *,
-    masks: Sequence[torch.Tensor | None] | None = None,
+    masks: Sequence[npt.NDArray[np.uint8] | None] | None = None,
     forbidden: Sequence[Sequence[int]] | None = None,
 ) -> list[SampledToken]:
     """One token a row of float logits [n, V], which are left as they are.
 
-    masks: a row's allowed tokens, uint8 [4 * W] on the CPU, 32 * W >= V: bit t % 8 of byte t // 8; None allows all.
+    masks: a row's allowed tokens, uint8 [4 * W], 32 * W >= V: bit t % 8 of byte t // 8; None allows all.
     forbidden: ids that a row may not draw. Either is None where no row has any.
 
     prompt_ids and output_ids are read for rows with penalties only; ids outside the vocabulary (image placeholders)
@@ -77,14 +79,18 @@ def _has_penalty(params: SamplingParams) -> bool:
     return params.repetition_penalty != 1 or bool(params.presence_penalty or params.frequency_penalty)
 
 
-def _allow(scores_mV: torch.Tensor, masks: Sequence[torch.Tensor | None]) -> None:
+def _allow(scores_mV: torch.Tensor, masks: Sequence[npt.NDArray[np.uint8] | None]) -> None:
     """Leaves the tokens of the masks alone, in place; one copy to the device for all of them."""
     rows = [row for row, mask in enumerate(masks) if mask is not None]
     if not rows:
         return
-    bits_mB = torch.stack([mask for mask in masks if mask is not None]).to(scores_mV.device, non_blocking=True)
-    bit_8 = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=scores_mV.device)
-    refused_mV = ((bits_mB[:, :, None] & bit_8) == 0).flatten(1)[:, : scores_mV.shape[1]]
+    refused_mB = ~np.stack([mask for mask in masks if mask is not None])
+    if scores_mV.device.type == "cpu":
+        refused_mV = torch.from_numpy(np.unpackbits(refused_mB, axis=1, bitorder="little").view(np.bool_))
+    else:  # an eighth of it is copied
+        bit_8 = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=scores_mV.device)
+        refused_mV = ((torch.from_numpy(refused_mB).to(scores_mV.device)[:, :, None] & bit_8) != 0).flatten(1)
+    refused_mV = refused_mV[:, : scores_mV.shape[1]]
     if len(rows) == len(scores_mV):
         scores_mV.masked_fill_(refused_mV, -math.inf)
     else:

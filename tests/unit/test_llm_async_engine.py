@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from services.common.errors import InternalError, InvalidInput, StageUnavailable
-from services.common.types import FinishedEvent, GenerateRequest
+from services.common.types import Constraint, FinishedEvent, GenerateRequest
 from services.llm.async_engine import INTAKE_THREADS, AsyncEngine
 from services.llm.block_pool import Block
 from services.llm.kv_cache import BlockTables
@@ -259,3 +259,20 @@ async def test_cancel_storm() -> None:
         counts = await asyncio.gather(*(impatient(index) for index in range(60)))
         assert counts == [index % 7 + 1 for index in range(60)]
         await until_idle(engine)
+
+
+async def test_a_constraint_that_takes_long_to_compile_holds_nobody_up() -> None:
+    async with running() as engine:
+        hours = Constraint(kind="json_schema", text='{"type": "integer", "multipleOf": 9999991}')
+        quick = Constraint(kind="regex", text="[ab]+")
+        compiled = tiny_llm.request(engine.engine, "compiled", max_tokens=9, constraint=quick)
+        await answer(engine, compiled)
+        slow = asyncio.create_task(answer(engine, tiny_llm.request(engine.engine, "slow", constraint=hours)))
+        await asyncio.sleep(0.05)
+        free = [answer(engine, tiny_llm.request(engine.engine, f"r{i}")) for i in range(4)]
+        ends = [end for _, end in await asyncio.gather(*free, answer(engine, compiled))]
+        assert not slow.done() and all(end.reason in ("stop", "length") for end in ends)
+        with pytest.raises(InvalidInput, match="json_schema: cannot be compiled: takes more than 2 s"):
+            await slow
+        with pytest.raises(InvalidInput, match="takes more than 2 s"):  # and now it is known
+            await answer(engine, tiny_llm.request(engine.engine, "again", constraint=hours))

@@ -35,7 +35,7 @@ def schema(value: Any) -> Constraint:
 
 
 def allowed(guide: grammars_module.Guide) -> set[int]:
-    bits = guide.mask().numpy()
+    bits = guide.mask()
     return {token for token in range(8 * len(bits)) if bits[token // 8] >> token % 8 & 1}
 
 

@@ -53,7 +53,7 @@ def _constraint_to_proto(constraint: Constraint) -> llm_pb2.Constraint:
         return llm_pb2.Constraint(choice=llm_pb2.Choices(texts=constraint.choices))
     if constraint.kind == "json_object":
         return llm_pb2.Constraint(json_object=True)
-    return llm_pb2.Constraint(**{constraint.kind: constraint.text})
+    return llm_pb2.Constraint(**{constraint.kind: constraint.text})  # type: ignore[arg-type]
 
 
 def _constraint_from_proto(message: llm_pb2.Constraint, field: str) -> Constraint | None:
