@@ -92,7 +92,7 @@ def test_too_large_is_refused_with_the_numbers_and_duplicate_ids_too() -> None:
     ) as error:
         engine.submit(tiny_llm.request(engine, max_tokens=500))
     needed, has = (
-        int(word) for word in str(error.value).replace(";", "").split() if word.isdigit() and int(word) > 6e4
+        int(word) for word in str(error.value).replace(",", "").split() if word.isdigit() and int(word) > 6e4
     )
     assert needed > has and has <= 100_000
     assert not engine.has_work()
