@@ -47,6 +47,7 @@ PYTHON = {
         "history": SIXTY,
         "continued": "0",
         "parsed_to_a_type": CARD,
+        "an_object_that_would_not_end": ["length", ["cards", "title"]],
         "one_of_the_choices": ["60", "60"],
         "logprobs": [SIXTY + "</s>", True],
         "completion": ["text_completion", 4, WORDS],

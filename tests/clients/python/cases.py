@@ -27,6 +27,13 @@ class Card(pydantic.BaseModel):
     colour: Literal["red", "yellow", "pink"]
 
 
+class Story(pydantic.BaseModel):
+    """A type without a bound: a small model would write on until its tokens are spent."""
+
+    title: str
+    cards: list[Card]
+
+
 def question(**image: Any) -> list[dict[str, Any]]:
     """The message that asks about the sample; `image` is laid over the fields of its image_url."""
     picture = {"type": "image_url", "image_url": {"url": IMAGE_URL, **image}}

@@ -6,7 +6,7 @@ import asyncio
 import urllib.request
 
 import openai
-from cases import BASE_URL, IMAGE_URL, MODEL, QUESTION, Card, functions, question, tell
+from cases import BASE_URL, IMAGE_URL, MODEL, QUESTION, Card, Story, functions, question, tell
 
 client = openai.OpenAI(base_url=BASE_URL, api_key="none", max_retries=0, timeout=120)
 ask = client.chat.completions
@@ -115,6 +115,12 @@ def continued():
 def parsed_to_a_type():
     answer = ask.parse(model=MODEL, messages=question(), response_format=Card)
     return answer.choices[0].message.parsed.model_dump()
+
+
+def an_object_that_would_not_end():
+    schema = {"type": "json_schema", "json_schema": {"name": "story", "schema": Story.model_json_schema()}}
+    choice = ask.create(model=MODEL, messages=question(), max_tokens=64, response_format=schema).choices[0]
+    return [choice.finish_reason, sorted(Story.model_validate_json(choice.message.content).model_dump())]
 
 
 def one_of_the_choices():
