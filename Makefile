@@ -11,10 +11,10 @@ CLIENTS ?= .clients
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve stop test clients compat lint format protos bench lock clean
+.PHONY: help setup demo serve stop test processors clients compat lint format protos bench lock clean
 
 help: ## This list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-8s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-10s %s\n", $$1, $$2 }'
 
 $(STAMP): pyproject.toml requirements.lock scripts/setup.sh
 	@scripts/setup.sh $(VENV) $(PYTHON)
@@ -33,6 +33,9 @@ stop: $(STAMP) ## Stop what `make serve` left running
 
 test: $(STAMP) $(VENV)/.triton ## Every test
 	@$(BIN)/python -m pytest
+
+processors: $(STAMP) $(VENV)/.triton ## Every test on each kind of x86-64 processor that this one can stand for
+	@$(BIN)/python -m tests.processors
 
 # Comes with PyTorch's CUDA builds. Beside a CPU build only the tests of the GPU's kernels want it: they interpret them.
 $(VENV)/.triton: $(STAMP)
