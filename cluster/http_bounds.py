@@ -40,7 +40,8 @@ def bound_http() -> None:
 
 def most_connections() -> int:
     """At most half of the files that this process may open: the rest is for gRPC, and for Ray."""
-    return min(MOST_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MOST_CONNECTIONS if soft < 0 else min(MOST_CONNECTIONS, soft // 2)  # below 0: no limit
 
 
 class BoundedHttp(AutoHTTPProtocol):  # type: ignore[misc, valid-type]

@@ -26,12 +26,14 @@ from services.common.grpc_status import one_line, replica_is_lost
 
 _log = logging.getLogger("focusllava")
 
+MOST_FILES = 65_536
+"""What the proxy's limit of open files is raised to, where the hard limit has room."""
 _NO_METHOD = re.compile(r"Tried to call a method '(\w+)' that does not exist")
 
 
 def add_services_to_server(servicer: Any, server: Any) -> None:
     """Adds the three services to the gRPC server of Ray's proxy; `servicer` is Ray's placeholder."""
-    _take_all_file_descriptors()
+    _raise_file_limit()
     bound_http()
     server.service_handler_factory = guarded(server.service_handler_factory)
     for add in (
@@ -50,9 +52,11 @@ def guarded(factory: Callable[..., Any]) -> Callable[..., Any]:
 
         async def unary_unary(request: Any, context: Any) -> Any:
             try:
-                return await handler(request, context)
-            finally:
-                clean_status(context, service_method)
+                response = await handler(request, context)
+            except Exception as error:
+                response = _failed(context, service_method, error)
+            clean_status(context, service_method)
+            return response
 
         async def unary_stream(request: Any, context: Any) -> None:
             messages: asyncio.Queue[Any] = asyncio.Queue()
@@ -61,7 +65,8 @@ def guarded(factory: Callable[..., Any]) -> Callable[..., Any]:
             try:
                 while (message := await messages.get()) is not None:
                     await context.write(message)
-                pump.result()
+                if error := pump.exception():
+                    _failed(context, service_method, error)
             finally:
                 # The client is gone, or this changes nothing. The pump waits for the replica at every other moment, so
                 # Ray hears of it; what it then logs reads the call, which ends with this handler.
@@ -72,6 +77,14 @@ def guarded(factory: Callable[..., Any]) -> Callable[..., Any]:
         return {"UNARY_UNARY": unary_unary, "UNARY_STREAM": unary_stream}.get(streaming_type.name, handler)
 
     return make
+
+
+def _failed(context: Any, service_method: str, error: BaseException) -> bytes:
+    """Ray's handler itself fails, which gRPC would tell the client in the exception's words."""
+    _log.error("%s: the proxy failed", service_method, exc_info=error)
+    context.set_code(grpc.StatusCode.INTERNAL)
+    context.set_details("internal error")
+    return b""
 
 
 async def _pump(answer: AsyncIterator[Any], messages: asyncio.Queue[Any]) -> None:
@@ -98,7 +111,8 @@ def clean_status(context: Any, service_method: str) -> None:
     context.set_details(said)
 
 
-def _take_all_file_descriptors() -> None:
-    """Raises this process's soft limit of open files to the hard one: a connection of either kind takes one."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+def _raise_file_limit() -> None:
+    """Raises this process's soft limit of open files as far as it may: a connection of either kind takes one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < MOST_FILES:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (MOST_FILES if hard < 0 else min(MOST_FILES, hard), hard))

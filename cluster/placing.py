@@ -6,8 +6,10 @@ and the devices.
 
 from __future__ import annotations
 
+import multiprocessing
 import pathlib
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -80,8 +82,15 @@ class Devices:
 
     @classmethod
     def here(cls) -> Devices:
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        return cls(gpus=tuple(device_memory(f"cuda:{i}") for i in range(count)), host=device_memory("cpu"))
+        gpus: tuple[Memory, ...] = ()
+        if torch.cuda.is_available():  # GPU only; who asks a GPU holds some of it to its end
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as other:
+                gpus = other.submit(_gpus).result()
+        return cls(gpus=gpus, host=device_memory("cpu"))
+
+
+def _gpus() -> tuple[Memory, ...]:  # GPU only
+    return tuple(device_memory(f"cuda:{index}") for index in range(torch.cuda.device_count()))
 
 
 def place(
@@ -105,7 +114,7 @@ def _place(checkpoint: pathlib.Path, config_file: pathlib.Path, wishes: Wishes, 
     require(0 < share <= 1, "memory_share", share, "(0, 1]")
     placed = {name: _device(settings[name].get("device", "auto"), devices) for name in ("encoder", "llm")}
     dtypes = {name: choose_dtype(settings[name].get("dtype", "auto"), device) for name, device in placed.items()}
-    on_gpu = {name: torch.device(device).type == "cuda" for name, device in placed.items()}
+    on_gpu = {name: device == "cuda" for name, device in placed.items()}
     encoder = size_encoder(
         config,
         stage_elements(checkpoint, "encoder"),
@@ -187,11 +196,10 @@ def _settings(said: Mapping[str, Mapping[str, Any]], wishes: Wishes) -> dict[str
 def _device(name: str, devices: Devices) -> str:
     if name == "auto":
         return "cuda" if devices.gpus else "cpu"
-    try:
-        on_gpu = torch.device(name).type == "cuda"
-    except RuntimeError:  # torch's words for a name that it does not know
-        raise InvalidInput(f"is {name!r}, expected auto, cpu or cuda", field="device") from None
-    if on_gpu and not devices.gpus:
+    if name not in ("cpu", "cuda"):
+        found = f"is {name!r}, expected auto, cpu or cuda; CUDA_VISIBLE_DEVICES says which GPUs"
+        raise InvalidInput(found, field="device")
+    if name == "cuda" and not devices.gpus:
         raise InvalidInput(f"is {name!r}, and torch sees no GPU here", field="device")
     return name
 

@@ -18,6 +18,7 @@ from focusllava import FocusClient, FocusClientError, ImageSource, RetryPolicy, 
 from focusllava.accounting import accounting_lines, logprob_lines
 from focusllava.arguments import MAX_TIMEOUT_S
 from focusllava.connection import DEFAULT_ADDRESS
+from focusllava.constraint_options import constraint_options
 from focusllava.errors import NO_SERVER
 from focusllava.explain import explain, no_file
 from focusllava.extras import part
@@ -116,6 +117,8 @@ cli.add_command(serve)
 @click.option("--seed", type=int, help="Makes draws repeatable.")
 @click.option("--logprobs", type=int, help="Report each token's log probability and so many alternatives, 0 to 20.")
 @click.option("--stop", multiple=True, help="The answer ends before this; may be repeated.")
+@click.option("--min-tokens", type=int, help="Fewest tokens to generate.")
+@constraint_options
 @_as_json
 @_address
 @_timeout
@@ -142,7 +145,7 @@ def ask(
     The answer streams to standard output, its accounting to standard error.
     """
     settings: Settings = {"vision_sampler": not no_vision_sampler, "text_sampler": not no_text_sampler}
-    settings.update({name: value for name, value in given.items() if value is not None})  # type: ignore[typeddict-item]
+    settings.update({name: value for name, value in given.items() if value not in (None, ())})  # type: ignore[typeddict-item]
     sources: list[ImageSource] = [sys.stdin.buffer if image == "-" else image for image in images]
     credentials, retry = _credentials(tls, tls_ca), RetryPolicy(on_wait=_say_once())
     with FocusClient(address, timeout_s=timeout, token=token, credentials=credentials, retry=retry) as client:
@@ -157,7 +160,7 @@ def ask(
                         click.echo()
             answer = stream.result()
     if as_json:
-        click.echo(json.dumps(dataclasses.asdict(answer), ensure_ascii=False))
+        click.echo(json.dumps(dataclasses.asdict(answer), ensure_ascii=False, default=list))  # bytes as numbers
     else:
         click.echo("\n".join([*logprob_lines(answer), *accounting_lines(answer)]), err=True)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Protocol, TypedDict
 
@@ -115,6 +115,8 @@ class TokenLogprob:
     text: str
     """The token by itself; U+FFFD where it is only a part of a character."""
     logprob: float
+    raw_bytes: bytes = b""
+    """Its own bytes, of a part of a character too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +225,9 @@ def check_size(size: int, name: str) -> None:
 class Settings(TypedDict, total=False):
     """How to answer: keyword arguments of `ask` and `chat`. What is left out or None takes the server's default.
 
-    A draw goes through the penalties, temperature, top_k, top_p and min_p, in this order.
+    A draw goes through logit_bias, the penalties, the constraint, temperature, top_k, top_p and min_p, in this order.
+    At most one of json_object, json_schema, choice, regex and grammar says what the answer must match; an answer that
+    max_tokens cuts off, with the finish reason length, may not.
     """
 
     max_tokens: int | None
@@ -242,11 +246,33 @@ class Settings(TypedDict, total=False):
     frequency_penalty: float | None
     """In [-2, 2]: subtracted from a token's logit for each time that the answer holds it."""
     seed: int | None
-    """Makes draws repeatable."""
+    """Makes draws repeatable; from -2^63 to 2^64 - 1, where a negative one is that plus 2^64."""
     logprobs: int | None
     """0 to 20: reports each token's log probability, and those of so many likeliest tokens beside it."""
     stop: str | Sequence[str] | None
     """The answer ends before this, or before any of these."""
+    stop_token_ids: Sequence[int] | None
+    """The answer ends at any of these tokens, which is not part of its text."""
+    include_stop_str_in_output: bool
+    """What ended the answer, a stop string or the text of a stop token, is part of it."""
+    min_tokens: int | None
+    """Nothing but the constraint's own end ends the answer before so many tokens."""
+    logit_bias: Mapping[int, float] | None
+    """By token id, in [-100, 100]: added to its logit. -100 practically bans, 100 practically forces it."""
+    json_object: bool
+    """The answer is a JSON object."""
+    json_schema: Mapping[str, Any] | str | None
+    """The answer is JSON that this schema accepts; a mapping, or its JSON text."""
+    choice: Sequence[str] | None
+    """The answer is one of these."""
+    regex: str | None
+    """The answer as a whole matches this regular expression."""
+    grammar: str | None
+    """The answer is what this grammar derives: Lark, or GBNF."""
+    continue_final_message: bool
+    """The answer goes on from the text of the last turn, which is the assistant's."""
+    keep_special_tokens: bool
+    """Special tokens, but for the one that ends the answer, are part of the text."""
     threshold: float | None
     """gamma of Eq. 9, in (0, 1]; 1 keeps every visual token."""
     keep_ratio: float | None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Unpack
 
 from google.protobuf.descriptor import FieldDescriptor
@@ -47,6 +48,12 @@ _EXPECTED = {
     FieldDescriptor.CPPTYPE_BOOL: "True or False",
     FieldDescriptor.CPPTYPE_STRING: "text",
 }
+_EXPECTED_OF = {
+    "stop": "text, or several in a list",
+    "stop_token_ids": "a list of token ids",
+    "logit_bias": "a mapping from token ids to numbers",
+    "seed": f"a whole number from {-(2**63)} to {2**64 - 1}",
+}
 
 
 def build_request(turns: Sequence[Turn], **settings: Unpack[Settings]) -> focus_pb2.ChatRequest:
@@ -68,7 +75,30 @@ def build_request(turns: Sequence[Turn], **settings: Unpack[Settings]) -> focus_
         for message in (request.sampling, request.prune, request):
             if value is not None and name in message.DESCRIPTOR.fields_by_name:
                 _set(message, name, value)
+    _set_constraint(request.sampling, settings)
     return request
+
+
+def _set_constraint(sampling: llm_pb2.SamplingParams, settings: Settings) -> None:
+    fields = llm_pb2.Constraint.DESCRIPTOR.fields_by_name
+    given = {name: value for name, value in settings.items() if name in fields and value not in (None, False)}
+    if len(given) > 1:
+        raise FocusClientError("INVALID_ARGUMENT", f"{', '.join(given)}: expected one of them at most")
+    for name, value in given.items():
+        try:
+            if name == "choice":
+                if isinstance(value, str):
+                    raise TypeError
+                sampling.constraint.choice.texts.extend(value)  # type: ignore[arg-type]
+                sampling.constraint.choice.SetInParent()
+            else:
+                text = json.dumps(value) if isinstance(value, Mapping) and name == "json_schema" else value
+                setattr(sampling.constraint, name, text)
+        except (ValueError, TypeError):
+            expected = {"choice": "a list of texts", "json_schema": "a mapping or JSON text", "json_object": "True"}
+            raise FocusClientError(
+                "INVALID_ARGUMENT", f"{name}: is {reprlib.repr(value)}, expected {expected.get(name, 'text')}"
+            ) from None
 
 
 def _turn(turn: Turn, name: str) -> focus_pb2.ChatTurn:
@@ -109,11 +139,17 @@ def _set(message: Message, name: str, value: object) -> None:
     try:
         if name == "stop":
             message.stop.extend([value] if isinstance(value, str) else value)  # type: ignore[attr-defined]
+        elif name == "stop_token_ids":
+            message.stop_token_ids.extend(value)  # type: ignore[attr-defined]
+        elif name == "logit_bias":
+            message.logit_bias.update(value)  # type: ignore[attr-defined]
+        elif name == "seed" and isinstance(value, int) and -(2**63) <= value < 0:
+            message.seed = value + 2**64  # type: ignore[attr-defined]
         else:
             setattr(message, name, value)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, AttributeError):
         field = message.DESCRIPTOR.fields_by_name[name]
-        expected = _EXPECTED[field.cpp_type] + (", or several in a list" if name == "stop" else "")
+        expected = _EXPECTED_OF.get(name) or _EXPECTED[field.cpp_type]
         raise FocusClientError("INVALID_ARGUMENT", f"{name}: is {value!r}, expected {expected}") from None
 
 
@@ -171,7 +207,7 @@ def _image_info(image: focus_pb2.ImageInfo) -> ImageInfo:
 
 def _logprobs(message: llm_pb2.TokenLogprobs) -> TokenLogprobs:
     def entry(token: llm_pb2.TokenLogprob) -> TokenLogprob:
-        return TokenLogprob(token_id=token.token_id, text=token.text, logprob=token.logprob)
+        return TokenLogprob(token_id=token.token_id, text=token.text, logprob=token.logprob, raw_bytes=token.raw_bytes)
 
     return TokenLogprobs(chosen=entry(message.chosen), top=tuple(map(entry, message.top)))
 

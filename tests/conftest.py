@@ -1,6 +1,7 @@
-"""What all tests share: Triton interprets where there is no GPU, and torch computes on one thread."""
+"""What all tests share: the GPU's kernels without one, torch on one thread, and who runs beside whom."""
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -15,3 +16,24 @@ def torch_threads(request: pytest.FixtureRequest) -> None:
     """One, unless a module's TORCH_THREADS says otherwise: threads that wait for each other take longer than what they
     share of tensors as small as the tests'. What splits its work by threads is tested with several."""
     torch.set_num_threads(getattr(request.module, "TORCH_THREADS", 1))
+
+
+def starts_ray(nodeid: str) -> bool:
+    return nodeid.startswith("tests/integration/")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest comes first."""
+    items.sort(key=lambda item: not starts_ray(item.nodeid))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With several processes (`-n`): each takes a whole module, and one of them all that starts Ray."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByModule(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "ray" if starts_ray(nodeid) else nodeid.partition("::")[0]
+
+    return ByModule(config, log)

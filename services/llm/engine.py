@@ -269,7 +269,7 @@ class Engine:
         ends = sequence.ends_at(token, self.eos_token_ids)
         new = "" if ends and not sampling.include_stop_str_in_output else text.push(token)
         if text.stopped or ends:
-            reason = "stop"
+            reason = "length" if ends and sequence.guide and sequence.guide.closes else "stop"
         elif len(sequence.output_ids) == sequence.max_new_tokens:
             reason = "length"
         if reason and not text.stopped:

@@ -23,6 +23,7 @@ import torch
 
 from services.common.errors import InvalidInput
 from services.common.types import Constraint, SamplingParams
+from services.llm.closing import MOST_STEPS, Closing
 from services.llm.grammar_process import limits
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 MOST_GRAMMARS = 32
 """Kept compiled; each may grow to tens of megabytes as answers explore it."""
 MOST_REFUSALS = 256
+SPARE_TOKENS = 8
+"""An answer that nears max_tokens goes to its constraint's end when so many are left beside it, or an eighth of all."""
 _UTF8_BYTES = [byte for byte in range(0xF5) if byte not in (0xC0, 0xC1)]
 MASK_THREADS = max(1, min(8, (os.cpu_count() or 1) // 2))
 
@@ -37,13 +40,19 @@ MASK_THREADS = max(1, min(8, (os.cpu_count() or 1) // 2))
 class Guide:
     """One answer's way through its constraint."""
 
-    def __init__(self, grammars: Grammars, matcher: llguidance.LLMatcher, sampling: SamplingParams):
+    def __init__(
+        self, grammars: Grammars, matcher: llguidance.LLMatcher, sampling: SamplingParams, max_new_tokens: int
+    ):
         self.error = ""
         """Why no next token is known; its request must end."""
+        self.closes = False
+        """The answer has no more tokens left than its end takes: it goes there by the shortest way."""
         assert sampling.constraint is not None
         self.constraint = sampling.constraint
         self._grammars, self._matcher, self._sampling = grammars, matcher, sampling
-        self._taken = 0
+        self._taken, self._most = 0, max_new_tokens
+        self._way: list[int] = []
+        self._longest_way, self._look_at = SPARE_TOKENS, 0
         self._mask: torch.Tensor | None = None
         self._ready: Future[None] = Future()
         self._ready.set_result(None)
@@ -69,13 +78,31 @@ class Guide:
             )
             self.error = f"cannot be followed any further: {reason}"
             return
-        waiting = self._end_waits()
-        if waiting:
+        if self.closes or self._must_close():
+            self._mask = torch.zeros_like(mask)
+            token = self._way.pop(0) if self._way else self._grammars.eos_token_ids[0]
+            self._mask[token // 8] = 1 << token % 8
+        elif waiting := self._end_waits():
             left = mask.clone()
             for token in waiting:
                 left[token // 8] &= ~(1 << token % 8) & 255
             if left.any():
                 self._mask = left
+
+    def _must_close(self) -> bool:
+        """Looks for a way to the end at times, the more often the fewer tokens are left beside it."""
+        if self._taken < self._look_at:
+            return False
+        way, left = self._grammars.closing.way(self._matcher), self._most - self._taken
+        if way is None or len(way) > left:
+            self._look_at = self._taken + MOST_STEPS // 4
+            return False
+        self._longest_way = max(self._longest_way, len(way))
+        # The next token may open something that takes as many more to close.
+        spare = left - len(way) - min(self._longest_way, self._most // 8)
+        self._look_at = self._taken + max(1, spare // 2)
+        self.closes, self._way = spare <= 0, way
+        return self.closes
 
 
 class Grammars:
@@ -123,11 +150,11 @@ class Grammars:
             raise InvalidInput(f"cannot be compiled: {found}", field=f"{field}.{constraint.kind}")
         return found
 
-    def guide(self, sampling: SamplingParams) -> Guide | None:
-        """For a new answer; None where nothing constrains it. Raises what `compile` raises."""
+    def guide(self, sampling: SamplingParams, max_new_tokens: int) -> Guide | None:
+        """For a new answer of so many tokens; None where nothing constrains it. Raises what `compile` raises."""
         if sampling.constraint is None:
             return None
-        guide = Guide(self, self.compile(sampling.constraint).deep_copy(), sampling)
+        guide = Guide(self, self.compile(sampling.constraint).deep_copy(), sampling, max_new_tokens)
         if guide.error:
             self.forget(sampling.constraint)
             raise InvalidInput(guide.error, field=f"sampling.constraint.{sampling.constraint.kind}")
@@ -172,6 +199,10 @@ class Grammars:
             self._end_process()
 
     @functools.cached_property
+    def closing(self) -> Closing:
+        return Closing(self._tokens(), self._vocabulary)
+
+    @functools.cached_property
     def _threads(self) -> llguidance.LLExecutor:
         return llguidance.LLExecutor(num_threads=MASK_THREADS)
 
@@ -190,7 +221,7 @@ class Grammars:
         with self._compiling:
             try:
                 self._running_process()
-                self._tokens()
+                _ = self.closing
             except (InvalidInput, OSError):
                 return  # the first request that needs it is told
 

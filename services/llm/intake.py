@@ -62,7 +62,7 @@ class Intake:
             received_at=received_at,
         )
         self._check_room(sequence)
-        sequence.guide = self.grammars.guide(request.sampling)  # last: it may cost most
+        sequence.guide = self.grammars.guide(request.sampling, sequence.max_new_tokens)  # last: it may cost most
         return sequence
 
     def _prompt(self, request: GenerateRequest) -> Prompt:

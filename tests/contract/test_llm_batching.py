@@ -80,6 +80,7 @@ def test_200_mixed_requests_equal_alone_under_chunks_preemption_and_prefix_reuse
     ids=["whole", "chunked", "reused", "preempted"],
 )
 def test_batched_equals_alone(family: str, budget: int, tokens: int, prefix_reuse: bool) -> None:
+    torch.set_num_threads(2 if family == "llama" else 1)
     engine = tiny_llm.engine(
         family, max_batch_tokens=budget, max_running=9, kv_cache_bytes=pool_for(tokens), prefix_reuse=prefix_reuse
     )

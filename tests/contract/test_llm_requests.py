@@ -88,7 +88,7 @@ def test_thresholds_that_are_refused(threshold: float) -> None:
 def test_too_large_is_refused_with_the_numbers_and_duplicate_ids_too() -> None:
     engine = tiny_llm.engine(kv_cache_bytes=100_000)
     with pytest.raises(
-        TooLarge, match=r"prompt of \d+ tokens and up to 500 new ones need \d+ bytes .* has \d+;"
+        TooLarge, match=r"prompt of \d+ tokens and up to 500 new ones need \d+ bytes .* has \d+, \d+ tokens;"
     ) as error:
         engine.submit(tiny_llm.request(engine, max_tokens=500))
     needed, has = (

@@ -96,7 +96,10 @@ def test_log_probabilities_are_shown(gateway: ScriptedGateway, capsys) -> None:
     assert out == "red 7\n" and err.startswith("'red' 77.9 %  'red' 77.9 %  'z' 22.3 %\n' 7' 77.9 %")
     assert main(["ask", "What?", "--logprobs", "2", "--json"]) == 0
     entry = json.loads(capsys.readouterr().out)["logprobs"][1]
-    assert entry["chosen"] == {"token_id": 1, "text": " 7", "logprob": -0.25} and entry["top"][1]["text"] == "z"
+    assert (
+        entry["chosen"] == {"token_id": 1, "text": " 7", "logprob": -0.25, "raw_bytes": []}
+        and entry["top"][1]["text"] == "z"
+    )
 
 
 def test_ask_says_how_images_are_read(gateway: ScriptedGateway, image: str) -> None:
@@ -161,6 +164,13 @@ def test_a_path_is_no_question(gateway: ScriptedGateway, image: str, capsys, com
     assert gateway.requests == []
 
 
+def test_who_waits_for_a_server_is_told_so_once(capsys) -> None:
+    assert main(["ask", "docs/assets/sample.png", "what?", "--address", "127.0.0.1:9", "--timeout", "2"]) == 4
+    first, *rest = capsys.readouterr().err.splitlines()
+    assert "no server answers at 127.0.0.1:9" in first and first.endswith("; trying again")
+    assert len(rest) == 1 and "trying" not in rest[0]
+
+
 def test_nobody_there(capsys) -> None:
     assert main(["info", "--address", "127.0.0.1:9"]) == 4
     err = capsys.readouterr().err
@@ -176,7 +186,7 @@ def test_a_server_that_answers_is_not_told_to_be_missing(gateway: ScriptedGatewa
 @pytest.mark.parametrize(
     ("option", "value", "code", "said"),
     [
-        ("--seed", "-1", 3, "seed: is -1"), ("--top-k", "-1", 3, "top_k: is -1"),
+        ("--seed", str(2**64), 3, f"seed: is {2**64}"), ("--top-k", "-1", 3, "top_k: is -1"),
         ("--max-tokens", "-5", 3, "max_tokens: is -5"), ("--logprobs", "-1", 3, "logprobs: is -1"),
         ("--timeout", "inf", 2, "--timeout"), ("--timeout", "1e12", 2, "--timeout"), ("--timeout", "0", 2, "--timeout"),
         ("--timeout", "nan", 3, "timeout_s: is nan"), ("--address", "", 3, "address: is ''"),

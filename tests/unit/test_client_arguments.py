@@ -69,7 +69,7 @@ async def test_async_client_refuses_the_same() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
-        ("seed", -1, "a whole number from 0 to"), ("seed", 2**64, "a whole number from 0 to"),
+        ("seed", 1.5, "a whole number from -92"), ("seed", 2**64, "a whole number from -9223372036854775808 to"),
         ("top_k", -1, "a whole number from 0 to 4294967295"), ("max_tokens", -5, "a whole number from 0 to"),
         ("max_tokens", 2.5, "a whole number from 0 to"), ("logprobs", -1, "a whole number from 0 to"),
         ("threshold", "a", "a number"), ("keep_ratio", [], "a number"), ("temperature", "hot", "a number"),
@@ -126,7 +126,7 @@ def test_images_refused(client: FocusClient, tmp_path: pathlib.Path) -> None:
         (5, "images[0]: is a int, expected a path, bytes, an open binary file or a PIL image"),
         ([b"x", None], "images[1]: is a NoneType, expected"),
         ([b"x", [b"y"]], "images[1]: is a list, expected"),
-        (Image.new("CMYK", (2, 2)), "images[0]: cannot read Image: cannot write mode CMYK as PNG"),
+        (Image.new("HSV", (2, 2)), "images[0]: cannot read Image: cannot write mode HSV as TIFF"),
         (closed, "images[0]: cannot read BytesIO: I/O operation on closed file"),
         (io.StringIO("x"), "images[0]: the file was opened as text"),
         ("a\0b", "images[0]: cannot read 'a\\x00b': embedded null byte"),
@@ -149,3 +149,54 @@ def test_oversized_images_are_not_read(client: FocusClient, tmp_path: pathlib.Pa
     ):
         assert refused("RESOURCE_EXHAUSTED", client.ask, images, "q").startswith(said)
     assert len(images_of(build_request([user("q", images=[bytes(50), bytes(50)])]))) == 2
+
+
+def test_settings_beside_plain_numbers_are_sent() -> None:
+    sampling = build_request(
+        [user("What?")], stop_token_ids=[3, 4], logit_bias={5: -100, 6: 0.5}, min_tokens=2, seed=-1,
+        include_stop_str_in_output=True, keep_special_tokens=True,
+    ).sampling  # fmt: skip
+    assert (list(sampling.stop_token_ids), dict(sampling.logit_bias)) == ([3, 4], {5: -100, 6: 0.5})
+    assert (sampling.min_tokens, sampling.seed) == (2, 2**64 - 1)
+    assert sampling.include_stop_str_in_output and sampling.keep_special_tokens and not sampling.HasField("constraint")
+    assert build_request([user("x")], continue_final_message=True).continue_final_message
+
+
+@pytest.mark.parametrize(
+    ("setting", "sent"),
+    [
+        ({"json_object": True}, "json_object: true"),
+        ({"json_object": False, "regex": None}, ""),
+        ({"json_schema": {"enum": ["é"]}}, r'json_schema: "{\"enum\": [\"\\u00e9\"]}"'),
+        ({"json_schema": {}}, 'json_schema: "{}"'),
+        ({"json_schema": "{}"}, 'json_schema: "{}"'),
+        ({"choice": ["a", "b"]}, 'choice {\n  texts: "a"\n  texts: "b"\n}'),
+        ({"choice": []}, "choice {\n}"),
+        ({"regex": "a+"}, 'regex: "a+"'),
+        ({"grammar": 'start: "a"'}, r'grammar: "start: \"a\""'),
+    ],
+)
+def test_constraints_are_sent(setting: Any, sent: str) -> None:
+    assert str(build_request([user("What?")], **setting).sampling.constraint).strip() == sent
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"json_object": True, "regex": "a"}, "json_object, regex: expected one of them at most"),
+        ({"json_schema": 3}, "json_schema: is 3, expected a mapping or JSON text"),
+        ({"json_schema": {"a": {1}}}, "json_schema: is {'a': {1}}, expected a mapping or JSON text"),
+        ({"choice": "ab"}, "choice: is 'ab', expected a list of texts"),
+        ({"choice": [1]}, "choice: is [1], expected a list of texts"),
+        ({"regex": b"\xff"}, "regex: is b'\\xff', expected text"),
+        ({"logit_bias": [1]}, "logit_bias: is [1], expected a mapping from token ids to numbers"),
+        ({"logit_bias": {"a": 1}}, "logit_bias: is {'a': 1}, expected a mapping"),
+        ({"stop_token_ids": 3}, "stop_token_ids: is 3, expected a list of token ids"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids: is [-1], expected a list of token ids"),
+        ({"seed": -(2**63) - 1}, "seed: is -9223372036854775809, expected a whole number from -9223372036854775808"),
+        ({"seed": 2**64}, "seed: is 18446744073709551616, expected a whole number"),
+        ({"min_tokens": 1.5}, "min_tokens: is 1.5, expected a whole number"),
+    ],
+)
+def test_settings_that_no_message_holds_are_refused(setting: Any, message: str) -> None:
+    assert refused("INVALID_ARGUMENT", build_request, [user("What?")], **setting).startswith(message)

@@ -137,6 +137,12 @@ async def test_a_body_that_does_not_come_is_refused_and_no_application_hears_of_
         writer.close()
 
 
+def test_the_bound_of_connections_leaves_files_for_the_rest(monkeypatch):
+    for soft, most in ((256, 128), (1024, 512), (65_536, 1000), (-1, 1000)):
+        monkeypatch.setattr(http_bounds.resource, "getrlimit", lambda _, soft=soft: (soft, soft))
+        assert http_bounds.most_connections() == most
+
+
 async def test_a_body_too_large_is_refused(monkeypatch):
     monkeypatch.setattr(http_bounds, "MOST_BODY_BYTES", 1000)
     async with serving(monkeypatch) as (application, port):

@@ -36,6 +36,8 @@ class Placeholder(
 class Ray:
     """Handlers as Ray's proxy makes them: the status in the context, a cancellation heard only in a wait."""
 
+    broken = False
+
     def __init__(self, status: tuple[grpc.StatusCode, str] | None = None, events: int = 3, wait_s: float = 0.0):
         self.status, self.events, self.wait_s = status, events, wait_s
         self.cancelled, self.ended = 0, asyncio.Event()
@@ -61,6 +63,8 @@ class Ray:
 
     def end(self, context) -> None:
         self.ended.set()
+        if self.broken:
+            raise RuntimeError("/srv/ray/proxy.py: no status")
         if self.status:
             context.set_code(self.status[0])
             context.set_details(self.status[1])
@@ -109,6 +113,20 @@ async def test_a_status_tells_what_to_do_and_no_internals(status, code, says):
     for caught in (unary, streamed):
         assert (caught.value.code().name, caught.value.details()) == (code, says)
         assert not LEAKS.search(caught.value.details())
+
+
+async def test_a_handler_that_fails_tells_nothing_either():
+    ray = Ray()
+    ray.broken = True
+    async with serving(ray) as channel:
+        encoder = encoder_pb2_grpc.EncoderServiceStub(channel)
+        model = llm_pb2_grpc.LanguageModelServiceStub(channel)
+        with pytest.raises(grpc.RpcError) as unary:
+            await encoder.Encode(encoder_pb2.EncodeRequest(), metadata=APPLICATION)
+        with pytest.raises(grpc.RpcError) as streamed:
+            _ = [event async for event in model.Generate(llm_pb2.GenerateRequest(), metadata=APPLICATION)]
+    for caught in (unary, streamed):
+        assert (caught.value.code().name, caught.value.details()) == ("INTERNAL", "internal error")
 
 
 async def test_every_method_of_the_three_services_is_there_and_streams():

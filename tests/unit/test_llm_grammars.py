@@ -41,7 +41,7 @@ def allowed(guide: grammars_module.Guide) -> set[int]:
 
 def takes(grammars: Grammars, constraint: Constraint, text: str, **sampling: Any) -> bool:
     """Whether an answer may be this text, token by token, and end there."""
-    guide = grammars.guide(SamplingParams(constraint=constraint, **sampling))
+    guide = grammars.guide(SamplingParams(constraint=constraint, **sampling), 500)
     assert guide is not None
     for token in [*TOKENIZER.encode(text, add_special_tokens=False), EOS]:
         if token not in allowed(guide):
@@ -168,13 +168,13 @@ def test_equal_constraints_are_compiled_once_and_the_kept_ones_are_bounded(
 )
 def test_the_end_waits_unless_nothing_else_is_left(grammars: Grammars, early: dict[str, Any]) -> None:
     a = TOKENIZER.convert_tokens_to_ids("a")
-    guide = grammars.guide(SamplingParams(constraint=Constraint(kind="regex", text="a*"), **early))
+    guide = grammars.guide(SamplingParams(constraint=Constraint(kind="regex", text="a*"), **early), 500)
     assert guide is not None
     for _ in range(3):
         assert allowed(guide) == {a}
         grammars.advance([(guide, a)])
     assert allowed(guide) == ({a, EOS} if early == {"min_tokens": 3} else {a})
-    guide = grammars.guide(SamplingParams(constraint=Constraint(kind="regex", text="a"), **early))
+    guide = grammars.guide(SamplingParams(constraint=Constraint(kind="regex", text="a"), **early), 500)
     assert guide is not None
     grammars.advance([(guide, a)])
     assert allowed(guide) == {EOS}, "the constraint leaves nothing but its end"
@@ -194,7 +194,7 @@ def test_a_tokenizer_that_cannot_spell_a_byte_is_named() -> None:
 
 def test_many_answers_follow_one_constraint_apart(grammars: Grammars) -> None:
     sampling = SamplingParams(constraint=Constraint(kind="regex", text="[ab]{6}"))
-    guides = [grammars.guide(sampling) for _ in range(40)]
+    guides = [grammars.guide(sampling, 500) for _ in range(40)]
     letters = [TOKENIZER.convert_tokens_to_ids(letter) for letter in "ab"]
     for step in range(6):
         grammars.advance([(guide, letters[(index >> step) & 1]) for index, guide in enumerate(guides) if guide])

@@ -100,6 +100,7 @@ def test_the_command_line_goes_before_the_file_and_the_file_before_the_rest(tmp_
         ({"max_model_len": 4096}, "--max-model-len: is 4096, expected 2048 or less: the model's own"),
         ({"device": "cuda"}, "--device: is 'cuda', and torch sees no GPU here"),
         ({"device": "gpu"}, "--device: is 'gpu', expected auto, cpu or cuda"),
+        ({"device": "cuda:1"}, "--device: is 'cuda:1', expected auto, cpu or cuda; CUDA_VISIBLE_DEVICES says which"),
     ],
 )
 def test_what_can_never_answer_is_refused_by_the_options_name(wishes: dict[str, Any], message: str) -> None:
@@ -155,6 +156,17 @@ def test_the_command_refuses_before_it_starts_anything(monkeypatch, capsys: pyte
                           ("--dtype", "int4"), ("--config", "/no/such.yaml")):  # fmt: skip
         assert main(["serve", folder, option, value]) == 2
         assert option in capsys.readouterr().err
+
+
+def test_a_large_checkpoint_is_placed_by_make_serve_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    folder = str(tiny_llm.checkpoint())
+    assert local.placed(folder, said.append) == {} and not said
+    monkeypatch.setattr(local, "LARGE_BYTES", 0)
+    monkeypatch.setattr(placing.Devices, "here", lambda: machine())
+    found = local.placed(folder, said.append)
+    assert found["args"]["llm"]["max_running"] == 16 and found["timeout_s"] > 300
+    assert len(said) == 3 and said[2].startswith("fits: 16 requests")
 
 
 def test_a_replica_that_is_told_no_size_finds_it_itself(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,7 +191,7 @@ def answer(engine, visual):
         model_fingerprint=engine.fingerprint)
     turn = ChatTurn(role="user", parts=(ImagePart(image=0), TextPart(text="What number is on the red card?")))
     engine.submit(GenerateRequest(request_id="r", turns=(turn,), images=(tokens,), prune=PruneParams(threshold=1.0),
-        sampling=SamplingParams(max_tokens=256, ignore_eos=True)))
+        sampling=SamplingParams(max_tokens=4, ignore_eos=True)))
     while engine.has_work():
         engine.step()
 answer(Engine.from_checkpoint(small, dtype=dtype, kv_cache_bytes=2**22), 80)  # everything is imported and warm now
@@ -206,15 +206,14 @@ print(loaded, anonymous() - before, sizes.weights, sizes.full_image_bytes, sizes
 """
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_memory_is_what_was_worked_out(dtype: str, tmp_path: pathlib.Path) -> None:
+def test_memory_is_what_was_worked_out(tmp_path: pathlib.Path) -> None:
     """A decoder of Llama's shape, loaded and asked about a full image by a process of its own."""
     make_random_checkpoint(tmp_path / "small")
     make_random_checkpoint(
-        tmp_path / "large", hidden=1024, layers=6, heads=16, kv_heads=4, tile_px=112, dtype=dtype,
+        tmp_path / "large", hidden=768, layers=4, heads=12, kv_heads=4, tile_px=112, dtype="float32",
         max_shard_bytes=2**26,
     )  # fmt: skip
-    command = [sys.executable, "-c", _MEASURED, str(tmp_path / "small"), str(tmp_path / "large"), dtype]
+    command = [sys.executable, "-c", _MEASURED, str(tmp_path / "small"), str(tmp_path / "large"), "float32"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     loaded, ran, weights, cache, activations = map(int, result.stdout.split())

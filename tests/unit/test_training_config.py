@@ -190,7 +190,7 @@ PROCESSORS = {(True, True): "bfloat16", (True, False): "float32", (False, True):
 """Whether each of two workers' processors multiplies in bf16, and what both then train in."""
 
 
-def _agree(rank: int, store: str, found: str) -> None:
+def _agree(_: int, rank: int, store: str, found: str) -> None:
     """One worker."""
     torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
     names = []
@@ -201,8 +201,12 @@ def _agree(rank: int, store: str, found: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_all_workers_train_in_one_dtype(tmp_path):
-    torch.multiprocessing.spawn(_agree, (str(tmp_path / "store"), str(tmp_path / "rank")), 2)
+def test_all_workers_train_in_one_dtype(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "cpu_has_bfloat16", trainer.cpu_has_bfloat16)  # `_agree` sets it
+    files = str(tmp_path / "store"), str(tmp_path / "rank")
+    other = torch.multiprocessing.spawn(_agree, (1, *files), 1, join=False)
+    _agree(0, 0, *files)
+    other.join()
     assert [(tmp_path / f"rank{rank}").read_text().split() for rank in (0, 1)] == [list(PROCESSORS.values())] * 2
 
 

@@ -27,17 +27,13 @@ def checkpoint(tmp_path_factory) -> tuple[pathlib.Path, str]:
 def cluster(checkpoint):
     said: list[str] = []
     killed: list[int] = []
-    with LocalCluster(
-        checkpoint=checkpoint[0],
-        grpc_port=0,
-        timeout_s=400,
-        args=FP32,
-    ) as local:
+    with LocalCluster(checkpoint=checkpoint[0], grpc_port=0, timeout_s=400, args=FP32) as local:
         killer = threading.Thread(target=kill_first_raylet, args=(local, killed), daemon=True)
         killer.start()
         local.start(progress=said.append)
         killer.join(60)
-        assert killed and any("raylet died" in line and "trying once more" in line for line in said), said
+        # Ray's own parent process may say it first: "Ray died", not "raylet died".
+        assert killed and any("died" in line and "trying once more" in line for line in said), said
         assert killed[0] not in local.state.pids() and any("gateway running" in line for line in said)
         yield local
 
