@@ -75,6 +75,7 @@ def check_products(dtype: torch.dtype) -> None:
 
 
 def check_engine(dtype: torch.dtype) -> None:
+    torch.set_num_threads(1)  # as other tests have it; operators are checked with as many as there are
     engine = tiny_llm.engine(dtype=dtype)
     requests = tiny_llm.mixed_requests(engine, 5)
     answers = tiny_llm.run(engine, requests)
@@ -84,7 +85,9 @@ def check_engine(dtype: torch.dtype) -> None:
 
 def main() -> None:
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
     for dtype in ERRORS:
+        torch.set_num_threads(threads)
         for heads, groups in ((4, 2), (6, 2)):
             for width in (16, 128):
                 check_attention(dtype, heads, groups, width)

@@ -1,6 +1,6 @@
 """The kinds of processor that this one can stand for, and every test under each of them.
 
-    python -m tests.processors                        # `make processors`: all tests, once a kind
+    make processors                                   # all tests, once a kind
     python -m tests.processors --only x86-64-v3 tests/unit/test_linear.py
 
 A kind is a name that compilers know, the kernels built for it, and oneDNN and torch held to its instructions. What this
@@ -67,7 +67,9 @@ PROCESSORS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", choices=PROCESSORS, action="append", help="a kind; all by default")
     options, pytest_arguments = parser.parse_known_args()
     failed = False
