@@ -11,10 +11,10 @@ CLIENTS ?= .clients
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve stop test clients compat lint format protos bench lock clean
+.PHONY: help setup demo serve stop test processors clients compat lint format protos bench lock clean
 
 help: ## This list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-8s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-10s %s\n", $$1, $$2 }'
 
 $(STAMP): pyproject.toml requirements.lock scripts/setup.sh
 	@scripts/setup.sh $(VENV) $(PYTHON)
@@ -31,8 +31,12 @@ serve: $(STAMP) ## Start everything and leave it running: gRPC on port 9000 (POR
 stop: $(STAMP) ## Stop what `make serve` left running
 	@$(BIN)/python -m cluster.local down --grpc-port $(PORT)
 
+TWO := -n 2 --dist loadscope --no-loadscope-reorder
 test: $(STAMP) $(VENV)/.triton ## Every test, in two processes: what starts Ray in one, the rest in the other
-	@$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
+	@$(BIN)/python -m pytest $(TWO)
+
+processors: $(STAMP) $(VENV)/.triton ## Every test on each kind of x86-64 processor that this one can stand for
+	@$(BIN)/python -m tests.processors $(TWO)
 
 # Comes with PyTorch's CUDA builds. Beside a CPU build only the tests of the GPU's kernels want it: they interpret them.
 $(VENV)/.triton: $(STAMP)

@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
+from services.common.kernels import native
 from services.common.linear import can_pack
+from services.common.processor import has_int8_linear
+from services.llm.kernels.cpu import CpuKernels
 
 PACKED_DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if can_pack(torch.device("cpu"), dtype)]
 """Those that oneDNN multiplies in."""
 needs_bf16 = pytest.mark.skipif(torch.bfloat16 not in PACKED_DTYPES, reason="oneDNN has no bf16 on this processor")
-needs_vnni = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="this processor has no AVX-512 VNNI")
+needs_vnni = pytest.mark.skipif(not has_int8_linear(), reason="this processor has no AVX-512 VNNI")
+
+
+def _has_compiler() -> bool:
+    try:
+        return shutil.which(native._compiler()[0]) is not None
+    except native.CannotBuild:
+        return False
+
+
+HAS_COMPILER = _has_compiler()
+"""Where there is one, the compiled operators are to be there."""
+needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="this machine has no C++ compiler")
+
+
+def cpu_kernels() -> CpuKernels:
+    if not HAS_COMPILER:
+        pytest.skip("this machine has no C++ compiler")
+    return CpuKernels()

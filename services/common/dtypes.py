@@ -7,6 +7,8 @@ from typing import Literal
 
 import torch
 
+from services.common.processor import cpu_has_bfloat16
+
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -28,12 +30,6 @@ def dtype_of_stored(name: str, device: str | torch.device) -> torch.dtype:
     stored: torch.dtype = getattr(torch, name)
     on_cpu = torch.device(device).type == "cpu"
     return torch.float32 if on_cpu and stored != choose_dtype("auto", device) else stored
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether this CPU has instructions that multiply in bfloat16; elsewhere a product in it takes up to 50 times as
-    long as in float32."""
-    return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
 
 
 def gpu_has_bfloat16() -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from services.common.errors import InvalidInput
+from services.common.processor import has_int8_linear, has_packed_linear
 
 Quantize = Literal["int8"]
 EXPECTED_TOKENS = 512
@@ -93,7 +94,7 @@ def prepare_linears(
     if quantize is not None:
         if quantize != "int8":
             raise InvalidInput(f'is {quantize!r}, expected "int8" or nothing', field="quantize")
-        if device.type != "cpu" or not can_pack(device, dtype) or not torch.cpu._is_vnni_supported():
+        if device.type != "cpu" or not can_pack(device, dtype) or not has_int8_linear():
             raise InvalidInput(
                 f"is {quantize!r}: needs a CPU with AVX-512 VNNI and float32 or bfloat16, this is {device}, {dtype}",
                 field="quantize",
@@ -105,9 +106,7 @@ def prepare_linears(
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether oneDNN multiplies in this dtype on this device."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return device.type == "cpu" and has_packed_linear(dtype)
 
 
 def _replace(module: nn.Module, made: Callable[[nn.Linear], nn.Module]) -> None:

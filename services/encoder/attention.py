@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from services.common.kernels import native
+from services.common.processor import has_kernels, has_matrix_units
 
 
 def attend(qkv_TN3C: torch.Tensor, heads: int, scaling: float) -> torch.Tensor:
@@ -22,7 +22,7 @@ def attend(qkv_TN3C: torch.Tensor, heads: int, scaling: float) -> torch.Tensor:
     tiles, tokens, width = qkv_TN3C.shape
     even = width // 3 // heads % 2 == 0
     bf16 = qkv_TN3C.dtype == torch.bfloat16
-    if bf16 and even and not torch.cpu._is_amx_tile_supported() and native.load():
+    if bf16 and even and not has_matrix_units() and has_kernels(torch.bfloat16):
         query_SHd, key_SHd, value_SHd = qkv_TN3C.view(tiles * tokens, 3, heads, -1).unbind(1)
         lens = [tokens] * tiles
         out_SHd = torch.ops.focusllava.packed_attention(

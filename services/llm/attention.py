@@ -73,6 +73,10 @@ class DecodeBatch:
                     filled[index] = blocks
         return self._rows_LnB
 
+    def most_blocks(self, context: int) -> int:
+        """The widest that `rows` can be, for a model of so many tokens of context."""
+        return min(self.cache.blocks(context), self.cache.num_slots) + SPARE_BLOCKS  # a request needs a slot a block
+
     def _groups(self) -> list[tuple[int, torch.Tensor]]:
         return list(enumerate(self._rows_LnB))
 

@@ -16,8 +16,10 @@ from services.common.errors import InvalidInput
 from services.common.linear import Quantize
 from services.common.types import (
     ChatTurn,
+    CompressedVisualTokens,
     FinishedEvent,
     GenerateRequest,
+    ImagePart,
     SampledToken,
     SamplingParams,
     TextPart,
@@ -122,20 +124,30 @@ class Engine:
         )
 
     def warm_up(self) -> None:
-        """Does what the first requests would wait for: on a GPU, compiles its kernels and records its graphs.
+        """Does what the first requests would wait for: on a GPU, records all its graphs and compiles its kernels.
 
-        Called before any request.
+        Called before any request. Answers two: the second is prefilled while the first decodes.
         """
         self.grammars.start()
-        if self.decoder.device.type == "cpu":
+        if not self.runner.has_graphs:
             return
-        turn = ChatTurn(role="user", parts=(TextPart(text="Hello"),))
-        sampling = SamplingParams(max_tokens=2, ignore_eos=True)
-        self.submit(GenerateRequest(request_id="warm-up", turns=(turn,), images=(), sampling=sampling))
-        while self.has_work():
-            self.step()
         with torch.inference_mode():
             self.runner.record_graphs(self.scheduler.max_running)
+        image = CompressedVisualTokens(
+            tokens_ND=torch.zeros(4, self.decoder.config.hidden_size, dtype=self.decoder.dtype),
+            branch_ids_M=torch.empty(0, dtype=torch.uint8),
+            map_hw=(2, 2),
+            uncompressed_tokens=4,
+            content_hash="",
+            model_fingerprint=self.fingerprint,
+        )
+        turn = ChatTurn(role="user", parts=(ImagePart(image=0), TextPart(text="Hello")))
+        for name, tokens, temperature in (("first", 3, 0.0), ("second", 2, 1.0)):
+            sampling = SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=temperature)
+            self.submit(GenerateRequest(request_id=name, turns=(turn,), images=(image,), sampling=sampling))
+            self.step()
+        while self.has_work():
+            self.step()
         self._totals = dict.fromkeys(self._totals, 0)
 
     # Requests in and out.

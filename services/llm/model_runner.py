@@ -45,14 +45,20 @@ class ModelRunner:
         if decoder.device.type == "cuda":  # GPU only
             self.use_graphs(cuda_capture())
 
+    @property
+    def has_graphs(self) -> bool:
+        return isinstance(self._decode, DecodeGraphs)
+
     def use_graphs(self, capture: Capture) -> None:
         """From now on, steps that only decode are recorded once a shape, then replayed."""
         self._decode = DecodeGraphs(self._whole_pass, capture, null_row=self.cache.null_row)
 
     def record_graphs(self, most: int) -> None:
-        """Records now what up to `most` sequences of usual length will replay; nothing where there are no graphs."""
-        if isinstance(self._decode, DecodeGraphs):
-            self._decode.record(most, [group.num_layers for group in self.cache.groups], self.cache.key.device)
+        """Records now what up to `most` sequences of any length will replay. Only where there are graphs."""
+        assert isinstance(self._decode, DecodeGraphs)
+        blocks = self._batch.most_blocks(self.decoder.context)
+        layers = [group.num_layers for group in self.cache.groups]
+        self._decode.record(most, blocks, layers, self.cache.key.device)
 
     def decode(self, step: Step) -> torch.Tensor:
         """A step that only decodes: logits [n, V]."""

@@ -171,6 +171,6 @@ def test_int8_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) ->
         prepare_linears(nn.Module(), CPU, torch.float64, "int8")
     with pytest.raises(InvalidInput, match="quantize.*cuda"):
         prepare_linears(nn.Module(), torch.device("cuda"), torch.bfloat16, "int8")
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    monkeypatch.setattr("services.common.linear.has_int8_linear", lambda: False)
     with pytest.raises(InvalidInput, match="quantize.*'int8'.*AVX-512 VNNI"):
         prepare_linears(nn.Module(), CPU, torch.float32, "int8")

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import random
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -174,6 +177,26 @@ def test_an_engine_on_a_gpu_is_as_sure_of_its_tokens_as_one_in_fp32(family: str)
             if one.token_id != other.token_id:
                 break
     assert compared > 12, "half of them part at once: that is no rounding"
+
+
+@ON_GPU
+def test_graphs_are_recorded_while_other_threads_pin_memory() -> None:
+    """As threads do that check requests."""
+    engine = tiny_llm.engine(dtype=torch.bfloat16, device=gpu.DEVICE)
+    ended = threading.Event()
+
+    def pin() -> None:
+        while not ended.is_set():
+            torch.empty(random.randrange(1, 2**22)).pin_memory()
+
+    with ThreadPoolExecutor(2) as pool:
+        pinning = [pool.submit(pin) for _ in range(2)]
+        try:
+            engine.warm_up()
+        finally:
+            ended.set()
+    assert not any(one.exception() for one in pinning)
+    assert len(tiny_llm.run(engine, [tiny_llm.request(engine)])["r"][0]) == 8
 
 
 @ON_GPU

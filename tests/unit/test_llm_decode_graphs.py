@@ -55,8 +55,33 @@ def test_a_graph_sees_the_batch_then_rows_that_are_nobodys() -> None:
     call(5, 6)
     call(3, LEAST_BLOCKS + 1)
     assert recorder.recorded == 3
-    graphs.record(20, (2, 3), torch.device("cpu"))
-    assert recorder.recorded == 7, "1, 2, 16 and 32 are new, 4 and 8 were there"
+    graphs.record(20, 700, (2, 3), torch.device("cpu"))
+    assert recorder.recorded == 3 + 4 + 5 + 6, "at 256, 1, 2, 16 and 32 are new, at 512 all but 4, at 700 all"
+    for count, blocks, width in ((3, 256, 256), (9, 257, 512), (32, 513, 700), (1, 700, 700)):
+        assert call(count, blocks).tolist() == [10 * n for n in range(1, count + 1)]
+        assert seen[-1][2][0].shape == (2, round_up(count), width)
+    replayed = recorder.replayed
+    assert call(3, 701).tolist() == [10, 20, 30] and call(33, 5)[32] == 330
+    assert (recorder.recorded, recorder.replayed) == (18, replayed), "what no graph fits runs without, and none is made"
+
+
+def test_nothing_is_recorded_after_the_warm_up() -> None:
+    """Its two answers go through a step that decodes one and prefills the other."""
+    engine, recorder = tiny_llm.engine(dtype=torch.float32, max_running=4), Recorder()
+    engine.runner.use_graphs(recorder)
+    lower, mixed = engine.runner.lower, []
+    engine.runner.lower = lambda step: mixed.append(bool(step.decode and step.lower)) or lower(step)  # type: ignore
+    engine.warm_up()
+    engine.runner.lower = lower  # type: ignore[method-assign]
+    recorded = recorder.recorded
+    assert any(mixed) and not engine.has_work() and recorded >= 3
+    stats = engine.stats()
+    assert not stats.completion_tokens and not stats.prefill_passes and not stats.kv_blocks_used
+    requests = [tiny_llm.request(engine, f"r{n}", images=(40 * n,), max_tokens=30) for n in range(1, 9)]
+    answers = tiny_llm.run(engine, requests)
+    assert all(len(answer[0]) == 30 for answer in answers.values())
+    assert recorder.recorded == recorded < recorder.replayed
+    engine.check_integrity()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])

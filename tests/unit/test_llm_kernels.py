@@ -14,13 +14,20 @@ from services.llm.kernels.cpu import CpuKernels
 from services.llm.kernels.reference import ReferenceKernels
 from tests import gpu
 from tests.attention_oracle import decode_oracle, prefill_oracle
+from tests.processor import HAS_COMPILER, cpu_kernels
 
 TORCH_THREADS = 2
 CPU = torch.device("cpu")
 DTYPES = {torch.float32: 3e-6, torch.bfloat16: 2e-2}
 """Largest error of an output of size one."""
-KERNELS = {"reference": ReferenceKernels, "cpu": CpuKernels, "cuda": gpu.kernels}
+KERNELS = {"reference": ReferenceKernels, "cpu": cpu_kernels, "cuda": gpu.kernels}
 EVERY = [*itertools.product(("reference", "cpu"), DTYPES), ("cuda", gpu.DTYPE)]
+NO_NUMBERS = [
+    (kernels, dtype, float(value))
+    for kernels, dtype in EVERY
+    for value in ("nan", "inf")
+    if (kernels, value) != ("reference", "inf")  # of which torch's own kernels make zeros in bf16, NaN in fp32
+]
 SEGMENTS = {
     "one token": ([1], [1]),
     "ragged": ([3, 1, 17, 5], [3, 1, 17, 5]),
@@ -67,7 +74,7 @@ def test_prefill(kernels: str, segments: str, heads: str, dtype: torch.dtype) ->
 def test_prefill_takes_the_strided_views_of_a_decoder_layer(dtype: torch.dtype) -> None:
     query, key, value = random_tensors((4, 150, 16), (2, 150, 16), (2, 150, 16), dtype=dtype)
     views = [tensor.transpose(0, 1) for tensor in (query, key, value)]
-    for kernels in (ReferenceKernels(), CpuKernels()):
+    for kernels in (ReferenceKernels(), cpu_kernels()):
         out = kernels.prefill(*views, [100, 50], [100, 50], 0.25)
         expected = prefill_oracle(*views, [100, 50], [100, 50], 0.25)
         torch.testing.assert_close(out.double(), expected, rtol=0, atol=DTYPES[dtype])
@@ -83,7 +90,7 @@ def test_without_a_mask_each_query_sees_all_keys_of_its_segment(
     query, key, value = random_tensors(
         (tokens, query_heads, width), (tokens, key_heads, width), (tokens, key_heads, width), dtype=dtype
     )
-    assert CpuKernels()  # loads the operators
+    cpu_kernels()  # loads the operators
     out = torch.ops.focusllava.packed_attention(query, key, value, lens, lens, 0.3, causal=False)
     exact = []
     for q, k, v in zip(*(tensor.double().split(lens) for tensor in (query, key, value)), strict=True):
@@ -107,7 +114,7 @@ def test_bf16_prefill_is_as_exact_as_sdpa(query_scale: float, key_offset: float)
     sdpa = F.scaled_dot_product_attention(
         *(tensor.transpose(0, 1)[None] for tensor in (query, key, value)), is_causal=True
     )[0].transpose(0, 1)
-    ours = CpuKernels().prefill(query, key, value, [tokens], [tokens], scaling)
+    ours = cpu_kernels().prefill(query, key, value, [tokens], [tokens], scaling)
 
     def error(out: torch.Tensor) -> float:
         return float((out.double() - exact).norm() / exact.norm())
@@ -160,7 +167,62 @@ def test_decode_of_a_long_sequence_is_the_same_in_any_batch(kernels: str, dtype:
         assert torch.equal(alone, whole[one])
 
 
+@pytest.mark.parametrize("broken", ["query", "key"])
+@pytest.mark.parametrize("width", [16, 64])
+@pytest.mark.parametrize("kernels, dtype, value", NO_NUMBERS, ids=str)
+def test_what_is_no_number_shows_in_what_sees_it(
+    kernels: str, width: int, dtype: torch.dtype, value: float, broken: str
+) -> None:
+    """As NaN and not as plausible numbers, whose size is up to 2; another sequence of the batch is not touched."""
+    target, device = made(kernels)
+    shapes = (2, 4, width), (50, 16, 2, width), (50, 16, 2, width)
+    query, key_pool, value_pool = (tensor.abs_() for tensor in random_tensors(*shapes, dtype=dtype))
+    rows_nB, lengths_n = torch.arange(50).view(2, 25), torch.tensor([400, 390])
+    plain = decode_oracle(query, key_pool, value_pool, rows_nB, lengths_n, 0.25)
+    (query[0] if broken == "query" else key_pool[20, 5])[..., 3] = value
+    out = target.decode(*(x.to(device) for x in (query, key_pool, value_pool, rows_nB, lengths_n)), 0.25).cpu()
+    assert out[0].isnan().all()
+    torch.testing.assert_close(out[1].double(), plain[1], rtol=0, atol=2 * DTYPES[dtype])
+
+    lens, at = [20, 700, 30], 500
+    query, key, values = (
+        tensor.abs_() for tensor in random_tensors(*[(750, heads, width) for heads in (4, 2, 2)], dtype=dtype)
+    )
+    plain = prefill_oracle(query, key, values, lens, lens, 0.25)
+    (query if broken == "query" else key)[20 + at, :, 3] = value
+    out = target.prefill(*(x.to(device) for x in (query, key, values)), lens, lens, 0.25).cpu()
+    sees = torch.zeros(750, dtype=torch.bool)
+    sees[20 + at : 21 + at if broken == "query" else 720] = True
+    assert out[sees].isnan().all()
+    if kernels == "reference" and broken == "key":
+        sees[20:720] = True  # a mask adds to a score, and NaN stays what it is
+    torch.testing.assert_close(out[~sees].double(), plain[~sees], rtol=0, atol=2 * DTYPES[dtype])
+
+
+@pytest.mark.parametrize("where", [[0], [5], list(range(12))], ids=["first", "one", "all"])
+@pytest.mark.parametrize("value", [float("-inf"), 3e38, -3e38])
+@pytest.mark.parametrize("width", [16, 64])
+@pytest.mark.parametrize("kernels, dtype", [("cpu", dtype) for dtype in DTYPES], ids=str)
+def test_scores_past_all_bounds_weigh_what_sdpa_has_them_weigh(
+    kernels: str, dtype: torch.dtype, width: int, value: float, where: list[int]
+) -> None:
+    """A score of minus infinity weighs nothing, and where all do, so does their sum."""
+    target, _ = made(kernels)
+    query, key, values = random_tensors((12, 4, width), (12, 2, width), (12, 2, width), dtype=dtype)
+    query.abs_().clamp_(max=1)
+    key[where, :, 3] = value
+    expected = F.scaled_dot_product_attention(
+        *(x.transpose(0, 1)[None] for x in (query, key, values)), is_causal=True, scale=0.25, enable_gqa=True
+    )[0].transpose(0, 1)
+    assert expected.isfinite().all()
+    out = target.prefill(query, key, values, [12], [12], 0.25)
+    torch.testing.assert_close(out, expected, rtol=0, atol=DTYPES[dtype])
+    rows_nB, lengths_n = torch.zeros(12, 1, dtype=torch.int64), torch.arange(1, 13)
+    out = target.decode(query, key[None], values[None], rows_nB, lengths_n, 0.25)
+    torch.testing.assert_close(out, expected, rtol=0, atol=DTYPES[dtype])
+
+
 def test_the_device_chooses_the_kernels() -> None:
-    assert isinstance(choose_kernels(CPU, torch.float32), CpuKernels)
+    assert isinstance(choose_kernels(CPU, torch.float32), CpuKernels if HAS_COMPILER else ReferenceKernels)
     assert isinstance(choose_kernels(CPU, torch.float64), ReferenceKernels)
     assert isinstance(choose_kernels(torch.device("meta"), torch.bfloat16), ReferenceKernels)

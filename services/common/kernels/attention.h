@@ -4,11 +4,14 @@
 #include <immintrin.h>
 #endif
 
+#include <limits>
+
 #include "native.h"
 
 namespace focusllava {
 
-constexpr float kNone = -1e30f;  // a score that nothing is below, finite so that differences are
+// Below every score that is a number, and finite: its difference to itself is none, that of two infinite scores is NaN.
+constexpr float kNone = std::numeric_limits<float>::lowest();
 
 struct Strided {  // a [tokens, heads, d] view, d contiguous
   int64_t token, head;
@@ -22,18 +25,22 @@ inline float highest(const float* score, int64_t count) {
   return high;
 }
 
-// prob = exp(score * scaling - high), whose sum is returned.
+// prob = exp((score - high) * scaling), whose sum is returned: NaN where a score is, or where the highest is infinite.
 template <typename T>
 inline float exponentials(const float* score, int64_t count, float scaling, float high, T* prob) {
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t k = 0; k < count; ++k) {
-    const float p = exp_clamped(score[k] * scaling - high);
+    const float p = exp_clamped((score[k] - high) * scaling);
     sum += p;
     prob[k] = from_float<T>(p);
   }
   return sum;
 }
+
+// What the weighted sums are multiplied by at last, where `high` is the highest score and `total` the sum of the weights:
+// none where all scores are minus infinity, as torch does it, NaN where the total is.
+inline float share(float high, float total) { return high == kNone ? 0.0f * total : 1.0f / total; }
 
 #ifdef __AVX512BF16__
 // In powers of two, which the processor scales by in one instruction. The polynomial is that of exp2f in S. Moshier's
@@ -41,11 +48,13 @@ inline float exponentials(const float* score, int64_t count, float scaling, floa
 template <>
 inline float exponentials(const float* score, int64_t count, float scaling, float high, BFloat16* prob) {
   constexpr float kLog2e = 1.442695041f;
-  const __m512 factor = _mm512_set1_ps(scaling * kLog2e), less = _mm512_set1_ps(-high * kLog2e);
+  const __m512 factor = _mm512_set1_ps(scaling * kLog2e), top = _mm512_set1_ps(high);
+  const __m512 least = _mm512_set1_ps(-150.0f);  // a smaller power is zero
   __m512 sum = _mm512_setzero_ps();
   for (int64_t k = 0; k < count; k += 16) {
     const __mmask16 some = count - k < 16 ? (1u << (count - k)) - 1 : 0xffff;
-    const __m512 x = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(some, score + k), factor, less);
+    __m512 x = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(some, score + k), top), factor);
+    x = _mm512_max_ps(least, x);  // of a number and NaN the second
     const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m512 r = _mm512_sub_ps(x, whole);
     __m512 p = _mm512_set1_ps(1.339887440e-3f);

@@ -240,7 +240,7 @@ void decode_part(const T* query, const Strided& q_at, const Tensor& keys, const 
   });
   float *total = out + heads * d, *top = total + heads;
   for (int64_t h = 0; h < heads; ++h) {
-    top[h] = highest(scores + h * count, count) * scaling;
+    top[h] = highest(scores + h * count, count);
     total[h] = exponentials(scores + h * count, count, scaling, top[h], weights + h * count);
   }
   std::fill(out, out + heads * d, 0.0f);
@@ -291,12 +291,13 @@ void decode(const Tensor& query, const Tensor& keys, const Tensor& values, const
       for (const float* part = begin; part < end; part += size) high = std::max(high, part[heads * (d + 1) + h]);
       std::fill(sum.begin(), sum.end(), 0.0f);
       for (const float* part = begin; part < end; part += size) {
-        const float weight = exp_clamped(part[heads * (d + 1) + h] - high);
+        const float weight = exp_clamped((part[heads * (d + 1) + h] - high) * scaling);
         total += weight * part[heads * d + h];
         for (int64_t j = 0; j < d; ++j) sum[j] += weight * part[h * d + j];
       }
       T* to = out.data_ptr<T>() + (i * heads + h) * d;
-      for (int64_t j = 0; j < d; ++j) to[j] = from_float<T>(sum[j] / total);
+      const float scale = share(high, total);
+      for (int64_t j = 0; j < d; ++j) to[j] = from_float<T>(sum[j] * scale);
     }
 }
 

@@ -333,9 +333,21 @@ Tensor linear_gated(const Tensor& x, const Tensor& gate, const std::optional<Ten
   return out;
 }
 
+// Whether these products are made for the processor: with AVX2, in bf16 with AVX-512 BF16. Elsewhere oneDNN's are faster.
+bool has_panels(at::ScalarType dtype) {
+#ifdef __AVX512BF16__
+  if (dtype == at::kBFloat16) return true;
+#endif
+#ifdef __AVX2__
+  if (dtype == at::kFloat) return true;
+#endif
+  return false;
+}
+
 }  // namespace focusllava
 
 TORCH_LIBRARY_FRAGMENT(focusllava, m) {
+  m.def("has_panels(ScalarType dtype) -> bool", focusllava::has_panels);
   m.def("linear(Tensor x, Tensor[] weights, Tensor?[] biases, int[] outputs) -> Tensor[]", linear);
   m.def("linear_add_(Tensor(a!) hidden, Tensor x, Tensor weight, Tensor? bias) -> ()", linear_add_);
   m.def(

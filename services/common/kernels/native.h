@@ -44,10 +44,10 @@ inline BFloat16 from_float<BFloat16>(float x) {  // to nearest even
 template <typename T>
 inline Bits<T> to_bits(float x) { return std::bit_cast<Bits<T>>(from_float<T>(x)); }
 
-// exp(x) for x <= 88, 2 ulp, and exp(-87) below that. Without a branch, so that it vectorises. The polynomial and the two
-// parts of ln 2 are those of expf in S. Moshier's Cephes library.
+// exp(x) for x <= 88, 2 ulp, exp(-87) below -87, and NaN for NaN. Without a branch, so that it vectorises. The polynomial
+// and the two parts of ln 2 are those of expf in S. Moshier's Cephes library.
 __attribute__((always_inline)) inline float exp_clamped(float x) {
-  x = x > -87.0f ? x : -87.0f;
+  x = x < -87.0f ? -87.0f : x;
   const float whole = std::floor(x * 1.442695041f + 0.5f);
   float r = x - whole * 0.693359375f;
   r = r + whole * 2.12194440e-4f;

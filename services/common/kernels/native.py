@@ -1,5 +1,8 @@
 """Builds this folder's C++ with the machine's own compiler, once, and loads them: `torch.ops.focusllava.*`.
 
+They are built for this machine's processor, or for $FOCUSLLAVA_MARCH, a name that the compiler's -march= takes, such as
+x86-64-v3: a folder of built libraries then serves every machine that has at least that.
+
 python -m services.common.kernels.native      builds now what the first use would build, and says where it lies
 """
 
@@ -26,7 +29,6 @@ SOURCES, HEADERS = (tuple(sorted(FOLDER.glob(pattern))) for pattern in ("*.cpp",
 # Without errno and traps the compiler may vectorise; nothing here changes what a float operation gives.
 FLAGS: tuple[str, ...] = (
     "-O3",
-    "-march=native",
     "-std=c++20",
     "-fopenmp",
     "-fno-math-errno",
@@ -60,8 +62,10 @@ def build(folder: pathlib.Path) -> pathlib.Path:
 
     Its name is a hash of the source, the flags, torch and the processor, so a change of any of them builds anew.
     """
-    compiler = _compiler()
-    parts = (*(path.read_text() for path in (*SOURCES, *HEADERS)), *FLAGS, *compiler, torch.__version__, _processor())
+    compiler, march = _compiler(), os.environ.get("FOCUSLLAVA_MARCH") or "native"
+    flags = (*FLAGS, f"-march={march}")
+    processor = _processor() if march == "native" else ""
+    parts = (*(path.read_text() for path in (*SOURCES, *HEADERS)), *flags, *compiler, torch.__version__, processor)
     library = folder / f"native-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
     if library.exists():
         return library
@@ -73,12 +77,12 @@ def build(folder: pathlib.Path) -> pathlib.Path:
             objects = [pathlib.Path(scratch) / f"{source.stem}.o" for source in SOURCES]
             include = [f"-I{path}" for path in include_paths()]
             commands = [
-                [*compiler, *FLAGS, *include, "-c", source, "-o", made]
+                [*compiler, *flags, *include, "-c", source, "-o", made]
                 for source, made in zip(SOURCES, objects, strict=True)
             ]
             list(pool.map(_run, commands))
             made = pathlib.Path(scratch) / library.name
-            _run([*compiler, *FLAGS, "-shared", *objects, *libraries, "-o", made])
+            _run([*compiler, *flags, "-shared", *objects, *libraries, "-o", made])
             made.replace(library)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise CannotBuild(str(error)) from error

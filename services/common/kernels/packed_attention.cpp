@@ -1,8 +1,8 @@
 // Flash attention over packed prompts or tiles, in bf16 and fp32.
 //
-// Products are oneDNN's small kernels (brgemm), which take the processor's matrix units where it has them, or without
-// AVX-512 our own (products.h). Sums and softmax are fp32. Every query is computed alone: what else is in the batch changes
-// no result.
+// Products are oneDNN's small kernels (brgemm) where the processor has them, or our own (products.h). Sums and softmax are
+// fp32. Every query is computed alone: what else is in the batch changes no result. A score that is NaN makes its query's
+// whole result NaN.
 //
 // Legend: S queries, K keys, H query heads, G key heads, d head width.
 #include <ATen/ops/empty.h>
@@ -18,16 +18,7 @@ namespace {
 
 using namespace focusllava;
 
-// A tile's query rows (heads that share keys, times positions) and keys: its scores and probabilities stay in the L2
-// cache. Matrix units want more rows for the keys that they load.
-#ifdef __AMX_TILE__
-constexpr int64_t kRows = 256, kKeys = 256;
-#elif defined(__AVX512F__)
-constexpr int64_t kRows = 64, kKeys = 512;
-#else
-constexpr int64_t kRows = 96, kKeys = 256;
-#endif
-constexpr int64_t kKeyStep = 32;      // keys of a tile are rounded up to it, so that few kernels are generated
+constexpr int64_t kKeyStep = 32;  // keys of a tile are rounded up to it, so that few kernels are generated
 
 inline int64_t key_pad(int64_t keys) { return (keys + kKeyStep - 1) / kKeyStep * kKeyStep; }
 
@@ -35,9 +26,11 @@ struct Tile {
   int64_t segment, group, first, last;  // positions first..last-1 of the segment's queries
 };
 
-template <typename T>
-void packed(const Tensor& query, const Tensor& key, const Tensor& value, at::IntArrayRef query_lens,
-            at::IntArrayRef key_lens, float scaling, bool causal, Tensor& out) {
+// Products: Brgemm or OwnProducts.
+template <typename T, typename Products>
+void packed_by(const Tensor& query, const Tensor& key, const Tensor& value, at::IntArrayRef query_lens,
+               at::IntArrayRef key_lens, float scaling, bool causal, Tensor& out) {
+  constexpr int64_t kRows = Products::kRows, kKeys = Products::kKeys;
   const int64_t heads = query.size(1), groups = key.size(1), d = query.size(2), repeats = heads / groups;
   const Strided q_at(query), k_at(key), v_at(value), o_at(out);
   const T *q_all = query.const_data_ptr<T>(), *k_all = key.const_data_ptr<T>(), *v_all = value.const_data_ptr<T>();
@@ -71,15 +64,15 @@ void packed(const Tensor& query, const Tensor& key, const Tensor& value, at::Int
   };
   std::stable_sort(tiles.begin(), tiles.end(), [&](const Tile& a, const Tile& b) { return seen(a) > seen(b); });
 
-  const int64_t packed_keys = packed_start[segments], wide = value_width(d);
+  const int64_t packed_keys = packed_start[segments], wide = Products::value_width(d);
   Tensor packed = at::empty({groups * packed_keys, d + wide}, query.options());
   T *packed_key = packed.data_ptr<T>(), *packed_value = packed_key + groups * packed_keys * d;
   for_each_task(packs.size(), [&](int64_t i) {
     const auto [s, g, first] = packs[i];
     const int64_t count = std::min(kKeys, key_lens[s] - first), tile = key_pad(count);
     const int64_t at = g * packed_keys + packed_start[s] + first, from = k_start[s] + first;
-    pack_key(k_all + from * k_at.token + g * k_at.head, k_at.token, count, tile, d, packed_key + at * d);
-    pack_value(v_all + from * v_at.token + g * v_at.head, v_at.token, count, tile, d, packed_value + at * wide);
+    Products::pack_key(k_all + from * k_at.token + g * k_at.head, k_at.token, count, tile, d, packed_key + at * d);
+    Products::pack_value(v_all + from * v_at.token + g * v_at.head, v_at.token, count, tile, d, packed_value + at * wide);
   });
 
   const int64_t rows = positions * repeats;
@@ -105,17 +98,18 @@ void packed(const Tensor& query, const Tensor& key, const Tensor& value, at::Int
     for (int64_t first = 0, end = seen(tile); first < end; first += kKeys) {
       const int64_t stored = key_pad(std::min(kKeys, key_lens[s] - first)), keys = std::min(stored, key_pad(end - first));
       const int64_t at = g * packed_keys + packed_start[s] + first;
-      multiply(rows, keys, d, queries.data(), d, Packed<T>{packed_key + at * d, d, stored}, scores.data(), kKeys, false);
+      Products::multiply(rows, keys, d, queries.data(), d, Packed<T>{packed_key + at * d, d, stored}, scores.data(), kKeys,
+                         false);
       for (int64_t row = 0; row < rows; ++row) {
         const int64_t own = (causal ? before + std::min(row % positions, count - 1) + 1 : end) - first;
         const int64_t visible = std::clamp<int64_t>(own, 0, keys);
         const float* score = scores.data() + row * kKeys;
         T* prob = probs.data() + row * kKeys;
-        const float high = std::max(top[row], scaling * highest(score, visible));
+        const float high = std::max(top[row], highest(score, visible));
         const float sum = exponentials(score, visible, scaling, high, prob);
         std::fill(prob + visible, prob + keys, T(0.0f));
         if (high > top[row]) {
-          const float shrink = exp_clamped(top[row] - high);
+          const float shrink = exp_clamped((top[row] - high) * scaling);
           total[row] *= shrink;
           float* held = sums.data() + row * wide;
           for (int64_t j = 0; j < d; ++j) held[j] *= shrink;
@@ -123,18 +117,27 @@ void packed(const Tensor& query, const Tensor& key, const Tensor& value, at::Int
         }
         total[row] += sum;
       }
-      multiply(rows, wide, keys, probs.data(), kKeys, Packed<T>{packed_value + at * wide, stored, wide}, sums.data(), wide,
-               true);
+      Products::multiply(rows, wide, keys, probs.data(), kKeys, Packed<T>{packed_value + at * wide, stored, wide},
+                         sums.data(), wide, true);
     }
     for (int64_t r = 0; r < repeats; ++r)
       for (int64_t p = 0; p < count; ++p) {
         const int64_t row = r * positions + p;
         T* to = o_all + (q_start[s] + tile.first + p) * o_at.token + (g * repeats + r) * o_at.head;
-        const float scale = 1.0f / total[row];
+        const float scale = share(top[row], total[row]);
         for (int64_t j = 0; j < d; ++j) to[j] = from_float<T>(sums[row * wide + j] * scale);
       }
-    release_products<T>();
+    Products::template release<T>();
   });
+}
+
+template <typename T>
+void packed(const Tensor& query, const Tensor& key, const Tensor& value, at::IntArrayRef query_lens,
+            at::IntArrayRef key_lens, float scaling, bool causal, Tensor& out) {
+#ifdef __AVX512F__
+  if (Brgemm::computes<T>()) return packed_by<T, Brgemm>(query, key, value, query_lens, key_lens, scaling, causal, out);
+#endif
+  packed_by<T, OwnProducts>(query, key, value, query_lens, key_lens, scaling, causal, out);
 }
 
 int64_t sum_of(at::IntArrayRef lens) { return std::accumulate(lens.begin(), lens.end(), int64_t{0}); }
@@ -155,6 +158,12 @@ Tensor packed_attention(const Tensor& query, const Tensor& key, const Tensor& va
   return out;
 }
 
+// Whether packed attention's products are brgemm's in this dtype. Only with its bf16 instructions has a processor that of
+// bf16.
+bool has_brgemm(at::ScalarType dtype) {
+  return dtype == at::kBFloat16 ? Brgemm::computes<BFloat16>() : dtype == at::kFloat && Brgemm::computes<float>();
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(focusllava, m) {
@@ -162,4 +171,5 @@ TORCH_LIBRARY_FRAGMENT(focusllava, m) {
       "packed_attention(Tensor query, Tensor key, Tensor value, int[] query_lens, int[] key_lens, float scaling, "
       "bool causal) -> Tensor",
       packed_attention);
+  m.def("has_brgemm(ScalarType dtype) -> bool", has_brgemm);
 }

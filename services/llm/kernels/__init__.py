@@ -11,8 +11,8 @@ from typing import Protocol
 
 import torch
 
-from services.common.kernels import native
 from services.common.linear import can_pack
+from services.common.processor import has_kernels
 from services.llm.kernels.cpu import CpuKernels
 from services.llm.kernels.reference import ReferenceKernels
 
@@ -85,7 +85,7 @@ class Elementwise(Protocol):
 def choose_elementwise(device: torch.device, dtype: torch.dtype) -> Elementwise | None:
     """None where transformers' own layers are to run."""
     if can_pack(device, dtype):
-        return torch.ops.focusllava if native.load() else None
+        return torch.ops.focusllava if has_kernels(dtype) else None
     if device.type == "cuda":
         from services.llm.kernels import elementwise  # Triton comes with torch's CUDA builds only
 
@@ -95,7 +95,7 @@ def choose_elementwise(device: torch.device, dtype: torch.dtype) -> Elementwise 
 
 def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     """The fastest kernels that run on this device in this dtype."""
-    if can_pack(device, dtype) and native.load():
+    if can_pack(device, dtype) and has_kernels(dtype):
         return CpuKernels()
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         from services.llm.kernels.cuda import cuda_kernels

@@ -1,7 +1,8 @@
 """CUDA graphs of decode passes: one launch replays a pass's hundreds of kernels.
 
-A graph's shapes are fixed, so batch size and block table width are rounded up to powers of two, and a graph is recorded
-the first time that a pair is met.
+A graph's shapes are fixed, so batch size and block table width are rounded up to powers of two. A replica records every
+pair that it can meet before its first request (`DecodeGraphs.record`); elsewhere a graph is recorded the first time
+that its pair is met.
 
 Legend: n sequences, N sequences of a graph (n or more), L layers of a KV cache group, B blocks of a block table.
 """
@@ -39,11 +40,15 @@ class DecodeGraphs:
     def __init__(self, run: DecodePass, capture: Capture, *, null_row: int):
         self._run, self._capture, self._null_row = run, capture, null_row
         self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._most_blocks: int | None = None  # once all are recorded
 
     def __call__(self, tokens_n: torch.Tensor, held_2n: torch.Tensor, rows_LnB: Sequence[torch.Tensor]) -> torch.Tensor:
         """See DecodePass. The result is overwritten by the next call."""
-        count, blocks = len(tokens_n), max(LEAST_BLOCKS, *(rows.shape[2] for rows in rows_LnB))
-        graph = self._graph(round_up(count), round_up(blocks), [len(rows) for rows in rows_LnB], tokens_n.device)
+        count, blocks = len(tokens_n), max(rows.shape[2] for rows in rows_LnB)
+        shape = round_up(count), self._width(blocks)
+        if self._most_blocks is not None and shape not in self._graphs:
+            return self._run(tokens_n, held_2n, rows_LnB)  # recording would hold live requests up
+        graph = self._graph(*shape, [len(rows) for rows in rows_LnB], tokens_n.device)
         for static, given in ((graph.tokens_N, tokens_n), (graph.held_2N, held_2n)):
             static.zero_()
             static[..., :count] = given
@@ -53,12 +58,24 @@ class DecodeGraphs:
         graph.replay()
         return graph.out[:count]
 
-    def record(self, most: int, layers: Sequence[int], device: torch.device) -> None:
-        """Records the graphs of up to `most` sequences, in block tables of LEAST_BLOCKS, unless they are there."""
-        count = round_up(most)
-        while count:
-            self._graph(count, LEAST_BLOCKS, layers, device)
-            count //= 2
+    def record(self, most: int, blocks: int, layers: Sequence[int], device: torch.device) -> None:
+        """Records the graphs of up to `most` sequences in block tables of up to `blocks`, and from then on none: a pass
+        that fits none of them runs without."""
+        self._most_blocks = max(blocks, LEAST_BLOCKS)
+        widths = {self._most_blocks}
+        while blocks > LEAST_BLOCKS:
+            blocks = round_up(blocks) // 2
+            widths.add(blocks)
+        for width in sorted(widths, reverse=True):  # the largest first: the others fit in its memory
+            count = round_up(most)
+            while count:
+                self._graph(count, width, layers, device)
+                count //= 2
+
+    def _width(self, blocks: int) -> int:
+        """That of the graph's block tables for tables of so many blocks."""
+        width = round_up(max(blocks, LEAST_BLOCKS))
+        return width if self._most_blocks is None or blocks > self._most_blocks else min(width, self._most_blocks)
 
     def _graph(self, count: int, blocks: int, layers: Sequence[int], device: torch.device) -> _Graph:
         """Recording runs the pass, on rows that belong to nobody."""
@@ -93,7 +110,8 @@ def cuda_capture() -> Capture:  # GPU only
             run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        # Other threads of the replica pin memory meanwhile, which a capture of the whole process would not outlive.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             out = run()
         return graph.replay, out
 

@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from services.common.kernels import native
 from services.common.linear import PackedLinear
+from services.common.processor import has_matrix_units, has_panels
 from services.llm.kernels import Elementwise
 
 PANEL = 32
@@ -65,10 +65,9 @@ def pack_linear(linear: nn.Linear) -> nn.Module:
     Panels need AVX2, in bf16 the products of AVX-512. With matrix units (AMX) oneDNN has its part in them, or all.
     """
     bf16 = linear.weight.dtype == torch.bfloat16
-    fast = torch.cpu._is_avx512_bf16_supported() if bf16 else torch.cpu._is_avx2_supported()
-    if not fast or linear.in_features % 2 or not native.load():
+    if linear.in_features % 2 or not has_panels(linear.weight.dtype):
         return PackedLinear(linear)
-    if not torch.cpu._is_amx_tile_supported():
+    if not has_matrix_units():
         return PanelLinear(linear)
     packed = PackedLinear(linear)
     return PanelLinear(linear, packed) if bf16 and lies_in_panels(packed, linear) else packed
