@@ -6,6 +6,7 @@ STAMP := $(VENV)/.installed
 TRITON := triton==3.7.1
 TRANSFORMERS ?= 5.20.0
 CHECKPOINT ?= checkpoints/focusllava-tiny
+HOST ?= 127.0.0.1
 PORT ?= 9000
 CLIENTS ?= .clients
 export PYTHONUNBUFFERED := 1
@@ -25,8 +26,8 @@ setup: $(STAMP) ## Make the environment in .venv (every target does, once)
 demo: $(STAMP) ## Start everything, ask about a sample image, show the accounting, stop
 	@$(BIN)/python -m cluster.demo --checkpoint $(CHECKPOINT)
 
-serve: $(STAMP) ## Start everything and leave it running: gRPC on port 9000 (PORT=n for another), HTTP on 8000
-	@$(BIN)/python -m cluster.local up --checkpoint $(CHECKPOINT) --grpc-port $(PORT)
+serve: $(STAMP) ## Start everything and leave it running: gRPC on port 9000 (PORT=n), HTTP on 8000, here (HOST=address)
+	@$(BIN)/python -m cluster.local up --checkpoint $(CHECKPOINT) --host $(HOST) --grpc-port $(PORT)
 
 stop: $(STAMP) ## Stop what `make serve` left running
 	@$(BIN)/python -m cluster.local down --grpc-port $(PORT)

@@ -79,7 +79,7 @@ def check_port(port: int, option: str) -> None:
 def check_host(host: str) -> str:
     """The address of this machine that a host name or address means. Raises ClusterError when it is none of its own."""
     try:
-        family, _, _, _, place = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        family, _, _, _, place = min(socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM))  # IPv4 first
         with socket.socket(family) as probe:
             probe.bind((place[0], 0))
     except (OSError, UnicodeError) as error:

@@ -14,7 +14,6 @@ import pathlib
 import subprocess
 import sys
 import time
-import urllib.error
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,9 +29,10 @@ from cluster.checks import (
     find_checkpoint,
     free_ports,
 )
+from cluster.deployer import Deployer
 from cluster.interrupts import signals_interrupt
 from cluster.loopback import LOOPBACK
-from cluster.ray_head import ClusterState, load_state, new_temp_dir, start_head, stop_head
+from cluster.ray_head import ClusterState, cluster_environment, load_state, new_temp_dir, start_head, stop_head
 from cluster.serve_api import answers, application_states, request_json
 from cluster.watch import HeadDied, StartWatch, check_listeners
 from services.common.errors import FocusError
@@ -135,12 +135,13 @@ class LocalCluster:
         try:
             check_disk(temp_dir, MIN_FREE_BYTES)
             progress(f"starting Ray (logs: {temp_dir})")
-            self._head = start_head(self._state, self._env)
+            env = cluster_environment(self._state, self._env)
+            self._head = start_head(self._state, env)
             self._watch = StartWatch(self._state, self._head, self._timeout_s)
+            config = serve_config(self._config, ports, str(checkpoint), self._args, self._options, host=host)
+            with Deployer(self._state, config, env) as deployer:
+                self._wait_for_applications(deployer, progress)
             self._wait_for_dashboard()
-            progress(f"deploying gateway, encoder and llm on {checkpoint.name}")
-            self._deploy()
-            self._wait_for_applications(progress)
             check_listeners(self._state)
         except BaseException as error:
             self.stop(keep_logs=isinstance(error, ClusterError) and self._head is not None)
@@ -166,29 +167,11 @@ class LocalCluster:
             self._watch.check()
             time.sleep(0.3)
 
-    def _deploy(self) -> None:
-        assert self._watch
-        state = self.state
-        config = serve_config(self._config, state.ports, state.checkpoint, self._args, self._options, host=state.host)
-        while True:
-            try:
-                request_json(self.state, "/api/serve/applications/", config, timeout_s=60)
-                return
-            except urllib.error.HTTPError as error:
-                lines = error.read().decode(errors="replace").strip().splitlines()
-                reason = f"Ray Serve refused {self._config.name}: {lines[-1] if lines else error}"
-                if error.code < 500:
-                    raise ClusterError(reason) from None
-            except OSError as error:
-                reason = f"Ray's dashboard did not take the deployment: {error}"
-            self._watch.check(reason)
-            time.sleep(2)  # on a busy machine Ray gives up waiting for its own parts; the same request again is safe
-
-    def _wait_for_applications(self, progress: Progress) -> None:
+    def _wait_for_applications(self, deployer: Deployer, progress: Progress) -> None:
         assert self._watch
         said = ""
         while True:
-            applications = application_states(self.state)
+            applications = deployer.states()
             line = ", ".join(f"{name} {status.lower()}" for name, (status, _) in sorted(applications.items()))
             if line and line != said:
                 progress(line)
@@ -200,7 +183,7 @@ class LocalCluster:
                 if answers(self.grpc_address):
                     return
             self._watch.check(said)
-            time.sleep(0.5)
+            time.sleep(0.3)
 
 
 def serve_config(
@@ -268,7 +251,7 @@ def opened(state: ClusterState) -> list[str]:
         f"OpenAI's API at {state.openai_url}",
         f"dashboard {state.dashboard_url} (asks for the token in {state.token_file}), metrics {state.metrics_url}",
     ]
-    if state.host != LOOPBACK:
+    if state.is_open:
         ports = f"ports {state.ports.grpc} (gRPC) and {state.ports.http} (HTTP) of {state.host}"
         lines.append(f"open to the network: {ports}, without a password or TLS; the rest is on {LOOPBACK}")
     return lines

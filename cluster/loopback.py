@@ -1,7 +1,7 @@
-"""What Ray has no setting for, done in its own hooks: a local cluster's servers stay off the network.
+"""Keeps the gRPC servers of Ray's workers off the network.
 
-Ray Serve binds the gRPC port of its proxy and one of every replica to all interfaces; `ray start` starts a server for
-Ray's client whatever its port. What listens afterwards is read back by `cluster.listeners`.
+Ray Serve binds the gRPC port of its proxy and one of every replica to all interfaces, and has no setting for either.
+What each of them listens on afterwards is read back by `cluster.listeners`.
 """
 
 from __future__ import annotations
@@ -12,20 +12,9 @@ from typing import Any
 
 from grpc.aio import _server
 
-HOOK_VARIABLE = "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR"
-"""Ray calls the function that this environment variable names before a worker does anything; its failure ends it."""
-HOOK = "cluster.loopback.keep_servers_local"
-START_HOOK_VARIABLE = "RAY_START_HOOK"
-"""`ray start` calls the function that this environment variable names before it starts anything."""
-START_HOOK = "cluster.loopback.without_client_server"
 PUBLIC_VARIABLE = "FOCUSLLAVA_PUBLIC_GRPC"
 """HOST:PORT of the one gRPC server that other machines may reach; unset: none."""
 LOOPBACK = "127.0.0.1"
-
-
-def without_client_server(parameters: Any, head: bool) -> None:
-    """Ray's client server runs what it is sent: it is not started."""
-    parameters.ray_client_server_port = None
 
 
 def keep_servers_local() -> None:

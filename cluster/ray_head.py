@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 import json
 import os
 import pathlib
@@ -18,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cluster.checks import REPOSITORY, ClusterError, Ports
-from cluster.loopback import HOOK, HOOK_VARIABLE, LOOPBACK, PUBLIC_VARIABLE, START_HOOK, START_HOOK_VARIABLE
+from cluster.loopback import LOOPBACK, PUBLIC_VARIABLE
 
 MARKER = "FOCUSLLAVA_CLUSTER"
 """Environment variable that every process of one cluster inherits; its value is the cluster's temporary folder."""
@@ -54,6 +55,11 @@ class ClusterState:
     @property
     def metrics_url(self) -> str:
         return f"http://127.0.0.1:{self.ports.metrics}/metrics"
+
+    @property
+    def is_open(self) -> bool:
+        """Other machines reach the public API."""
+        return not ipaddress.ip_address(self.host).is_loopback
 
     @property
     def token_file(self) -> pathlib.Path:
@@ -128,10 +134,8 @@ def new_temp_dir() -> pathlib.Path:
         raise ClusterError(f"cannot write to {base} ({error.strerror}): free some space or set TMPDIR") from None
 
 
-def start_head(state: ClusterState, extra_env: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Starts a Ray head that outlives this process, and remembers it for `load_state`."""
-    state.token_file.touch(mode=0o600)
-    state.token_file.write_text(secrets.token_hex(32), encoding="ascii")
+def cluster_environment(state: ClusterState, extra_env: Mapping[str, str]) -> dict[str, str]:
+    """What every process of the cluster has in its environment."""
     env = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
     env |= {
         MARKER: state.temp_dir,
@@ -142,8 +146,8 @@ def start_head(state: ClusterState, extra_env: Mapping[str, str]) -> subprocess.
         "RAY_AUTH_MODE": "token",  # whoever reaches a port of Ray's runs code otherwise
         "RAY_AUTH_TOKEN_PATH": str(state.token_file),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # or Ray takes the machine's own address for 127.0.0.1
-        HOOK_VARIABLE: HOOK,
-        START_HOOK_VARIABLE: START_HOOK,
+        "RAY_START_HOOK": "cluster.hooks.without_client_server",
+        "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": "cluster.hooks.set_up_worker",
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # a killed proxy is back in 5 to 10 s, not 31
         "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(2**29),  # of Ray's 2 GB a stranger's one message would fill a laptop
         "RAY_metrics_report_interval_ms": "2000",
@@ -152,9 +156,17 @@ def start_head(state: ClusterState, extra_env: Mapping[str, str]) -> subprocess.
         "RAY_worker_niceness": "0",  # Ray's 15 starves the replicas whenever anything else runs
         **extra_env,
     }
-    ports = state.ports
     if state.host != LOOPBACK:
-        env[PUBLIC_VARIABLE] = f"[{state.host}]:{ports.grpc}" if ":" in state.host else f"{state.host}:{ports.grpc}"
+        host = f"[{state.host}]" if ":" in state.host else state.host
+        env[PUBLIC_VARIABLE] = f"{host}:{state.ports.grpc}"
+    return env
+
+
+def start_head(state: ClusterState, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Starts a Ray head that outlives this process, in `cluster_environment`, and remembers it for `load_state`."""
+    state.token_file.touch(mode=0o600)
+    state.token_file.write_text(secrets.token_hex(32), encoding="ascii")
+    ports = state.ports
     options = {
         "node-ip-address": LOOPBACK, "port": ports.gcs, "dashboard-host": LOOPBACK, "dashboard-port": ports.dashboard,
         "dashboard-agent-listen-port": ports.agent,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import secrets
 import subprocess
 import sys
 import threading
@@ -24,7 +25,7 @@ class SharedRay:
     def __init__(self, cores: int):
         self.cores = cores
         self._process: subprocess.Popen[str] | None = None
-        self._address = ""
+        self._address, self._token = "", secrets.token_hex(32)
         self._lock = threading.Lock()
 
     def __enter__(self) -> SharedRay:
@@ -37,8 +38,12 @@ class SharedRay:
     @property
     def environment(self) -> dict[str, str]:
         """Variables with which a program finds it. Raises RuntimeError when Ray does not start."""
-        # Ray's own token authentication has no purpose on a cluster of this machine alone.
-        variables = {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
+        variables = {
+            "PYTHONPATH": str(ROOT),
+            "RAY_AUTH_MODE": "token",  # whoever reaches Ray runs code, so it asks for this and stays on 127.0.0.1
+            "RAY_AUTH_TOKEN": self._token,
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        }
         with self._lock:
             if self._process is None:
                 inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}

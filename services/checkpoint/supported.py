@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 from transformers import PreTrainedConfig
-from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from services.checkpoint.config import FocusLlavaConfig
@@ -15,6 +14,8 @@ from services.common.settings import require
 
 # "dynamic" and "longrope" choose their frequencies by the longest sequence of a batch: a batch would change answers.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_USUAL_ACTIVATIONS = ("silu", "gelu", "quick_gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+"""Names of transformers' list that are known without importing it, which takes seconds."""
 TEXT_TOKENS = 128
 """What a chat template and a question of some sentences take of the context beside an image."""
 
@@ -86,7 +87,10 @@ def _window(config: PreTrainedConfig) -> int | None:
 
 
 def _check_activation(field: str, name: Any) -> None:
-    require(name in ACT2FN, field, name, "an activation that transformers knows")
+    if name not in _USUAL_ACTIVATIONS:
+        from transformers.activations import ACT2FN
+
+        require(name in ACT2FN, field, name, "an activation that transformers knows")
 
 
 def _check_rotary(config: PreTrainedConfig, head_dim: int) -> None:
