@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ray import serve
 from ray.serve import Application
 
 from cluster.checks import check_network, find_checkpoint
@@ -25,16 +26,23 @@ def gateway(args: Mapping[str, Any]) -> Application:
 
 def encoder(args: Mapping[str, Any]) -> Application:
     """Stage 1; `args` as in EncoderSettings."""
-    from services.encoder.deployment import Encoder, EncoderSettings
+    from services.encoder.settings import EncoderSettings
 
-    return Encoder.bind(build_settings(EncoderSettings, _with_checkpoint(args)))  # type: ignore[attr-defined]
+    settings = build_settings(EncoderSettings, _with_checkpoint(args))
+    return _deployment("Encoder", "services.encoder.deployment.Encoder").bind(settings)
 
 
 def llm(args: Mapping[str, Any]) -> Application:
     """Stage 2; `args` as in LanguageModelSettings."""
-    from services.llm.deployment import LanguageModel, LanguageModelSettings
+    from services.llm.settings import LanguageModelSettings
 
-    return LanguageModel.bind(build_settings(LanguageModelSettings, _with_checkpoint(args)))  # type: ignore[attr-defined]
+    settings = build_settings(LanguageModelSettings, _with_checkpoint(args))
+    return _deployment("LanguageModel", "services.llm.deployment.LanguageModel").bind(settings)
+
+
+def _deployment(name: str, path: str) -> Any:
+    """A deployment whose class is imported by its replicas alone: with its model's code, that takes many seconds."""
+    return serve.deployment(name=name)(path)  # type: ignore[arg-type]  # Ray takes an import path for a class
 
 
 def _with_checkpoint(args: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from dataclasses import dataclass, field
-from typing import Literal
 
 import ray.serve.metrics
 import torch
@@ -18,34 +16,12 @@ from services.checkpoint.sizing import default_tiles
 from services.common import wire
 from services.common.errors import InternalError
 from services.common.grpc_status import check_fingerprint, refuse
-from services.common.media import MediaLimits
-from services.common.replica import GrpcOnly, ModelSettings, Reporter
-from services.common.settings import require
+from services.common.replica import GrpcOnly, Reporter
 from services.common.telemetry import Metrics
 from services.common.types import CompressedVisualTokens
 from services.encoder.batcher import TileBatcher
 from services.encoder.pipeline import EncoderPipeline
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncoderSettings(ModelSettings):
-    """`args` of the encoder application."""
-
-    wire_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """What the visual tokens are sent as."""
-    max_tiles: int | None = None
-    """Most tiles in one pass of the vision tower; unset: 80 on a GPU, 20 on a CPU."""
-    max_wait_s: float = 0.002
-    """How long a first image waits for company."""
-    decode_threads: int = 2
-    """Threads that decode and tile images while the model runs."""
-    media: MediaLimits = field(default_factory=MediaLimits)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.max_tiles is None or self.max_tiles >= 1, "max_tiles", self.max_tiles, "1 or more")
-        require(self.max_wait_s >= 0, "max_wait_s", self.max_wait_s, "0 or more seconds")
-        require(self.decode_threads >= 1, "decode_threads", self.decode_threads, "1 or more")
+from services.encoder.settings import EncoderSettings
 
 
 def encode_response(tokens: CompressedVisualTokens, dtype: torch.dtype) -> encoder_pb2.EncodeResponse:

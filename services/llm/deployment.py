@@ -4,92 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import platform
 import time
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
-from typing import Literal
 
 import ray
 import ray.serve.metrics
-import torch
 from ray import serve
 from ray.serve.grpc_util import RayServegRPCContext
 
 from focusllava.sizes import size_text
 from focusllava.v1 import error_pb2, llm_pb2
-from services.checkpoint.config import FocusLlavaConfig
-from services.checkpoint.sizing import LlmSizes, size_encoder, size_llm
-from services.checkpoint.store import stage_elements
-from services.checkpoint.supported import check_servable
 from services.common import wire
 from services.common.grpc_status import check_fingerprint, refuse, status_of
-from services.common.memory import device_memory
-from services.common.replica import GrpcOnly, ModelSettings, Reporter
-from services.common.settings import require
+from services.common.replica import GrpcOnly, Reporter
 from services.common.telemetry import Metrics
 from services.common.types import FinishedEvent
 from services.llm.async_engine import AsyncEngine
 from services.llm.engine import Engine
+from services.llm.settings import LanguageModelSettings
 from services.llm.token_texts import TokenTexts
 
 logger = logging.getLogger("ray.serve")
 
 
-@dataclass(frozen=True, kw_only=True)
-class LanguageModelSettings(ModelSettings):
-    """`args` of the llm application."""
-
-    kv_cache_bytes: int | None = None
-    """Pays for keys and values, and for the hidden states beside those that may be used again. Unset, this and the two
-    below follow from checkpoint, device and `memory_share` (`services/checkpoint/sizing.py`)."""
-    max_batch_tokens: int | None = None
-    """Tokens of one step: running answers wait no longer than this for a prompt that arrives."""
-    max_running: int | None = None
-    """Most requests in work together."""
-    max_model_len: int | None = None
-    """Tokens of prompt and answer together; unset: the model's own context."""
-    prefix_reuse: bool = True
-    """Equal beginnings of prompts, images included, go through the lower layers once."""
-    quantize: Literal["int8"] | None = None
-    """"int8" quantises weights and inputs of the decoder's linear layers, on a CPU with AVX-512 VNNI."""
-    stall_s: float = 300.0
-    """A replica whose requests made no progress for this long is replaced."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("kv_cache_bytes", "max_batch_tokens", "max_running", "max_model_len"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, name, value, "1 or more")
-        require(self.stall_s >= 0, "stall_s", self.stall_s, "0 or more seconds")
-        require(self.quantize in (None, "int8"), "quantize", self.quantize, '"int8" or nothing')
-
-    def sizes(self, device: str, dtype: torch.dtype) -> LlmSizes:
-        """Sizes of a replica that is about to load. Raises InvalidInput for what could never answer a full image."""
-        config, on_gpu = FocusLlavaConfig.load(self.checkpoint), torch.device(device).type == "cuda"
-        check_servable(config)
-        memory, budget = device_memory(device), None
-        if self.kv_cache_bytes is None and on_gpu:  # GPU only
-            budget = min(int(self.memory_share * _gpu_part() * memory.total), memory.free)
-        elif self.kv_cache_bytes is None:
-            encoder = size_encoder(config, stage_elements(self.checkpoint, "encoder"), dtype=dtype, on_gpu=False)
-            budget = int(self.memory_share * memory.free) - encoder.bytes
-        return size_llm(
-            config,
-            stage_elements(self.checkpoint, "llm"),
-            dtype=dtype,
-            on_gpu=on_gpu,
-            budget=budget,
-            where=f"{device} of {platform.node()}",
-            kv_cache_bytes=self.kv_cache_bytes,
-            max_batch_tokens=self.max_batch_tokens,
-            max_running=self.max_running,
-            max_model_len=self.max_model_len,
-        )
-
-
-def _gpu_part() -> float:  # GPU only
-    """The part of a GPU that Ray gave this replica."""
+def _gpu_part(device: str) -> float:
+    """The part of a GPU that Ray gave this replica; 1 where it runs on none."""
+    if not device.startswith("cuda"):
+        return 1.0
     return min(ray.get_runtime_context().get_assigned_resources().get("GPU", 1.0), 1.0)
 
 
@@ -104,7 +45,7 @@ class LanguageModel(GrpcOnly):
 
     def __init__(self, settings: LanguageModelSettings):
         device, dtype = settings.place()
-        sizes = settings.sizes(device, dtype)
+        sizes = settings.sizes(device, dtype, _gpu_part(device))
         logger.info(f"KV cache of {size_text(sizes.kv_cache_bytes)}: {sizes.full_images} requests of a full image")
         self._model = Engine.from_checkpoint(
             settings.checkpoint,

@@ -17,7 +17,8 @@ from services.checkpoint.store import stage_elements
 from services.common.dtypes import choose_dtype, dtype_name
 from services.common.errors import InvalidInput
 from services.common.memory import Memory
-from services.llm.deployment import LanguageModelSettings
+from services.llm import settings as llm_settings
+from services.llm.settings import LanguageModelSettings
 from tests import tiny_llm
 from tests.unit.test_cluster import PORTS
 
@@ -175,8 +176,6 @@ def test_a_replica_that_is_told_no_size_finds_it_itself(monkeypatch: pytest.Monk
     dtype = torch.bfloat16  # another than that of the file, in which the embeddings would stay
     sizes = settings.sizes("cpu", dtype)
     assert sizes.full_images == 16 and sizes.weights == stage_elements(folder, "llm") * dtype.itemsize
-    from services.llm import deployment
-
-    monkeypatch.setattr(deployment, "device_memory", lambda device: Memory(total=GIB, free=GIB))
+    monkeypatch.setattr(llm_settings, "device_memory", lambda device: Memory(total=GIB, free=GIB))
     with pytest.raises(InvalidInput, match="memory: cpu of .* has .* for the language model"):
         settings.sizes("cpu", dtype)

@@ -1,0 +1,31 @@
+"""Settings of stage 1, apart from its deployment: who builds the application needs no model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from services.common.media import MediaLimits
+from services.common.replica import ModelSettings
+from services.common.settings import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSettings(ModelSettings):
+    """`args` of the encoder application."""
+
+    wire_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """What the visual tokens are sent as."""
+    max_tiles: int | None = None
+    """Most tiles in one pass of the vision tower; unset: 80 on a GPU, 20 on a CPU."""
+    max_wait_s: float = 0.002
+    """How long a first image waits for company."""
+    decode_threads: int = 2
+    """Threads that decode and tile images while the model runs."""
+    media: MediaLimits = field(default_factory=MediaLimits)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.max_tiles is None or self.max_tiles >= 1, "max_tiles", self.max_tiles, "1 or more")
+        require(self.max_wait_s >= 0, "max_wait_s", self.max_wait_s, "0 or more seconds")
+        require(self.decode_threads >= 1, "decode_threads", self.decode_threads, "1 or more")
