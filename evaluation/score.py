@@ -38,6 +38,7 @@ from services.common.types import (
     PruneParams,
     SamplingParams,
     TextPart,
+    TokenEvent,
     Usage,
 )
 from services.encoder.pipeline import EncoderPipeline
@@ -87,8 +88,10 @@ def answer(engine: Engine, tokens: CompressedVisualTokens, asked: Sequence[Quest
         for request_id, event in engine.step():
             if isinstance(event, FinishedEvent):
                 usages[request_id] = event.usage
-            else:
+            elif isinstance(event, TokenEvent):
                 texts[request_id] += event.text
+            else:
+                raise event
     return [(texts[str(n)].strip(), usages[str(n)]) for n in range(len(asked))]
 
 

@@ -24,6 +24,7 @@ from services.common.types import (
     ImagePart,
     PruneParams,
     TextPart,
+    TokenEvent,
 )
 from services.encoder.pipeline import EncoderPipeline
 from services.llm.engine import Engine
@@ -136,9 +137,11 @@ class InProcess:
                 raise RequestFailed(names, error.__cause__ or error) from error
             for request_id, event in events:
                 number = int(request_id)
-                if not isinstance(event, FinishedEvent):
+                if isinstance(event, TokenEvent):
                     texts[number] += event.text
                     continue
+                if not isinstance(event, FinishedEvent):
+                    raise RequestFailed(batch[number].name, event) from event
                 usage = event.usage
                 replies[number] = Reply(
                     text=texts[number],

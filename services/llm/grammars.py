@@ -192,7 +192,7 @@ class Grammars:
         masks = np.empty((len(guides), 4 * words), dtype=np.uint8)
         rows = [(guide._matcher, row) for row, guide in enumerate(guides)]
         self._threads.unsafe_compute_mask_ptr(rows, masks.ctypes.data, 4 * words, len(guides))
-        any_n = masks.any(axis=1)
+        any_n: np.ndarray = np.any(masks, axis=1)
         for row, guide in enumerate(guides):
             guide._take(masks[row], bool(any_n[row]))
 
