@@ -1,7 +1,7 @@
 """A process that turns constraints into grammars, so that no grammar can stop or kill the language model.
 
 Clients send grammars: some take hours to compile, and a few thousand rules in a chain overflow the compiler's stack,
-which ends its process. So each is compiled first in a fork of this process, with a bound on its time. Run as
+which ends its process. So each is compiled first in a fork of this process, with a bound on its time and stack. Run as
 `python -m services.llm.grammar_process`: the first line of standard input describes the tokenizer, each later one is a
 constraint, answered by one line: {"grammar": text} or {"error": text}.
 """
@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from typing import Any
 
 import llguidance
@@ -20,6 +21,9 @@ COMPILE_S = 2.0
 """Processor time; a usual schema takes some milliseconds."""
 WAIT_S = 20.0
 """The same by the clock, for a machine that is busy."""
+STACK_BYTES = 2**20
+"""Stack that a compilation may take. What passes is compiled again by the language model's process, whose threads have
+2 MiB at least (glibc's default where the stack has no limit): an overflow there would end the replica."""
 LIMITS: dict[str, Any] = {
     "max_grammar_size": 5_000,
     "step_max_items": 5_000,
@@ -108,24 +112,35 @@ def _checked(tokenizer: llguidance.LLTokenizer, constraint: dict[str, Any]) -> d
     return {"error": "no text matches it" if reason in ("", "NoExtensionBias") else reason}
 
 
+def _answer(write_end: int, tokenizer: llguidance.LLTokenizer, constraint: dict[str, Any]) -> None:
+    """Writes one line of JSON and ends the process."""
+    with os.fdopen(write_end, "w") as answer:
+        answer.write(json.dumps(_checked(tokenizer, constraint)))
+    os._exit(0)
+
+
 def _check_in_a_fork(tokenizer: llguidance.LLTokenizer, constraint: dict[str, Any]) -> str:
-    """One line of JSON."""
+    """The answer to one constraint, a line of JSON."""
     end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
         signal.setitimer(signal.ITIMER_VIRTUAL, COMPILE_S)  # nobody handles the signal: it ends the process
         signal.setitimer(signal.ITIMER_REAL, WAIT_S)
-        with os.fdopen(write_end, "w") as answer:
-            answer.write(json.dumps(_checked(tokenizer, constraint)))
-        os._exit(0)
+        threading.stack_size(STACK_BYTES)
+        compiling = threading.Thread(target=_answer, args=(write_end, tokenizer, constraint))
+        compiling.start()
+        compiling.join()
+        os._exit(1)  # the thread ends the process itself when all is well
     os.close(write_end)
     with os.fdopen(end) as answer:
         line = answer.read()
     _, status = os.waitpid(child, 0)
     if status == 0:
         return line
-    too_long = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGVTALRM, signal.SIGALRM)
-    return json.dumps({"error": f"takes more than {COMPILE_S:g} s to compile" if too_long else "is nested too deeply"})
+    ended_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+    if ended_by in (signal.SIGVTALRM, signal.SIGALRM):
+        return json.dumps({"error": f"takes more than {COMPILE_S:g} s to compile"})
+    return json.dumps({"error": "is nested too deeply" if ended_by else "the compiler failed; see the server's log"})
 
 
 def main() -> None:

@@ -121,10 +121,16 @@ def test_what_cannot_be_compiled_is_refused_with_the_field_and_the_reason(
     assert caught.value.field == f"sampling.constraint.{constraint.kind}"
 
 
+def chain(rules: int) -> str:
+    lines = (f'a{number}: "x" a{number + 1}' for number in range(rules))
+    return "\n".join(("start: a0", *lines, f'a{rules}: "x"'))
+
+
 HOSTILE = {
     "rules in a chain overflow the stack": Constraint(
         kind="grammar", text="start: a0\n" + "\n".join(f"a{i}: a{i + 1} a{i + 1}" for i in range(3000)) + '\na3000: "x"'
     ),
+    "fewer rules in a chain overflow a thread's stack": Constraint(kind="grammar", text=chain(1000)),
     "hours of compilation": schema({"type": "integer", "multipleOf": 9999991}),
     "seconds a mask": Constraint(kind="grammar", text="start: " + '"a"? ' * 12_000),
     "deep brackets": Constraint(kind="regex", text="(" * 30_000 + "a" + ")" * 30_000),
@@ -142,6 +148,14 @@ def test_a_hostile_constraint_is_refused_in_seconds_and_the_next_one_works(gramm
         grammars.compile(HOSTILE[name])
     assert grammars.known(HOSTILE[name]), "asked again, it costs nothing"
     assert takes(grammars, Constraint(kind="choice", choices=("a", name)), name)
+
+
+def test_what_people_nest_is_not_too_deep(grammars: Grammars) -> None:
+    deep: dict[str, Any] = {"type": "integer"}
+    for _ in range(50):
+        deep = {"type": "object", "properties": {"a": deep}, "required": ["a"]}
+    grammars.compile(schema(deep))
+    assert takes(grammars, Constraint(kind="grammar", text=chain(100)), "x" * 101)
 
 
 def test_the_compiling_process_may_die(grammars: Grammars) -> None:
