@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import os
+import pathlib
+import re
 import signal
 import sys
 import threading
@@ -24,6 +26,9 @@ WAIT_S = 20.0
 STACK_BYTES = 2**20
 """Stack that a compilation may take. What passes is compiled again by the language model's process, whose threads have
 2 MiB at least (glibc's default where the stack has no limit): an overflow there would end the replica."""
+MOST_BYTES = 64 * 2**20
+"""Memory that a compiled constraint and its first mask may take; a usual one takes 6 MB with a vocabulary of 128,000. A
+repetition of a repetition takes hundreds, and the language model's process keeps some dozens of constraints."""
 LIMITS: dict[str, Any] = {
     "max_grammar_size": 5_000,
     "step_max_items": 5_000,
@@ -57,7 +62,8 @@ def grammar_of(kind: str, text: str, choices: list[str]) -> str:
     if kind == "regex":
         return llguidance.LLMatcher.grammar_from_regex(text)
     if kind == "choice":
-        return llguidance.grammar_from("choice", json.dumps(choices))
+        # The compiler's own form of a choice follows each text apart, and gives up beyond some hundreds.
+        return llguidance.LLMatcher.grammar_from_regex("|".join(map(re.escape, choices)))
     return llguidance.grammar_from("grammar" if "::=" in text else "lark", text)
 
 
@@ -104,12 +110,19 @@ def _checked(tokenizer: llguidance.LLTokenizer, constraint: dict[str, Any]) -> d
         grammar = grammar_of(**constraint)
     except (ValueError, RecursionError) as error:
         return {"error": str(error)}
+    before = _resident_bytes()
     matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=limits())
     allows_any = not matcher.is_error() and any(matcher.compute_bitmask()) and not matcher.is_error()
+    if _resident_bytes() - before > MOST_BYTES:
+        return {"error": f"takes more than {MOST_BYTES // 2**20} MiB of memory"}
     if allows_any:
         return {"grammar": grammar}
     reason = matcher.get_error().removesuffix("<non-verbose/>").strip()
     return {"error": "no text matches it" if reason in ("", "NoExtensionBias") else reason}
+
+
+def _resident_bytes() -> int:
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _answer(write_end: int, tokenizer: llguidance.LLTokenizer, constraint: dict[str, Any]) -> None:

@@ -131,6 +131,7 @@ HOSTILE = {
         kind="grammar", text="start: a0\n" + "\n".join(f"a{i}: a{i + 1} a{i + 1}" for i in range(3000)) + '\na3000: "x"'
     ),
     "fewer rules in a chain overflow a thread's stack": Constraint(kind="grammar", text=chain(1000)),
+    "hundreds of megabytes": Constraint(kind="regex", text="(a{1000}){1000}"),
     "hours of compilation": schema({"type": "integer", "multipleOf": 9999991}),
     "seconds a mask": Constraint(kind="grammar", text="start: " + '"a"? ' * 12_000),
     "deep brackets": Constraint(kind="regex", text="(" * 30_000 + "a" + ")" * 30_000),
@@ -148,6 +149,14 @@ def test_a_hostile_constraint_is_refused_in_seconds_and_the_next_one_works(gramm
         grammars.compile(HOSTILE[name])
     assert grammars.known(HOSTILE[name]), "asked again, it costs nothing"
     assert takes(grammars, Constraint(kind="choice", choices=("a", name)), name)
+
+
+def test_many_choices_with_one_beginning(grammars: Grammars) -> None:
+    odd = ("a.b*", "a|b", "(a)", "[z]", "\\d", "line\nbreak", " \t#&~-/", "é ü", "<x>", "a", "ab")
+    many = Constraint(kind="choice", choices=(*odd, *(f"choice {number} of many" for number in range(2000))))
+    for text in (*odd, "choice 7 of many", "choice 1999 of many"):
+        assert takes(grammars, many, text), text
+    assert not takes(grammars, many, "axb") and not takes(grammars, many, "choice 2000 of many")
 
 
 def test_what_people_nest_is_not_too_deep(grammars: Grammars) -> None:
