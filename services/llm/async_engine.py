@@ -93,7 +93,7 @@ class AsyncEngine:
             raise Overloaded(f"{self._compiling} others wait to be compiled", field="sampling.constraint")
         self._compiling += 1
         try:
-            await asyncio.get_running_loop().run_in_executor(self._compiler, grammars.compile, constraint)
+            await self._on(self._compiler, grammars.compile, constraint)
         finally:
             self._compiling -= 1
 
@@ -102,10 +102,15 @@ class AsyncEngine:
 
         Raises StageUnavailable when the engine is closed.
         """
+        return await self._on(self._intake, work, *given, **named)
+
+    async def _on(
+        self, threads: ThreadPoolExecutor, work: Callable[Given, Result], *given: Given.args, **named: Given.kwargs
+    ) -> Result:
         with self._inbox_lock:
             if self._closing:
                 raise _shutting_down()
-            taken = self._intake.submit(work, *given, **named)
+            taken = threads.submit(work, *given, **named)
         return await asyncio.wrap_future(taken)
 
     def stats(self) -> EngineStats:

@@ -239,8 +239,10 @@ async def test_close_ends_streams_joins_and_refuses_what_comes_later() -> None:
     assert [type(result) for result in results] == [StageUnavailable] * 2
     assert not engine._thread.is_alive()
     engine.engine.check_integrity()
-    with pytest.raises(StageUnavailable):
-        await answer(engine, requests[0])
+    constrained = tiny_llm.request(engine.engine, constraint=Constraint(kind="regex", text="a+"))
+    for late in (requests[0], constrained):
+        with pytest.raises(StageUnavailable):
+            await answer(engine, late)
 
 
 async def test_cancel_storm() -> None:
