@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
+import os
 import pathlib
 import struct
 from collections.abc import Iterable
@@ -55,15 +57,15 @@ def _unpacked(hexadecimal: str) -> str:
 
 
 def _sockets(pid: int) -> set[str]:
-    try:
-        targets = [str(entry.readlink()) for entry in _entries(pathlib.Path(f"/proc/{pid}/fd"))]
-    except OSError:  # ended meanwhile
-        return set()
-    return {target.removeprefix("socket:[").removesuffix("]") for target in targets if target.startswith("socket:[")}
-
-
-def _entries(folder: pathlib.Path) -> list[pathlib.Path]:
-    return [entry for entry in folder.iterdir() if entry.is_symlink()]
+    """Inodes of a process's sockets. A descriptor that is closed meanwhile hides no other."""
+    found = set()
+    with contextlib.suppress(OSError):  # the process ended meanwhile
+        for entry in pathlib.Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                target = os.readlink(entry)
+                if target.startswith("socket:["):
+                    found.add(target.removeprefix("socket:[").removesuffix("]"))
+    return found
 
 
 def _title(pid: int) -> str:

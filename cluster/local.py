@@ -134,11 +134,11 @@ class LocalCluster:
         self._state = ClusterState(temp_dir=str(temp_dir), checkpoint=str(checkpoint), ports=ports, host=host)
         try:
             check_disk(temp_dir, MIN_FREE_BYTES)
+            config = serve_config(self._config, ports, str(checkpoint), self._args, self._options, host=host)
             progress(f"starting Ray (logs: {temp_dir})")
             env = cluster_environment(self._state, self._env)
             self._head = start_head(self._state, env)
             self._watch = StartWatch(self._state, self._head, self._timeout_s)
-            config = serve_config(self._config, ports, str(checkpoint), self._args, self._options, host=host)
             with Deployer(self._state, config, env) as deployer:
                 self._wait_for_applications(deployer, progress)
             self._wait_for_dashboard()
@@ -197,8 +197,9 @@ def serve_config(
 ) -> dict[str, Any]:
     """The Serve configuration file with this cluster's host, ports, checkpoint, settings and options."""
     config = copy.deepcopy(yaml.safe_load(path.read_text(encoding="utf8")))
-    config["grpc_options"]["port"] = ports.grpc
-    config["http_options"] = {**config["http_options"], "host": host, "port": ports.http}
+    services = {"grpc_servicer_functions": ["cluster.ingress.add_services_to_server"]}
+    config["grpc_options"] = {**services, **(config.get("grpc_options") or {}), "port": ports.grpc}
+    config["http_options"] = {**(config.get("http_options") or {}), "host": host, "port": ports.http}
     for application in config["applications"]:
         settings = application["args"] = application.get("args") or {}
         settings["checkpoint"] = checkpoint

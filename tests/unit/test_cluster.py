@@ -122,6 +122,15 @@ def test_the_local_configuration_has_this_clusters_ports_checkpoint_and_settings
     assert opened["http_options"]["host"] == "0.0.0.0"
 
 
+def test_a_configuration_of_applications_alone_has_both_doors(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("applications: [{name: gateway}, {name: encoder}, {name: llm}]")
+    config = local.serve_config(file, PORTS, "/some/where", {})
+    assert config["http_options"] == {"host": "127.0.0.1", "port": 7}
+    shipped = local.serve_config(local.SERVE_CONFIG, PORTS, "/some/where", {})["grpc_options"]
+    assert config["grpc_options"] == {name: shipped[name] for name in ("port", "grpc_servicer_functions")}
+
+
 def test_the_checkpoint_comes_from_the_argument_then_the_environment(folder, tmp_path_factory, monkeypatch):
     other = tmp_path_factory.mktemp("other")
     (other / "config.json").write_text("{}")
@@ -227,6 +236,23 @@ def test_listeners_are_read_from_the_kernel(address, local_):
         listener.listen()
         found = {each.port: each for each in listeners([os.getpid()])}[listener.getsockname()[1]]
         assert (found.address, found.is_local, found.pid) == (address, local_, os.getpid())
+
+
+def test_a_descriptor_that_is_closed_meanwhile_hides_no_listener(monkeypatch):
+    readlink, closed = os.readlink, []
+
+    def readlink_of_others(path):
+        if not closed:
+            closed.append(path)
+            raise FileNotFoundError(path)
+        return readlink(path)
+
+    with open(os.devnull), socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        monkeypatch.setattr(os, "readlink", readlink_of_others)
+        assert listener.getsockname()[1] in {each.port for each in listeners([os.getpid()])}
+    assert closed
 
 
 RAYLET_DIED = (  # a line of Ray 2.60
