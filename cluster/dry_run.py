@@ -42,7 +42,7 @@ from services.llm.prompt import PromptRenderer
 
 TOKENS = 2
 VISUAL_TOKENS = 64
-"""At most so many of the image's go into the prompt: as much as is needed to prune some, in little time."""
+"""Most visual tokens of the image that go into the prompt: enough to prune some of, in little time."""
 _LAYER = re.compile(r"language_model\.model\.layers\.(\d+)\.")
 
 

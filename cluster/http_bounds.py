@@ -17,16 +17,17 @@ import uvicorn.config
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 HEADERS_S = 15.0
-"""Longest from the first moment of a connection, or the first byte of a later request, to the end of its headers."""
+"""Longest time from a connection's first moment, or a later request's first byte, to the end of its headers."""
 BODY_PIECE_S = 20.0
-"""Longest that a body may bring nothing."""
+"""Longest time in which a body may bring nothing."""
 BODY_S = 300.0
-"""Longest that a body may take."""
+"""Longest time that a body may take."""
 MOST_CONNECTIONS = 1000
+"""Most connections of one proxy, where its limit of open files has room for them."""
 MOST_BODY_BYTES = 128 * 2**20
-"""Of one request; the gateway's own limit is below it and knows the field's name."""
+"""Largest body of one request; the gateway's own limit is below it and knows the field's name."""
 MOST_BODIES_BYTES = 1024 * 2**20
-"""Of all bodies that are on their way."""
+"""Most bytes of all the bodies together that are on their way."""
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -39,7 +40,7 @@ def bound_http() -> None:
 
 
 def most_connections() -> int:
-    """At most half of the files that this process may open: the rest is for gRPC, and for Ray."""
+    """The bound on connections: at most half of this process' open files, for gRPC and Ray need the rest."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return MOST_CONNECTIONS if soft < 0 else min(MOST_CONNECTIONS, soft // 2)  # below 0: no limit
 
@@ -50,7 +51,7 @@ class BoundedHttp(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
     waiting: ClassVar[dict[BoundedHttp, None]] = {}
     """Connections that have no whole request yet, the longest wait first."""
     body_bytes: ClassVar[int] = 0
-    """Of bodies that are not whole yet."""
+    """Bytes of all bodies that are not whole yet."""
 
     def __init__(self, *arguments: Any, **named: Any):
         super().__init__(*arguments, **named)
@@ -78,7 +79,7 @@ class BoundedHttp(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         if self._has_headers():
             self._unwatch_headers()
         elif self._headers_timer is None:
-            self._watch_headers()  # of a later request on this connection
+            self._watch_headers()  # a later request begins on this connection
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -110,7 +111,7 @@ class BoundedHttp(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         async def receive_all() -> Message:
             nonlocal body
             if body is None:
-                return await receive()  # that the client went
+                return await receive()  # tells that the client went
             whole, body = body, None
             return {"type": "http.request", "body": whole, "more_body": False}
 

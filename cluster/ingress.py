@@ -80,7 +80,7 @@ def guarded(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _failed(context: Any, service_method: str, error: BaseException) -> bytes:
-    """Ray's handler itself fails, which gRPC would tell the client in the exception's words."""
+    """Answers for Ray's handler that itself failed, which gRPC would tell the client in the exception's words."""
     _log.error("%s: the proxy failed", service_method, exc_info=error)
     context.set_code(grpc.StatusCode.INTERNAL)
     context.set_details("internal error")
@@ -95,7 +95,7 @@ async def _pump(answer: AsyncIterator[Any], messages: asyncio.Queue[Any]) -> Non
 def clean_status(context: Any, service_method: str) -> None:
     """Puts a status of ours in the place of one that Ray wrote of an exception."""
     code, details = context.code(), context.details() or ""
-    if code is not grpc.StatusCode.INTERNAL:  # of Ray's others each has a code that fits, and a line without internals
+    if code is not grpc.StatusCode.INTERNAL:  # Ray's others have a code that fits, and a line without internals
         return
     application = one_line(str(dict(context.invocation_metadata()).get("application", "")))[:60]
     if missing := _NO_METHOD.search(details):

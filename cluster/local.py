@@ -40,7 +40,9 @@ from services.common.errors import FocusError
 SERVE_CONFIG = pathlib.Path(__file__).with_name("serve.yaml")
 DEFAULT_GRPC_PORT = 9000
 MIN_FREE_BYTES = 2**30
+"""Room on the disk of the temporary folder."""
 LARGE_BYTES = 2**30
+"""Weights of a checkpoint whose place and sizes are worked out before the start."""
 _FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 
 Progress = Callable[[str], None]
@@ -247,7 +249,7 @@ def placed(checkpoint: str | None, progress: Progress) -> dict[str, Any]:
 
 
 def opened(state: ClusterState) -> list[str]:
-    """For a person: where the cluster listens, and for whom."""
+    """Lines for a person that say where the cluster listens, and for whom."""
     lines = [
         f"OpenAI's API at {state.openai_url}",
         f"dashboard {state.dashboard_url} (asks for the token in {state.token_file}), metrics {state.metrics_url}",

@@ -25,7 +25,7 @@ def keep_servers_local() -> None:
 
 
 def addresses(asked: str, public: str) -> list[str]:
-    """Where a server listens that asked for `asked`; `public` as PUBLIC_VARIABLE has it, or empty."""
+    """The addresses at which a server listens that asked for `asked`; `public` as PUBLIC_VARIABLE has it, or empty."""
     port = asked.rpartition(":")[2]
     host, _, public_port = public.rpartition(":")
     if not public or port != public_port:

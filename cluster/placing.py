@@ -1,4 +1,4 @@
-"""Where the stages of a local cluster run and with what sizes, worked out before anything starts.
+"""The places and sizes of a local cluster's stages, worked out before anything starts.
 
 What the command line says comes first, then what the Serve configuration says, then what follows from the checkpoint
 and the devices.
@@ -32,9 +32,7 @@ GATEWAY_CACHE_BYTES = 256 * 2**20
 START_S, READ_BYTES_A_S = 300.0, 50e6
 """How long a start may take beside reading the weights, and how slow a disk may be."""
 ENCODER_GPU, ENCODERS_A_GPU = 0.2, 4
-"""The part of a GPU that an encoder gets beside the language model; how many share one of their own."""
-
-
+"""The part of a GPU that an encoder gets beside the language model; how many encoders share a GPU of their own."""
 OPTIONS = {
     "device": "--device",
     "dtype": "--dtype",
@@ -42,6 +40,7 @@ OPTIONS = {
     "max_model_len": "--max-model-len",
     "memory_share": "--gpu-memory-utilization",
 }
+"""The option of `focusllava serve` for each field of Wishes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +68,7 @@ class Placement:
 
     @property
     def cluster_arguments(self) -> dict[str, Any]:
-        """Of `cluster.local.LocalCluster`."""
+        """Keyword arguments of `cluster.local.LocalCluster`."""
         return {"args": self.args, "options": self.options, "timeout_s": START_S + self.load_bytes / READ_BYTES_A_S}
 
 

@@ -36,7 +36,7 @@ class ClusterState:
     checkpoint: str
     ports: Ports
     host: str = LOOPBACK
-    """Where the public API listens: the loopback interface, or what `--host` opened."""
+    """The address at which the public API listens: the loopback interface's, or what `--host` opened."""
 
     @property
     def grpc_address(self) -> str:
@@ -44,7 +44,7 @@ class ClusterState:
 
     @property
     def openai_url(self) -> str:
-        """As seen from this machine."""
+        """The base URL of OpenAI's API, as seen from this machine."""
         host = LOOPBACK if self.host in ("0.0.0.0", "::") else f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.ports.http}/v1"
 
@@ -149,10 +149,10 @@ def cluster_environment(state: ClusterState, extra_env: Mapping[str, str]) -> di
         "RAY_START_HOOK": "cluster.hooks.without_client_server",
         "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": "cluster.hooks.set_up_worker",
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # a killed proxy is back in 5 to 10 s, not 31
-        "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(2**29),  # of Ray's 2 GB a stranger's one message would fill a laptop
+        "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(2**29),  # one message of Ray's 2 GB would fill a laptop
         "RAY_metrics_report_interval_ms": "2000",
         "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",  # fresh from the disk on a busy machine Ray's 60 are too few
-        "RAY_raylet_start_wait_time_s": "300",  # as are its 30: whoever waits watches the raylet itself
+        "RAY_raylet_start_wait_time_s": "300",  # Ray's 30 are too few as well: whoever waits watches the raylet itself
         "RAY_worker_niceness": "0",  # Ray's 15 starves the replicas whenever anything else runs
         **extra_env,
     }

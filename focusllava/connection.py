@@ -36,7 +36,7 @@ class RetryPolicy:
     """How long a server is waited for that has answered this client, or that says itself that it restarts. A lost proxy
     is back in 5 to 10 s, or in half a minute where Ray Serve looks after it in its own period."""
     patience_to_connect_s: float = 20.0
-    """The same of a server that this client has never reached: its address may be wrong."""
+    """How long a server is waited for that this client has never reached: its address may be wrong."""
     first_delay_s: float = 0.2
     max_delay_s: float = 2.0
     on_wait: Callable[[FocusClientError], None] | None = None

@@ -28,7 +28,7 @@ _OPTIONS = (
 
 
 def constraint_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds them to a command, which takes them as keyword arguments named as the client's settings."""
+    """Adds the options to a command, which takes them as keyword arguments named as the client's settings."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command

@@ -116,7 +116,7 @@ class TokenLogprob:
     """The token by itself; U+FFFD where it is only a part of a character."""
     logprob: float
     raw_bytes: bytes = b""
-    """Its own bytes, of a part of a character too."""
+    """The token's own bytes, which may be a part of a character."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +258,7 @@ class Settings(TypedDict, total=False):
     min_tokens: int | None
     """Nothing but the constraint's own end ends the answer before so many tokens."""
     logit_bias: Mapping[int, float] | None
-    """By token id, in [-100, 100]: added to its logit. -100 practically bans, 100 practically forces it."""
+    """Maps token ids to what is added to their logits, in [-100, 100]: -100 practically bans a token, 100 forces it."""
     json_object: bool
     """The answer is a JSON object."""
     json_schema: Mapping[str, Any] | str | None

@@ -17,7 +17,7 @@ DTYPES = {
     "auto": "auto", "float32": "float32", "float": "float32", "bfloat16": "bfloat16", "float16": "float16",
     "half": "float16",
 }  # fmt: skip
-"""vLLM's names, and ours."""
+"""Names of dtypes, vLLM's and ours, and what each means."""
 
 
 class Size(click.ParamType):

@@ -26,7 +26,7 @@ def _has_compiler() -> bool:
 
 
 HAS_COMPILER = _has_compiler()
-"""Where there is one, the compiled operators are to be there."""
+"""Whether a compiler is here; then the compiled operators are to be there."""
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="this machine has no C++ compiler")
 
 

@@ -28,7 +28,7 @@ class Processor:
     march: str = ""
     """What the kernels are built for; empty: this machine's processor."""
     flags: frozenset[str] = frozenset()
-    """Of /proc/cpuinfo, without which it cannot be stood for."""
+    """Flags of /proc/cpuinfo without which this kind cannot be stood for."""
     variables: dict[str, str] = field(default_factory=dict)
     compiled: bool = True
 

@@ -87,7 +87,7 @@ class ScriptedGateway(focus_pb2_grpc.FocusServiceServicer):
         self._server.stop(grace=0).wait()
 
     def start_again(self) -> None:
-        """At the same address; without TLS."""
+        """Starts a server again at the same address, without TLS."""
         self._server = self._new_server()
         self._server.add_insecure_port(self.address)
         self._server.start()

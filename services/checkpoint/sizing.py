@@ -29,7 +29,7 @@ CUDA_BYTES = 768 * 2**20
 DECODING_BYTES = 384 * 2**20
 """Photographs that the encoder is decoding."""
 STEP_OPERATIONS = 4e12
-"""Of a step on a CPU: running answers wait for one step of prefill, some seconds on two cores."""
+"""Operations of one step on a CPU: running answers wait for a step of prefill, some seconds on two cores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class EncoderSizes:
     """One replica of the encoder."""
 
     weights: int
-    """Bytes, as all others here."""
+    """Bytes of the weights; activations are bytes too."""
     activations: int
     max_tiles: int
 
@@ -70,7 +70,7 @@ class LlmSizes:
 
 
 def block_bytes(config: FocusLlavaConfig, dtype: torch.dtype) -> int:
-    """Of one block of the KV cache through all layers, the hidden states beside it included."""
+    """Bytes of one block of the KV cache through all layers, the hidden states beside it included."""
     text = config.text_config
     a_layer = 2 * text.num_key_value_heads * head_width(text)
     return BLOCK_SIZE * (text.num_hidden_layers * a_layer + text.hidden_size) * dtype.itemsize

@@ -15,7 +15,7 @@ MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIAS = 100.0
 MAX_BIASED_TOKENS = 1024
 MAX_CONSTRAINT_CHARS = 65_536
-"""Of its text, or of all its choices together."""
+"""Longest text of a constraint, or all its choices together."""
 
 
 def check_sampling(params: SamplingParams, field: str = "sampling") -> None:

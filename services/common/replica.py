@@ -36,7 +36,7 @@ class ModelSettings:
     torch_threads: int | None = None
     """Unset: torch's own choice, one a core."""
     memory_share: float = 0.9
-    """Of a GPU's memory, or of a machine's that is free, what is shared out where no size is said."""
+    """Share of a GPU's memory, or of a machine's free memory, that is used where no size is said."""
 
     def __post_init__(self) -> None:
         require(_is_device(self.device), "device", self.device, "auto, cpu, cuda or another device of torch")

@@ -59,7 +59,7 @@ def _convert(value: Any, hint: Any, path: str, over: Any = None) -> Any:
     if origin is Literal:
         require(value in get_args(hint), path, value, f"one of {', '.join(map(str, get_args(hint)))}")
         return value
-    if origin is tuple:  # of one type and any length
+    if origin is tuple:  # its elements have one type, and are any number
         require(isinstance(value, list | tuple), path, value, "a list")
         return tuple(_convert(one, get_args(hint)[0], f"{path}[{index}]") for index, one in enumerate(value))
     if dataclasses.is_dataclass(hint):

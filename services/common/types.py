@@ -86,13 +86,13 @@ class PruneDecision:
 
 @dataclass(frozen=True, kw_only=True)
 class Constraint:
-    """What the text of an answer must match; a use of equal ones costs one compilation."""
+    """What the text of an answer must match; equal ones are compiled once."""
 
     kind: Literal["json_object", "json_schema", "choice", "regex", "grammar"]
     text: str = ""
     """The JSON Schema (JSON text), the regular expression, or the grammar (Lark, or GBNF with its "::=")."""
     choices: tuple[str, ...] = ()
-    """Of kind "choice"."""
+    """The texts of kind "choice"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +134,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     """The stop string, or the text of the stop token, is part of the answer."""
     ignore_eos: bool = False
-    """For benchmarks: generate exactly `max_tokens`. A constraint that leaves nothing else still ends the answer."""
+    """Generates exactly `max_tokens`, for benchmarks. A constraint that leaves nothing else still ends the answer."""
     constraint: Constraint | None = None
     """What the answer must match; None is anything."""
     keep_special_tokens: bool = False
@@ -150,7 +150,7 @@ class TokenLogprob:
     text: str = ""
     """The token by itself; empty inside the LLM stage, filled in at its edge."""
     raw_bytes: bytes = b""
-    """What the token stands for, of a part of a character too; filled in with the text."""
+    """The bytes that the token stands for, which may be a part of a character; filled in with the text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +214,7 @@ class GenerateRequest:
     continue_final_message: bool = False
     """The last turn is the assistant's, and the answer goes on from its text."""
     raw_prompt: str | tuple[int, ...] | None = None
-    """In place of turns, with no chat template: text whose special tokens count as such, or token ids."""
+    """Stands in place of turns, with no chat template: text whose special tokens count as such, or token ids."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,12 +24,12 @@ class AdmissionLimits:
     media: MediaLimits = field(default_factory=MediaLimits)
     max_images: int = 8
     max_image_bytes_total: int = 64 * 2**20
-    """Of all images of one request together."""
+    """Most bytes of all images of one request together."""
     max_turns: int = 64
     max_question_chars: int = 8_192
-    """Of the last user turn."""
+    """Most characters of the last user turn."""
     max_text_chars: int = 65_536
-    """Of all turns together, or of a raw prompt, of whose tokens it allows as many."""
+    """Most characters of all turns together, or of a raw prompt; one of token ids may have as many tokens."""
     max_tokens: int = 4_096
     """Most tokens that one request may ask for. One that asks for no number gets no more either."""
 
@@ -62,7 +62,7 @@ class AdmittedChat:
     vision_sampler: bool
     continue_final_message: bool
     raw_prompt: llm_pb2.RawPrompt | None
-    """In place of turns."""
+    """The prompt that stands in place of turns, if one does."""
 
 
 def request_id_of(request: focus_pb2.ChatRequest) -> str:

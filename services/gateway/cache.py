@@ -231,7 +231,7 @@ class VisualTokenCache:
     async def discard(self, key: CacheKey) -> None:
         """Has the next request encode the image anew."""
         with contextlib.suppress(StoreFailed):
-            await self.store.put(str(key), b"")  # which is no message
+            await self.store.put(str(key), b"")  # no message, so nobody takes it for one
 
     async def flush(self) -> None:
         """Waits for writes under way."""

@@ -101,7 +101,7 @@ class ChatService:
             async for event in events:
                 if not announced:  # only now is it sure that the model takes the request
                     announced = True
-                    usage = event.finished.usage  # of an answer without a token
+                    usage = event.finished.usage  # an answer without a token has it there alone
                     started.prompt_tokens = event.token.prompt_tokens or usage.prompt_tokens
                     yield focus_pb2.ChatResponse(started=started)
                 kind = event.WhichOneof("event")

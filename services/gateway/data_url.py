@@ -8,7 +8,7 @@ import re
 from services.common.errors import InvalidInput
 
 _PIECE_CHARS = 2**20
-"""Of base64 at once: others may run between two pieces."""
+"""Characters of base64 that are decoded at once: others may run between two pieces."""
 _SHOWN_CHARS = 60
 _WHITESPACE = " \t\n\f\r"
 _STANDARD = bytes.maketrans(b"-_", b"+/")
@@ -52,7 +52,7 @@ def decode(url: str, field: str) -> bytes:
 
 
 def _wrong_character(url: str, comma: int, field: str) -> InvalidInput:
-    """The first one, and where it stands after the comma, counted from 1."""
+    """The error that names the first wrong character, and its place after the comma, counted from 1."""
     found = _NOT_BASE64.search(url, comma + 1)
     assert found, "base64 of its own characters alone, in groups of four, decodes"
     why = " (padding stands at its end only)" if found[0] == "=" else ""

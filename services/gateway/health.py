@@ -10,7 +10,7 @@ from typing import Protocol
 from services.common.errors import DeadlineExceeded, FocusError, Overloaded
 
 FRESH_S = 2.0
-"""A stage that answered anything so lately is not asked, nor one again that failed within a quarter of it."""
+"""Seconds in which a stage that answered anything is not asked; one that failed is not for a quarter of them."""
 TIMEOUT_S = 5.0
 
 
@@ -19,7 +19,7 @@ class Stage(Protocol):
 
     name: str
     heard_at: float
-    """When the stage last answered, as time.monotonic() has it."""
+    """The moment of the stage's last answer, as time.monotonic() has it."""
 
     async def check(self, model_fingerprint: str, timeout_s: float) -> None:
         """Asks the stage, which sets `heard_at`. Raises FocusError."""

@@ -30,7 +30,7 @@ from services.gateway.openai_settings import Asked, Settings
 from services.gateway.stages import TIMEOUT_METADATA, Deadline
 
 REQUEST_ID_HEADER = "x-request-id"
-"""Of a request; Ray Serve makes one where there is none, and has it in the answer."""
+"""The header with a request's id; Ray Serve makes one where there is none, and has it in the answer."""
 _COMPLETIONS: dict[str, tuple[type[Settings], type[Writer]]] = {
     "/v1/chat/completions": (ChatCompletionRequest, ChatWriter),
     "/v1/completions": (CompletionRequest, TextWriter),
@@ -40,7 +40,7 @@ _MODEL_PATH = "/v1/models/"
 _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 IndexedEvent = tuple[int, focus_pb2.ChatResponse]
-"""An event, and whose: of several prompts, the answer to that one."""
+"""The number of a prompt, and an event of the answer to it."""
 Events = AsyncGenerator[IndexedEvent, None]
 
 
@@ -145,7 +145,7 @@ class _ForOtherSites(Response):
 
 
 def _most_bytes(limits: AdmissionLimits) -> int:
-    """Of a body: its images in base64, its text with every character escaped, and the rest."""
+    """Largest body: its images in base64, its text with every character escaped, and the rest."""
     return limits.max_image_bytes_total * 4 // 3 + 12 * limits.max_text_chars + 2**20
 
 

@@ -21,7 +21,8 @@ _STATUSES = {
     Code.INTERNAL: 500,
 }
 _RETRY = {429: {"retry-after": "1"}, 503: {"retry-after": "1"}, 504: {"x-should-retry": "false"}}
-"""OpenAI's clients try again what ends with 429 or 500 and more; after a deadline nobody waits for it."""
+"""Headers that tell a client whether to try again. OpenAI's do so after 429, and 500 and more; after a deadline nobody
+waits for the answer."""
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error",
           405: "invalid_request_error", 413: "invalid_request_error",
           415: "invalid_request_error", 429: "rate_limit_error"}  # fmt: skip
@@ -54,5 +55,5 @@ def error_object(status: int, message: str, *, code: str | None = None) -> dict[
 
 
 def status_of_event(code: str) -> int:
-    """Of an error event, whose code may be a stage's."""
+    """The HTTP status of an error event, whose code may be a stage's."""
     return next((status for known, status in _STATUSES.items() if known.value == code), 500)

@@ -11,9 +11,9 @@ from services.gateway.openai_fields import WITHOUT_EFFECT, shown
 from services.gateway.openai_settings import Count, Settings
 
 _MOST_TOKENS = 16
-"""Of an answer to a request that names no number, as OpenAI has it here."""
+"""Longest answer to a request that names no number, as OpenAI has it for text completions."""
 _MOST_PROMPTS = 32
-"""Of one request: each is answered at the same time as the others."""
+"""Most prompts of one request: each is answered at the same time as the others."""
 
 
 def _prompts(value: Any) -> Any:
@@ -48,7 +48,7 @@ class CompletionRequest(Settings):
         return self.logprobs is not None
 
     def to_chat_requests(self, request_id: str) -> list[focus_pb2.ChatRequest]:
-        """One a prompt."""
+        """A request for each prompt."""
         sampling = self.sampling(_MOST_TOKENS if self.max_tokens is None else self.max_tokens, self.logprobs)
         ids = [request_id] if len(self.prompt) == 1 else [f"{request_id}.{n}" for n in range(len(self.prompt))]
         return [

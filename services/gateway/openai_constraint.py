@@ -13,7 +13,7 @@ from services.gateway.openai_fields import Fields, Wrong, shown
 
 
 def _schema_text(value: Any) -> Any:
-    """As JSON text. Raises ValueError for what is no JSON Schema."""
+    """A JSON Schema as JSON text. Raises ValueError for what is none."""
     if isinstance(value, dict | bool):
         return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     if isinstance(value, str):
@@ -33,7 +33,7 @@ class JsonSchema(Fields):
 
 
 class ResponseFormat(Fields):
-    """OpenAI's; `schema` beside "json_object" is llama.cpp's and others'."""
+    """OpenAI's field of this name; `schema` beside "json_object" is llama.cpp's and others'."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -49,7 +49,7 @@ class ResponseFormat(Fields):
 
 
 class StructuredOutputs(Fields):
-    """vLLM's."""
+    """vLLM's field of this name."""
 
     without_effect = {
         "disable_fallback": None,
@@ -70,7 +70,7 @@ class Constrained(Fields):
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs = StructuredOutputs()
-    # vLLM's before there was structured_outputs
+    # These were vLLM's before there was structured_outputs.
     guided_json: Schema | None = None
     guided_choice: Choices | None = None
     guided_regex: str | None = None

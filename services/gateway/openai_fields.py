@@ -15,7 +15,7 @@ Accepted = tuple[Any, ...] | None
 """Values of a field that ask for what is done anyway; None where no value changes an answer."""
 
 _SHOWN_CHARS = 60
-"""Of a refused value, which may be an image."""
+"""Most characters that are shown of a refused value, which may be an image."""
 
 WITHOUT_EFFECT: dict[str, Accepted] = {
     # OpenAI's
@@ -63,7 +63,7 @@ WITHOUT_EFFECT: dict[str, Accepted] = {
     "vllm_xargs": ({},),
     "watermarking": (False,),
 }
-"""Of every request for an answer. null says nothing, wherever it stands."""
+"""Fields of every request for an answer that are accepted and change nothing. null says nothing, wherever it stands."""
 
 
 class Wrong(ValueError):
@@ -100,7 +100,7 @@ class Fields(BaseModel):
 
     @classmethod
     def names(cls) -> set[str]:
-        """Of the fields that have an effect, as they stand in the request."""
+        """Names of the fields that have an effect, as they stand in the request."""
         if "_names" not in cls.__dict__:
             cls._names = {field.alias or name for name, field in cls.model_fields.items()}
         return cls._names

@@ -28,18 +28,18 @@ _CHAT_WITHOUT_EFFECT: dict[str, Accepted] = {
     **WITHOUT_EFFECT,
     # OpenAI's
     "audio": (),
-    "function_call": ("none", "auto"),  # of no functions
+    "function_call": ("none", "auto"),  # there are no functions to choose of
     "functions": ([],),
     "modalities": (["text"],),
     "parallel_tool_calls": None,
-    "prediction": None,  # of the answer, to have it sooner
+    "prediction": None,  # a guess at the answer, to have it sooner
     "reasoning_effort": None,
-    "tool_choice": ("none", "auto"),  # of no tools
+    "tool_choice": ("none", "auto"),  # there are no tools to choose of
     "tools": ([],),
     "verbosity": None,
     "web_search_options": (),
     # vLLM's
-    "add_special_tokens": (False,),  # to those of the chat template
+    "add_special_tokens": (False,),  # the chat template has them
     "chat_template": (),
     "chat_template_kwargs": ({},),
     "documents": ([],),
@@ -51,7 +51,7 @@ _CHAT_WITHOUT_EFFECT: dict[str, Accepted] = {
 
 
 def _called_never(fields: Any) -> Any:
-    """Without the tools that the request itself says are not to be called. Others are refused before their choice."""
+    """Drops the tools that the request itself says are not to be called. Others are refused before their choice."""
     if isinstance(fields, dict):
         for choice, tools in (("tool_choice", "tools"), ("function_call", "functions")):
             if fields.get(choice) == "none" and isinstance(fields.get(tools), list):
@@ -97,7 +97,7 @@ class Message(Fields):
         "images": ([],),
         "name": None,
         "provider_specific_fields": None,
-        "reasoning": None,  # of an earlier answer, which no chat template of the served families shows
+        "reasoning": None,  # an earlier answer's; no chat template of the served families shows it
         "reasoning_content": None,
         "reasoning_details": None,
         "thinking_blocks": ([],),
@@ -143,7 +143,7 @@ class ChatCompletionRequest(Settings):
     messages: Annotated[list[Message], Field(fail_fast=True)]
     focus: FocusOptions = FocusOptions()
     max_completion_tokens: Count | None = None
-    """Newer than max_tokens, and wins."""
+    """The newer name of max_tokens; where both are set, this one wins."""
     logprobs: bool = False
     top_logprobs: Count | None = None
     continue_final_message: bool = False
@@ -182,7 +182,7 @@ class ChatCompletionRequest(Settings):
         return self.logprobs
 
     def to_chat_requests(self, request_id: str) -> list[focus_pb2.ChatRequest]:
-        """One. Raises InvalidInput for an image that is not in the request."""
+        """A list of one request. Raises InvalidInput for an image that is not in the request."""
         max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         chat = focus_pb2.ChatRequest(

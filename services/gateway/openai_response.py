@@ -11,7 +11,7 @@ from services.gateway.openai_settings import Asked
 
 _REASONS = {llm_pb2.FINISH_REASON_STOP: "stop", llm_pb2.FINISH_REASON_LENGTH: "length"}
 _LEAST_LOGPROB = -9999.0
-"""Stands for minus infinity, which JSON has no number for; OpenAI's."""
+"""OpenAI's number for minus infinity, which JSON has none for."""
 
 
 @dataclass(kw_only=True)
@@ -35,7 +35,7 @@ def whole(answers: Sequence[Answer]) -> dict[str, Any]:
 
 
 class Writer:
-    """Writes one answer, whose `started` event comes with it. Subclasses are what OpenAI has of objects."""
+    """Writes one answer, whose `started` event it is made with. A subclass writes one of OpenAI's kinds of objects."""
 
     kind: ClassVar[str]
     chunk_kind: ClassVar[str]
@@ -68,7 +68,7 @@ class Writer:
         return {**self._chunk(self._part("", None, _reason(finished))), "focus": self.focus(finished.usage)}
 
     def usage_chunk(self, finished: Sequence[llm_pb2.Finished]) -> dict[str, Any]:
-        """Sent after the last one to who asked for it; `finished` are the ends of all answers."""
+        """The chunk with the usage, sent last to who asked for it; `finished` are the ends of all answers."""
         return {**self.object(self.chunk_kind), "choices": [], "usage": _total(finished)}
 
     def _choice(self, text: str, logprobs: Any, reason: str) -> dict[str, Any]:
@@ -121,7 +121,7 @@ class Writer:
 
 
 class ChatWriter(Writer):
-    """Of /v1/chat/completions."""
+    """Writes what /v1/chat/completions answers."""
 
     kind, chunk_kind, id_prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
 
@@ -143,7 +143,7 @@ class ChatWriter(Writer):
 
 
 class TextWriter(Writer):
-    """Of /v1/completions."""
+    """Writes what /v1/completions answers."""
 
     kind, chunk_kind, id_prefix = "text_completion", "text_completion", "cmpl-"
 

@@ -16,20 +16,20 @@ from services.gateway.openai_fields import WITHOUT_EFFECT, Fields, refuse, shown
 
 _UINT32 = 2**32 - 1
 _MOST_BIAS = 1e30
-"""What a float32 holds; the range of the setting is checked after this."""
+"""A bias that a float32 still holds; the range of the setting is checked after this."""
 _MOST_FIELDS = 10_000
-"""And elements of a body, beside the commas and brackets of its text."""
+"""Most fields and elements of a body, beside the commas and brackets of its text."""
 
 Count = Annotated[int, Field(ge=0, le=_UINT32)]
 
 
 def _seed(value: Any) -> Any:
-    """As 64 bits: clients draw it with a sign and without."""
+    """A seed as 64 bits without a sign: clients draw it with a sign and without."""
     return value % 2**64 if type(value) is int and -(2**63) <= value < 0 else value
 
 
 def _bias(value: Any) -> Any:
-    """By token id, which JSON can only write as a string."""
+    """Biases by token id, which JSON can only write as a string."""
     if not isinstance(value, dict):
         return value
     for name, bias in value.items():  # the first wrong one alone: there may be thousands
@@ -42,17 +42,17 @@ def _bias(value: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What of a request outlives its body, which may be 80 MB: how its answer is to be written."""
+    """How an answer is to be written: all of a request that outlives its body, which may be 80 MB."""
 
     stream: bool
     usage: bool
-    """At the end of a stream."""
+    """A stream has the usage at its end."""
     continuous_usage: bool
-    """In every piece of one."""
+    """A stream has the usage in every piece."""
     logprobs: bool
     request_id: str
     created: int
-    """When, in seconds since 1970."""
+    """The time of the request, in seconds since 1970."""
     names: tuple[tuple[str, str], ...]
     """Patterns of a ChatRequest's fields, at the start of an error's line, and their names in the request."""
 
@@ -68,9 +68,9 @@ class StreamOptions(Fields):
 
     without_effect = {"include_obfuscation": None}
     include_usage: bool = False
-    """At its end."""
+    """The usage comes at the end."""
     continuous_usage_stats: bool = False
-    """In every piece; vLLM's."""
+    """The usage comes in every piece; vLLM's."""
 
 
 class Settings(Constrained):
@@ -82,7 +82,7 @@ class Settings(Constrained):
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     request_id: str | None = None
-    """vLLM's, before the header x-request-id."""
+    """vLLM's field, which goes before the header x-request-id."""
 
     max_tokens: Count | None = None
     temperature: float | None = None
@@ -93,7 +93,7 @@ class Settings(Constrained):
     stop: Annotated[list[str], Field(fail_fast=True), BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = []
     logit_bias: Annotated[dict[int, float], BeforeValidator(_bias)] = {}
 
-    # vLLM's, beside OpenAI's.
+    # These are vLLM's, beside OpenAI's.
     top_k: Annotated[Count, BeforeValidator(lambda v: 0 if v == -1 else v)] | None = None
     min_p: float | None = None
     min_tokens: Count | None = None
@@ -138,7 +138,7 @@ class Settings(Constrained):
         )
 
     def names_here(self) -> tuple[tuple[str, str], ...]:
-        """As Asked.names: those that this kind of request has its own names for."""
+        """Pairs as in Asked.names, for the fields that this kind of request has its own names for."""
         raise NotImplementedError
 
     @property

@@ -103,7 +103,7 @@ class _Stage:
         self._channel = grpc.aio.insecure_channel(address.target, options=CHANNEL_OPTIONS)
         self._metadata = (("application", address.application or name),)
         self.heard_at = -math.inf
-        """When the stage last answered, as time.monotonic() has it."""
+        """The moment of the stage's last answer, as time.monotonic() has it."""
 
     async def close(self) -> None:
         await self._channel.close(grace=None)

@@ -22,7 +22,7 @@ MOST_FAILED_STEPS = 3
 """After more than these, with no request that ended well between, a replica is unwell. It fails requests faster than
 others answer theirs, so it would get most of the traffic."""
 MOST_COMPILING = 64
-"""Constraints that wait to be compiled; one takes some milliseconds, a hostile one up to 4 s."""
+"""Most constraints that wait to be compiled; one takes some milliseconds, a hostile one up to 4 s."""
 
 INTAKE_THREADS = 2
 """Threads that take requests in. Each keeps the memory of its largest request (`services/common/malloc.py`), and the

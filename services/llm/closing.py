@@ -26,7 +26,7 @@ _NEVER = 1 << 30
 
 
 class Closing:
-    """Ways for one tokenizer."""
+    """Finds ways to the end, in one tokenizer's tokens."""
 
     def __init__(self, tokenizer: llguidance.LLTokenizer, vocabulary: int):
         self._rank = np.array([_rank(tokenizer, token) for token in range(vocabulary)])
@@ -47,7 +47,7 @@ class Closing:
 
 
 def _rank(tokenizer: llguidance.LLTokenizer, token: int) -> int:
-    """The smaller the better: by the worst of the token's characters, then the longer one."""
+    """How well a token closes, smaller is better: by the worst of its characters, then by its length."""
     if tokenizer.is_special_token(token):
         return _NEVER
     spelt = tokenizer.decode_bytes([token])

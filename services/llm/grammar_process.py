@@ -20,9 +20,9 @@ from typing import Any
 import llguidance
 
 COMPILE_S = 2.0
-"""Processor time; a usual schema takes some milliseconds."""
+"""Longest processor time of a compilation; a usual schema takes some milliseconds."""
 WAIT_S = 20.0
-"""The same by the clock, for a machine that is busy."""
+"""Longest time of a compilation by the clock, for a machine that is busy."""
 STACK_BYTES = 2**20
 """Stack that a compilation may take. What passes is compiled again by the language model's process, whose threads have
 2 MiB at least (glibc's default where the stack has no limit): an overflow there would end the replica."""
@@ -36,7 +36,8 @@ LIMITS: dict[str, Any] = {
     "max_lexer_states": 25_000,
     "verbose_errors": False,
 }
-"""Ten times what a schema of 100 optional fields needs; a hostile grammar's slowest mask takes 0.3 s, not 8."""
+"""Bounds of the compiler: ten times what a schema of 100 optional fields needs. A hostile grammar's slowest mask takes
+0.3 s, not 8."""
 _JSON = {
     # At most one space after a comma or a colon, and no other: a weak model could put spaces for ever.
     "whitespace_flexible": False,

@@ -32,8 +32,9 @@ Mask = npt.NDArray[np.uint8]
 logger = logging.getLogger(__name__)
 
 MOST_GRAMMARS = 32
-"""Kept compiled; each may grow to tens of megabytes as answers explore it."""
+"""Constraints that are kept compiled; each may grow to tens of megabytes as answers explore it."""
 MOST_REFUSALS = 256
+"""Constraints of which it is kept why they cannot be compiled."""
 SPARE_TOKENS = 8
 """An answer that nears max_tokens goes to its constraint's end when so many are left beside it, or an eighth of all."""
 _UTF8_BYTES = [byte for byte in range(0xF5) if byte not in (0xC0, 0xC1)]
@@ -117,8 +118,8 @@ class Grammars:
         self._hf, self._vocabulary = tokenizer, max(vocabulary, len(tokenizer))
         self._tokenizer: llguidance.LLTokenizer | None = None
         self._process: subprocess.Popen[str] | None = None
-        self._lock = threading.Lock()  # of what is kept; never held for long
-        self._compiling = threading.RLock()  # of the process and the tokenizer
+        self._lock = threading.Lock()  # guards what is kept; never held for long
+        self._compiling = threading.RLock()  # guards the process and the tokenizer
         self._compiled: OrderedDict[Constraint, Any] = OrderedDict()
         self._refused: OrderedDict[Constraint, Any] = OrderedDict()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="llm-masks")
@@ -126,11 +127,12 @@ class Grammars:
     def start(self) -> None:
         """Reads the tokenizer now, in the background: a large vocabulary takes seconds that a first request would wait.
 
-        Everything works without it."""
+        Everything works without it.
+        """
         threading.Thread(target=self._started, name="llm-grammars", daemon=True).start()
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What a token stands for, of a part of a character too. Raises InvalidInput where the tokenizer is unknown."""
+        """The bytes of a token, perhaps a part of a character. Raises InvalidInput for an unknown tokenizer."""
         return self._tokens().decode_bytes([token_id])
 
     def compile(self, constraint: Constraint, field: str = "sampling.constraint") -> llguidance.LLMatcher:
@@ -154,7 +156,7 @@ class Grammars:
         return found
 
     def guide(self, sampling: SamplingParams, max_new_tokens: int) -> Guide | None:
-        """For a new answer of so many tokens; None where nothing constrains it. Raises what `compile` raises."""
+        """The guide of a new answer of so many tokens; None where nothing constrains it. Raises as `compile`."""
         if sampling.constraint is None:
             return None
         guide = Guide(self, self.compile(sampling.constraint).deep_copy(), sampling, max_new_tokens)
@@ -164,7 +166,7 @@ class Grammars:
         return guide
 
     def forget(self, constraint: Constraint) -> None:
-        """The next one compiles it anew: what it had grown to may be the reason why an answer failed."""
+        """Has the next request compile it anew: what it had grown to may be the reason why an answer failed."""
         with self._lock:
             self._compiled.pop(constraint, None)
 
@@ -211,7 +213,7 @@ class Grammars:
         return llguidance.LLExecutor(num_threads=MASK_THREADS)
 
     def known(self, constraint: Constraint) -> llguidance.LLMatcher | str | None:
-        """What was made of a constraint before, or why it cannot be; None where that is not kept."""
+        """What a constraint was compiled to before, or why it cannot be; None where that is not kept."""
         with self._lock:
             for kept in (self._compiled, self._refused):
                 if constraint in kept:

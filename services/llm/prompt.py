@@ -56,7 +56,7 @@ class _Text:
     text: str
     instruction: bool
     begins_answer: bool = False
-    """Of the last turn, where the answer goes on from it."""
+    """The text is the last turn's, and the answer goes on from it."""
 
 
 class PromptRenderer:
@@ -137,7 +137,7 @@ class PromptRenderer:
         return Prompt(input_ids=tuple(ids), visual_spans=(), instruction_positions=())
 
     def _tokens(self, prompt: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Its ids and the span of characters of each."""
+        """A prompt's token ids and the span of characters of each."""
         # transformers' processor adds special tokens unless the template already begins with BOS.
         bos = self.tokenizer.bos_token
         with self._lock:

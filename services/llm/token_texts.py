@@ -17,7 +17,7 @@ class TokenTexts:
     """One tokenizer's tokens as text; special tokens by name, a part of a character as U+FFFD."""
 
     def __init__(self, tokenizer: Any, token_bytes: Callable[[int], bytes]):
-        """token_bytes: a token's own bytes, asked for parts of characters alone."""
+        """token_bytes: gives a token's own bytes; called for parts of characters alone."""
         self._tokenizer, self._token_bytes = tokenizer, token_bytes
         # Decoders drop the space that begins a first token: each token is read after this one.
         self._anchor: int = tokenizer.encode("a", add_special_tokens=False)[-1]

@@ -28,10 +28,10 @@ QUIET = {
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """Where the pipeline answers."""
+    """The address at which the pipeline answers."""
 
     url: str
-    """Without /v1."""
+    """The server's URL without /v1."""
     checkpoint: pathlib.Path
 
     @property

@@ -139,7 +139,7 @@ async def test_every_method_of_the_three_services_is_there_and_streams():
 
 
 async def test_a_call_cancelled_at_any_moment_is_cancelled_at_the_replica():
-    """At its start, after some tokens, and as fast as they come, when nearly every moment is one of a write."""
+    """Calls are cancelled at the start, after some tokens, and while tokens come as fast as they can be written."""
     for wait_s, read in [(0.01, 0), (0.01, 2), (0.0001, 1), (0.0001, 5)] * 10:
         ray = Ray(events=10**9, wait_s=wait_s)
         async with serving(ray) as channel:

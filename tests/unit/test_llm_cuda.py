@@ -181,7 +181,7 @@ def test_an_engine_on_a_gpu_is_as_sure_of_its_tokens_as_one_in_fp32(family: str)
 
 @ON_GPU
 def test_graphs_are_recorded_while_other_threads_pin_memory() -> None:
-    """As threads do that check requests."""
+    """Threads that check requests pin memory."""
     engine = tiny_llm.engine(dtype=torch.bfloat16, device=gpu.DEVICE)
     ended = threading.Event()
 

@@ -26,7 +26,7 @@ NO_NUMBERS = [
     (kernels, dtype, float(value))
     for kernels, dtype in EVERY
     for value in ("nan", "inf")
-    if (kernels, value) != ("reference", "inf")  # of which torch's own kernels make zeros in bf16, NaN in fp32
+    if (kernels, value) != ("reference", "inf")  # torch's own kernels make zeros of it in bf16, NaN in fp32
 ]
 SEGMENTS = {
     "one token": ([1], [1]),
@@ -173,7 +173,7 @@ def test_decode_of_a_long_sequence_is_the_same_in_any_batch(kernels: str, dtype:
 def test_what_is_no_number_shows_in_what_sees_it(
     kernels: str, width: int, dtype: torch.dtype, value: float, broken: str
 ) -> None:
-    """As NaN and not as plausible numbers, whose size is up to 2; another sequence of the batch is not touched."""
+    """NaN comes out, not plausible numbers, whose size is up to 2; another sequence of the batch is not touched."""
     target, device = made(kernels)
     shapes = (2, 4, width), (50, 16, 2, width), (50, 16, 2, width)
     query, key_pool, value_pool = (tensor.abs_() for tensor in random_tensors(*shapes, dtype=dtype))

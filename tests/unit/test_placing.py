@@ -1,4 +1,4 @@
-"""Where a local cluster's stages run: devices and sizes that a machine gives, what a file and the command line say."""
+"""Places of a local cluster's stages: devices and sizes that a machine gives, what a file and the command line say."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ QWEN2 = {"model_type": "qwen2", "vocab_size": 152_064, "hidden_size": 3584, "int
 
 
 def hub_config(text: dict[str, Any]) -> FocusLlavaConfig:
-    """As `focusllava import` makes it of llava-hf's checkpoints: CLIP ViT-L/14 at 336 px."""
+    """The config that `focusllava import` makes of llava-hf's checkpoints: CLIP ViT-L/14 at 336 px."""
     vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
               "image_size": 336, "patch_size": 14}  # fmt: skip
     return FocusLlavaConfig(

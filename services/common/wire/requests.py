@@ -57,7 +57,7 @@ def _constraint_to_proto(constraint: Constraint) -> llm_pb2.Constraint:
 
 
 def _constraint_from_proto(message: llm_pb2.Constraint, field: str) -> Constraint | None:
-    """None for `json_object` that is false, which asks for nothing."""
+    """The constraint, or None for a `json_object` that is false, which asks for nothing."""
     kind = message.WhichOneof("kind")
     if kind is None:
         known = ", ".join(field.name for field in message.DESCRIPTOR.oneofs_by_name["kind"].fields)

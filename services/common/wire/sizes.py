@@ -8,12 +8,12 @@ from focusllava.v1 import llm_pb2
 from services.common.errors import InvalidInput
 
 MAX_REST_BYTES = 2**20
-"""Of a request's fields beside its images' visual tokens and its texts."""
+"""Most bytes of a request's fields beside its images' visual tokens and its texts."""
 MAX_TEXT_BYTES_A_TOKEN = 16
-"""On average over a prompt that fills the context; words have 3 to 5. Counting the tokens of a megabyte takes
-seconds and hundreds of megabytes."""
-_OVERHEAD_BYTES = 8  # of a turn, a part or an image, at least: a million empty ones are not for nothing
-_MAX_BYTES_A_VALUE = 4  # of a visual token on the wire: float32
+"""Most bytes of a token, on average over a prompt that fills the context; words have 3 to 5. Counting the tokens of a
+megabyte takes seconds and hundreds of megabytes."""
+_OVERHEAD_BYTES = 8  # the least of a turn, a part or an image: a million empty ones are not free
+_MAX_BYTES_A_VALUE = 4  # a visual token's on the wire: float32
 
 
 @dataclass(frozen=True, kw_only=True)

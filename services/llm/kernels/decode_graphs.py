@@ -73,7 +73,7 @@ class DecodeGraphs:
                 count //= 2
 
     def _width(self, blocks: int) -> int:
-        """That of the graph's block tables for tables of so many blocks."""
+        """The width of the graph's block tables for tables of so many blocks."""
         width = round_up(max(blocks, LEAST_BLOCKS))
         return width if self._most_blocks is None or blocks > self._most_blocks else min(width, self._most_blocks)
 

@@ -29,7 +29,7 @@ def redis_server(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def deployed_again(cluster, redis_server):
-    """As `serve deploy` of a changed file: the gateway is replaced, the stages go on."""
+    """Does what `serve deploy` of a changed file does: the gateway is replaced, the stages go on."""
     assert until(lambda: llm_replicas(cluster) == 1, 200), "the tests before left two, and they were to go"
     config = serve_config(SERVE_CONFIG, cluster.state.ports, cluster.state.checkpoint, FP32)
     gateway, _, llm = (application["deployments"][0] for application in config["applications"])
