@@ -16,6 +16,8 @@ from typing import Any, ClassVar
 import uvicorn.config
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
+from services.gateway.http_errors import error_object
+
 HEADERS_S = 15.0
 """Longest time from a connection's first moment, or a later request's first byte, to the end of its headers."""
 BODY_PIECE_S = 20.0
@@ -167,10 +169,8 @@ def drop_longest_waiting(*, but: BoundedHttp | None = None) -> bool:
 
 
 async def _refuse(send: Send, status: int, message: str) -> None:
-    """An error as OpenAI's clients read it; the connection ends, for the rest of a body may still come."""
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    param = "body" if message.startswith("body: ") else None
-    content = json.dumps({"error": {"message": message, "type": kind, "param": param, "code": None}}).encode()
+    """Sends an error as the gateway does; the connection ends, for the rest of a body may still come."""
+    content = json.dumps(error_object(status, message)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
     headers += [(b"connection", b"close"), *([(b"retry-after", b"1")] if status == 503 else [])]
     await send({"type": "http.response.start", "status": status, "headers": headers})

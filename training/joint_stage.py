@@ -9,14 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 
 from services.checkpoint.config import FocusLlavaConfig, VisionSamplerConfig
-from services.checkpoint.store import load_stage
 from services.checkpoint.writer import save_checkpoint
 from services.common.errors import InvalidInput
-from services.encoder.model import EncoderModel
 from services.llm.prompt import PromptRenderer
 from services.sampler.calibration import Seen, least_share, set_map_share
 from services.sampler.rivals.registry import layer_rival, map_rival
@@ -31,6 +28,7 @@ from training.data.scene_batches import SOURCES, Curriculum, SceneBatches
 from training.data.tokenizer import build_tokenizer
 from training.data.vocabulary import KINDS
 from training.dense_labels import labelled_batch
+from training.initial_weights import initialise_decoder, load_joint, load_vision, standardise_projector
 from training.joint_model import HeldShare, JointModel, LossWeights
 from training.layout import Sample
 from training.stochastic_prune import PruneSchedule
@@ -39,7 +37,7 @@ WITH_EVIDENCE = ("scenes", "posters")
 """Generators that know where an answer is seen."""
 KINDS_OF = {"scenes": KINDS, "posters": POSTER_KINDS}
 SHARE_BATCHES = 8
-"""That a held selector is set on when it is exported."""
+"""Batches that a held selector is set on when it is exported."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,55 +298,3 @@ def check_switches(stage: JointStage) -> None:
         fields = stage.model.get(sampler)
         if trained and isinstance(fields, dict) and fields.get("enabled") is False:
             raise ConfigError(f"stage.model.{sampler}.enabled: is false, and stage.{by} trains it: leave one out")
-
-
-def load_joint(joint: JointModel, folder: pathlib.Path, *, fresh_selector: bool = False) -> None:
-    """Fills the joint model from a checkpoint. A sampler of another shape (another window, say) starts fresh."""
-    encoder = load_stage(folder, "encoder")
-    if fresh_selector:
-        encoder = {k: v for k, v in encoder.items() if not k.startswith("vision_guided_sampler.")}
-    own = joint.encoder.state_dict()
-    fits = {k: v for k, v in encoder.items() if k in own and own[k].shape == v.shape}
-    lost = [k for k in own if k not in fits and not k.startswith("vision_guided_sampler.")]
-    if lost:
-        raise ConfigError(f"init_from: {folder} does not fit the model: {lost[:3]}")
-    joint.encoder.load_state_dict(fits, strict=False)
-    language = {k.removeprefix("language_model."): v for k, v in load_stage(folder, "llm").items()}
-    joint.language_model.load_state_dict(language)
-
-
-@torch.no_grad()
-def initialise_decoder(language_model: PreTrainedModel) -> None:
-    """Lets a token's own content outweigh what fresh layers add to it: unit embeddings, small writes to the stream.
-
-    With the library's initialisation two fresh layers bury it: of the colour that a question asks for, nothing could be
-    read from the last prompt token, and no pre-training step got a hold.
-    """
-    embeddings: Any = language_model.get_input_embeddings()
-    embeddings.weight.normal_()
-    layers: Any = language_model.model.layers
-    for layer in layers:
-        layer.self_attn.o_proj.weight.mul_((2 * len(layers)) ** -0.5)
-        layer.mlp.down_proj.weight.mul_((2 * len(layers)) ** -0.5)
-
-
-@torch.no_grad()
-def standardise_projector(encoder: EncoderModel, pixels_T3HW: torch.Tensor) -> None:
-    """Gives a fresh projector's outputs zero mean and unit standard deviation in every dimension.
-
-    Patch features share a large common part. Left in, it drowns what tells patches apart, and attention cannot choose.
-    """
-    last = encoder.multi_modal_projector.linear_2
-    outputs = encoder.multi_modal_projector(encoder.patch_features(pixels_T3HW)).flatten(0, 1)
-    scale_D = 1 / outputs.std(0)
-    last.weight.mul_(scale_D.unsqueeze(1))
-    last.bias.copy_((last.bias - outputs.mean(0)) * scale_D)
-
-
-def load_vision(source: pathlib.Path) -> dict[str, torch.Tensor]:
-    """The vision tower's weights of a vision stage's export."""
-    path = source / "vision.safetensors"
-    if not path.exists():
-        raise ConfigError(f"init_from: {source} holds neither config.json nor vision.safetensors")
-    prefix = "vision_tower."
-    return {k.removeprefix(prefix): v for k, v in load_file(path).items() if k.startswith(prefix)}

@@ -32,9 +32,9 @@ class ModelSettings:
     device: str = "auto"
     """"auto" takes a GPU when there is one."""
     dtype: Dtype = "auto"
-    """"auto": bfloat16 on a GPU and on a CPU that multiplies in it, float32 on any other CPU."""
+    """What the model computes in. "auto" is bfloat16 on a device that multiplies in it, float32 on any other."""
     torch_threads: int | None = None
-    """Unset: torch's own choice, one a core."""
+    """Threads that torch computes on; unset: its own choice, one a core."""
     memory_share: float = 0.9
     """Share of a GPU's memory, or of a machine's free memory, that is used where no size is said."""
 

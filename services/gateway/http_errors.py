@@ -24,7 +24,7 @@ _RETRY = {429: {"retry-after": "1"}, 503: {"retry-after": "1"}, 504: {"x-should-
 """Headers that tell a client whether to try again. OpenAI's do so after 429, and 500 and more; after a deadline nobody
 waits for the answer."""
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error",
-          405: "invalid_request_error", 413: "invalid_request_error",
+          405: "invalid_request_error", 408: "invalid_request_error", 413: "invalid_request_error",
           415: "invalid_request_error", 429: "rate_limit_error"}  # fmt: skip
 
 
