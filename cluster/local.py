@@ -44,6 +44,7 @@ MIN_FREE_BYTES = 2**30
 LARGE_BYTES = 2**30
 """Weights of a checkpoint whose place and sizes are worked out before the start."""
 _FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
+_DEPLOYMENTS = {"encoder": "Encoder", "llm": "LanguageModel"}
 
 Progress = Callable[[str], None]
 
@@ -210,8 +211,11 @@ def serve_config(
             for stage in ("encoder", "llm"):
                 settings[stage] = {**settings.get(stage, {}), "target": f"{LOOPBACK}:{ports.grpc}"}
         settings.update(args.get(application["name"], {}))
-        for deployment in application.get("deployments", ()):
-            deployment.update((options or {}).get(application["name"], {}))
+        laid = (options or {}).get(application["name"])
+        if laid and not application.get("deployments"):
+            application["deployments"] = [{"name": _DEPLOYMENTS[application["name"]]}]
+        for deployment in application.get("deployments") or ():
+            deployment.update(laid or {})
     return config
 
 

@@ -137,9 +137,10 @@ def _place(checkpoint: pathlib.Path, config_file: pathlib.Path, wishes: Wishes, 
         where=where,
         **{name: settings["llm"].get(name) for name in given},
     )
-    replicas = {"encoder": 1, "llm": 1}
+    replicas, alone = {"encoder": 1, "llm": 1}, len(devices.gpus) == 1
     if apart:
-        replicas = {"encoder": ENCODERS_A_GPU, "llm": len(devices.gpus) - 1}
+        fit = min(gpu.free for gpu in devices.gpus) // encoder.bytes
+        replicas = {"encoder": max(1, min(ENCODERS_A_GPU, fit)), "llm": len(devices.gpus) - 1}
     elif not any(on_gpu.values()) and budget >= 2 * llm.bytes + encoder.bytes:  # all of it fits twice
         replicas = {"encoder": 2, "llm": 2}
     args: dict[str, dict[str, Any]] = {
@@ -151,11 +152,14 @@ def _place(checkpoint: pathlib.Path, config_file: pathlib.Path, wishes: Wishes, 
         "max_batch_tokens": llm.max_batch_tokens,
         "max_running": llm.max_running,
     }
-    if wishes.max_model_len is not None:
-        args["gateway"] = {"max_model_len": wishes.max_model_len}
+    if (max_model_len := settings["llm"].get("max_model_len")) is not None:
+        args["gateway"] = {"max_model_len": max_model_len}
     return Placement(
         args=args,
-        options={name: _options(said[name], name, replicas[name], on_gpu=on_gpu[name], apart=apart) for name in placed},
+        options={
+            name: _options(said[name], name, replicas[name], on_gpu=on_gpu[name], apart=apart, alone=alone)
+            for name in placed
+        },
         lines=_lines(config, encoder, llm, placed, dtypes, replicas),
         load_bytes=encoder.weights + llm.weights,
     )
@@ -213,8 +217,10 @@ def _budget(devices: Devices, share: float, beside: int, *, on_gpu: bool) -> tup
     return int(share * devices.host.free) - beside, f"this machine ({of})"
 
 
-def _options(application: Mapping[str, Any], name: str, replicas: int, *, on_gpu: bool, apart: bool) -> dict[str, Any]:
-    """Options of a deployment that the file leaves open, or that are too much for this machine."""
+def _options(
+    application: Mapping[str, Any], name: str, replicas: int, *, on_gpu: bool, apart: bool, alone: bool
+) -> dict[str, Any]:
+    """Options of a deployment that the file leaves open, or that this machine has not; alone: it has a single GPU."""
     deployment = next(iter(application.get("deployments") or [{}]))
     options: dict[str, Any] = {}
     if scaling := deployment.get("autoscaling_config"):
@@ -222,10 +228,12 @@ def _options(application: Mapping[str, Any], name: str, replicas: int, *, on_gpu
         least = min(scaling.get("min_replicas", 1), most)
         options["autoscaling_config"] = {**scaling, "min_replicas": least, "max_replicas": most}
     resources = deployment.get("ray_actor_options") or {}
-    if on_gpu and "num_gpus" not in resources:
-        alone = 1 / ENCODERS_A_GPU if name == "encoder" else 1
-        beside = ENCODER_GPU if name == "encoder" else 1 - ENCODER_GPU
-        options["ray_actor_options"] = {**resources, "num_gpus": alone if apart else beside}
+    own = 1 / ENCODERS_A_GPU if name == "encoder" else 1
+    beside = ENCODER_GPU if name == "encoder" else 1 - ENCODER_GPU
+    if on_gpu and (alone or "num_gpus" not in resources):
+        options["ray_actor_options"] = {**resources, "num_gpus": own if apart else beside}
+    elif not on_gpu and resources.get("num_gpus"):
+        options["ray_actor_options"] = {**resources, "num_gpus": 0}
     return options
 
 

@@ -150,6 +150,7 @@ def cluster_environment(state: ClusterState, extra_env: Mapping[str, str]) -> di
         "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": "cluster.hooks.set_up_worker",
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # a killed proxy is back in 5 to 10 s, not 31
         "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(2**29),  # one message of Ray's 2 GB would fill a laptop
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # or whoever asks Ray for no GPU sees all of them
         "RAY_metrics_report_interval_ms": "2000",
         "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",  # fresh from the disk on a busy machine Ray's 60 are too few
         "RAY_raylet_start_wait_time_s": "300",  # Ray's 30 are too few as well: whoever waits watches the raylet itself

@@ -92,6 +92,29 @@ def test_the_command_line_goes_before_the_file_and_the_file_before_the_rest(tmp_
     assert "ray_actor_options" not in a100.options["llm"], "the file's stand"
 
 
+def test_a_files_gpus_are_those_that_there_are() -> None:
+    one = placed(machine(gpus=1), A100).options
+    assert [one[name]["ray_actor_options"]["num_gpus"] for name in ("encoder", "llm")] == [0.2, 0.8]
+    none = placed(machine(), A100, device="cpu").options
+    assert [none[name]["ray_actor_options"]["num_gpus"] for name in ("encoder", "llm")] == [0, 0]
+    for gib, encoders in ((80, 4), (3, 2)):  # as many as a GPU holds
+        several = placed(machine(gpus=2, gpu_gib=gib)).options
+        assert several["encoder"]["autoscaling_config"]["max_replicas"] == encoders
+
+
+def test_a_file_without_deployments_gets_its_gpus_too(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("applications: [{name: gateway}, {name: encoder}, {name: llm, args: {max_model_len: 1024}}]")
+    found = placed(machine(gpus=1), file)
+    assert found.args["gateway"] == {"max_model_len": 1024}
+    laid = local.serve_config(file, PORTS, "/some/where", found.args, found.options)["applications"]
+    assert [application.get("deployments") for application in laid] == [
+        None,
+        [{"name": "Encoder", "ray_actor_options": {"num_gpus": 0.2}}],
+        [{"name": "LanguageModel", "ray_actor_options": {"num_gpus": 0.8}}],
+    ]
+
+
 @pytest.mark.parametrize(
     ("wishes", "message"),
     [
