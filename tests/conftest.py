@@ -7,14 +7,17 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # Before anything imports Triton. Its kernels are then interpreted, on the CPU's tensors.
+    # Set before anything imports Triton, this has its kernels interpreted, on the CPU's tensors.
     os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True, scope="module")
 def torch_threads(request: pytest.FixtureRequest) -> None:
-    """One, unless a module's TORCH_THREADS says otherwise: threads that wait for each other take longer than what they
-    share of tensors as small as the tests'. What splits its work by threads is tested with several."""
+    """Has torch compute on one thread, unless a module's TORCH_THREADS says otherwise.
+
+    Threads that wait for each other take longer than what they share of tensors as small as the tests'. What splits its
+    work by threads is tested with several.
+    """
     torch.set_num_threads(getattr(request.module, "TORCH_THREADS", 1))
 
 

@@ -29,7 +29,7 @@ class Health:
     """Asks each stage at most once at a time, however many ask here."""
 
     def __init__(self, stages: Sequence[Stage], model_fingerprint: str):
-        self._stages = [_Asked(stage, model_fingerprint) for stage in stages]
+        self._stages = [_StageHealth(stage, model_fingerprint) for stage in stages]
 
     async def failures(self) -> list[str]:
         """What is wrong, a line for each stage that does not answer."""
@@ -37,7 +37,9 @@ class Health:
         return [line for line in found if line]
 
 
-class _Asked:
+class _StageHealth:
+    """What is known of one stage, and how old it is."""
+
     def __init__(self, stage: Stage, model_fingerprint: str):
         self._stage, self._model_fingerprint, self._lock = stage, model_fingerprint, asyncio.Lock()
         self._failed_at, self._failure = -FRESH_S, ""
