@@ -124,7 +124,7 @@ class StreamState:
 
     @property
     def logprobs(self) -> tuple[TokenLogprobs, ...]:
-        """Of the tokens up to here, where the setting `logprobs` was given."""
+        """Log probabilities of the tokens up to here, where the setting `logprobs` was given."""
         return tuple(self._state.logprobs)
 
     @property

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Protocol, TypedDict
 from focusllava.errors import FocusClientError
 
 MAX_IMAGES_BYTES = 256 * 2**20
-"""Of all images of one request: more no message carries."""
+"""Most bytes of all images of one request: no message carries more."""
 
 
 class PillowImage(Protocol):
@@ -93,7 +93,7 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     visual_tokens_uncompressed: int
-    """With both samplers off."""
+    """Visual tokens that there would be with both samplers off."""
     visual_tokens_sampled: int
     """After the vision-guided sampler: what layers 0..prune_layer-1 saw."""
     visual_tokens_kept: int
@@ -232,19 +232,19 @@ class Settings(TypedDict, total=False):
 
     max_tokens: int | None
     temperature: float | None
-    """In [0, 2]; 0 is greedy."""
+    """Divides the logits; in [0, 2], where 0 is greedy."""
     top_k: int | None
     """Draws from so many of the likeliest tokens; 0 is all."""
     top_p: float | None
-    """In (0, 1]: draws from the fewest likeliest tokens whose probability reaches this."""
+    """Draws from the fewest likeliest tokens whose probability reaches this; in (0, 1]."""
     min_p: float | None
-    """In [0, 1]: leaves out tokens less likely than this share of the likeliest one's probability."""
+    """Leaves out tokens less likely than this share of the likeliest one's probability; in [0, 1]."""
     repetition_penalty: float | None
-    """In (0, 2]: divides positive and multiplies negative logits of tokens in the prompt or the answer; 1 is off."""
+    """Divides positive and multiplies negative logits of tokens in the prompt or the answer; in (0, 2], 1 is off."""
     presence_penalty: float | None
-    """In [-2, 2]: subtracted once from the logit of each token that the answer holds."""
+    """Is subtracted once from the logit of each token that the answer holds; in [-2, 2]."""
     frequency_penalty: float | None
-    """In [-2, 2]: subtracted from a token's logit for each time that the answer holds it."""
+    """Is subtracted from a token's logit for each time that the answer holds it; in [-2, 2]."""
     seed: int | None
     """Makes draws repeatable; from -2^63 to 2^64 - 1, where a negative one is that plus 2^64."""
     logprobs: int | None
@@ -276,10 +276,10 @@ class Settings(TypedDict, total=False):
     threshold: float | None
     """gamma of Eq. 9, in (0, 1]; 1 keeps every visual token."""
     keep_ratio: float | None
-    """In (0, 1], in place of threshold: keeps this share of the visual tokens, the most important ones."""
+    """Keeps this share of the visual tokens, the most important ones, in place of threshold; in (0, 1]."""
     vision_sampler: bool
     text_sampler: bool
     ignore_eos: bool
-    """For benchmarks: generate exactly max_tokens."""
+    """Generates exactly max_tokens, for benchmarks."""
     request_id: str
-    """For the caller's own logs; the server makes one when empty."""
+    """Names the request in the caller's own logs; the server makes one when empty."""

@@ -64,7 +64,7 @@ class TextSamplerConfig:
     threshold: float = 0.85
     """gamma: share of the summed importance that the kept tokens must reach."""
     instruction: Instruction = "last_turn"
-    """Whose attention chooses: the last user turn's words, all user turns' words, or the last turn's words and the
+    """The words whose attention chooses: the last user turn's, all user turns' words, or the last turn's words and the
     template's markers after them, which the answer starts from."""
 
 

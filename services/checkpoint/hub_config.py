@@ -160,7 +160,7 @@ def convert_config(
 
 
 def _eos_token_ids(src: pathlib.Path, hub: Any) -> tuple[int, ...]:
-    """Of the generation config (else the text config) and of the tokenizer, whose end-of-turn token may be another."""
+    """Ids of the generation config (else the text config), and the tokenizer's, whose end of a turn may be another."""
     if not (src / "tokenizer.json").is_file():
         raise InvalidInput(f"{src} has no tokenizer.json: save it with a fast tokenizer first", field="source")
     try:

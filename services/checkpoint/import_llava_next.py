@@ -40,7 +40,7 @@ class ImportReport:
     tensors_unused: tuple[str, ...]
     """Tensors of the source, by its own names, that are not in the new checkpoint."""
     bytes: int
-    """Of the weights written."""
+    """Bytes of the weights written."""
     seconds: float
     fingerprint: str
     notes: tuple[str, ...]

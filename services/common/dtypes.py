@@ -21,7 +21,7 @@ def choose_dtype(name: str, device: str | torch.device) -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As configuration has it: "bfloat16"."""
+    """The dtype's name in a configuration: "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 

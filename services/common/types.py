@@ -178,7 +178,7 @@ class PruneParams:
     threshold: float | None = None
     """gamma of Eq. 9 in (0, 1]; with keep_ratio None too, the checkpoint's."""
     keep_ratio: float | None = None
-    """In (0, 1]: keeps this share of a prompt's visual tokens, rounded up, whatever their importance adds up to."""
+    """Keeps this share, in (0, 1], of a prompt's visual tokens, rounded up, whatever their importance adds up to."""
     enabled: bool = True
 
 

@@ -46,7 +46,7 @@ class AdmittedImage:
     data: bytes
     content_hash: str
     field: str
-    """Where it stands in the request, for messages."""
+    """Its place in the request, for messages."""
     options: ImageOptions = ImageOptions()
 
 

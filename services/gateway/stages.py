@@ -46,7 +46,7 @@ CHANNEL_OPTIONS = [
 
 @dataclass(frozen=True, kw_only=True)
 class StageAddress:
-    """Where a stage answers: host:port of a Serve gRPC ingress, and its Serve application."""
+    """The place where a stage answers: host:port of a Serve gRPC ingress, and its Serve application."""
 
     target: str = "127.0.0.1:9000"
     application: str = ""
@@ -76,7 +76,7 @@ class Deadline:
 
     @classmethod
     def said(cls, milliseconds: str | None) -> Deadline:
-        """As a caller's TIMEOUT_METADATA has it; what is no number says nothing."""
+        """The deadline that a caller's TIMEOUT_METADATA says; what is no number says nothing."""
         try:
             seconds = float(milliseconds) / 1000 if milliseconds is not None else math.inf
         except (TypeError, ValueError):

@@ -127,7 +127,7 @@ class PackedStep:
             self.key_slots_K = torch.cat(past, dim=1).unbind()
 
     def pages(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of a step that only decodes: both pools, each token's slot in them, block tables and lengths."""
+        """What a step that only decodes reads: both pools, each token's slot in them, block tables and lengths."""
         assert self.rows_LnB is not None and self.lengths_n is not None
         local = layer - self.first_layer
         return self.cache.key, self.cache.value, self.slots_S[local], self.rows_LnB[local], self.lengths_n

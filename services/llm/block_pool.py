@@ -16,7 +16,7 @@ from dataclasses import dataclass
 class Block:
     pages: list[int]
     slot: int | None = None
-    """Where the hidden states of its tokens are; lower group only."""
+    """The slot that holds the hidden states of its tokens; lower group only."""
     key: bytes | None = None
     """Set while later requests may find it; it has a slot then."""
     holders: int = 1

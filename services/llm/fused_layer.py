@@ -93,7 +93,7 @@ def decodes_whole(layer: nn.Module) -> bool:
 
 
 def _linears(layer: Any) -> list[Any]:
-    """In the order of decode_layer.cpp."""
+    """A layer's linears in the order of decode_layer.cpp."""
     attention, mlp = layer.self_attn, layer.mlp
     return [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
             mlp.gate_proj, mlp.up_proj, mlp.down_proj]  # fmt: skip

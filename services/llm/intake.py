@@ -1,4 +1,4 @@
-"""From a request to a sequence that can run: everything that can be refused of a request is refused here.
+"""The way from a request to a sequence that can run: everything that can be refused of a request is refused here.
 
 Legend: N visual tokens, D width.
 """

@@ -50,7 +50,7 @@ class ModelRunner:
         return isinstance(self._decode, DecodeGraphs)
 
     def use_graphs(self, capture: Capture) -> None:
-        """From now on, steps that only decode are recorded once a shape, then replayed."""
+        """Has steps that only decode recorded from now on, once a shape, then replayed."""
         self._decode = DecodeGraphs(self._whole_pass, capture, null_row=self.cache.null_row)
 
     def record_graphs(self, most: int) -> None:

@@ -22,7 +22,7 @@ from services.common.ranges import MAX_LOGPROBS
 from services.common.types import SampledToken, SamplingParams, TokenLogprob, TokenLogprobs
 
 CANDIDATES = 256
-"""So many likeliest tokens are looked at before a row's whole vocabulary is sorted, which takes 20 times as long."""
+"""Likeliest tokens that are looked at before a row's whole vocabulary is sorted, which takes 20 times as long."""
 
 
 def new_generator(params: SamplingParams) -> torch.Generator:
@@ -120,7 +120,7 @@ def _penalise(
     flat_scores = scores_mV.view(-1)
 
     def flat_ids(sequences: list[Sequence[int]]) -> torch.Tensor:
-        """Where the ids of row rows[i] stand in the flat scores (on the CPU); ids may repeat."""
+        """Places of the ids of row rows[i] in the flat scores (on the CPU); ids may repeat."""
         ids_K = torch.tensor([token for ids in sequences for token in ids], dtype=torch.int64)
         row_K = torch.tensor(rows).repeat_interleave(torch.tensor([len(ids) for ids in sequences]))
         inside = (ids_K >= 0) & (ids_K < vocabulary)
@@ -228,7 +228,7 @@ def _draw_limited(
 def _logprobs(
     logits_nV: torch.Tensor, params: Sequence[SamplingParams], tokens: Sequence[int]
 ) -> dict[int, TokenLogprobs]:
-    """By row, for those rows that asked."""
+    """Log probabilities by row, for those rows that asked."""
     rows = [index for index, p in enumerate(params) if p.logprobs is not None]
     if not rows:
         return {}

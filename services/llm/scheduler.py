@@ -36,7 +36,7 @@ class Step:
     budget: int = 0
     """What is left of it, in tokens times layers."""
     reserved: int = 0
-    """For upper chunks of `selecting`, which only the selection can tell the length of."""
+    """Budget kept for upper chunks of `selecting`, whose length only the selection can tell."""
 
     @property
     def only_decodes(self) -> bool:

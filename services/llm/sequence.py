@@ -43,7 +43,7 @@ class Sequence:
     generator: torch.Generator
     detokenizer: Detokenizer
     guide: Guide | None = None
-    """Its way through the request's constraint."""
+    """The sequence's way through the request's constraint."""
     block_keys: tuple[bytes, ...] = ()
     """One a full block of the prompt (prefix.py)."""
     state: SequenceState = SequenceState.WAITING
@@ -59,7 +59,7 @@ class Sequence:
     reused_tokens: int = 0
     """Prompt tokens whose lower layers an earlier request had computed already."""
     preempted: bool = False
-    """At least once so far."""
+    """Whether it was preempted so far."""
     received_at: float = field(default_factory=time.monotonic)
     first_token_at: float | None = None
     input_ids_S: torch.Tensor = field(init=False)

@@ -48,7 +48,7 @@ class CannotBuild(Exception):
 
 
 def cache_folder() -> pathlib.Path:
-    """Where built libraries are kept: $FOCUSLLAVA_CACHE, or the user's cache folder."""
+    """The folder where built libraries are kept: $FOCUSLLAVA_CACHE, or the user's cache folder."""
     own = os.environ.get("FOCUSLLAVA_CACHE")
     return (
         pathlib.Path(own)

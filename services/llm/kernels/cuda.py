@@ -72,7 +72,7 @@ def segment_starts(lengths: tuple[int, ...], device: torch.device) -> torch.Tens
 
 
 def cuda_kernels(device: torch.device) -> CudaKernels:  # GPU only
-    """On torch's flash attention 2, or 3 where the package flash_attn_interface and a Hopper GPU are there."""
+    """Kernels on torch's flash attention 2, or 3 where the package flash_attn_interface and a Hopper GPU are there."""
     from torch.nn.attention import activate_flash_attention_impl
     from torch.nn.attention.varlen import varlen_attn
 

@@ -20,8 +20,8 @@ word from the CPU."""
 Capture = Callable[[Callable[[], torch.Tensor]], tuple[Callable[[], None], torch.Tensor]]
 """Records a call; returns what repeats it on the same memory, and the memory its result comes to lie in."""
 LEAST_BLOCKS = 256
-"""Of a graph's block tables: 4,096 tokens at 16 a block. Programs of blocks that a sequence does not have end at once,
-and one width for nearly all keeps graphs few."""
+"""Least width of a graph's block tables: 4,096 tokens at 16 a block. Programs of blocks that a sequence does not have
+end at once, and one width for nearly all keeps graphs few."""
 
 
 @dataclass(frozen=True, kw_only=True)
