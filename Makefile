@@ -45,7 +45,7 @@ $(VENV)/.triton: $(STAMP)
 		echo "test: $(TRITON) cannot be installed, tests of the GPU's decode kernels will be skipped"
 	@touch $@
 
-clients: $(STAMP) ## Other people's clients against the shipped model, each in an environment of its own (4 GB, Node)
+clients: $(STAMP) ## Other people's clients against the shipped model, each in an environment of its own (5 GB, Node)
 	@scripts/clients.sh $(PYTHON) $(CLIENTS)
 	@CLIENTS=$(CLIENTS) $(BIN)/python -m pytest tests/clients
 
