@@ -33,6 +33,9 @@ START_S, READ_BYTES_A_S = 300.0, 50e6
 """How long a start may take beside reading the weights, and how slow a disk may be."""
 ENCODER_GPU, ENCODERS_A_GPU = 0.2, 4
 """The part of a GPU that an encoder gets beside the language model; how many encoders share a GPU of their own."""
+ALL_CORES_BYTES = 2**30
+"""Weights of a language model whose steps are long enough to be split among all cores of a CPU. Ray has a replica
+compute on as many threads as it has `num_cpus`, and on one where these are a fraction."""
 OPTIONS = {
     "device": "--device",
     "dtype": "--dtype",
@@ -147,6 +150,9 @@ def _place(checkpoint: pathlib.Path, config_file: pathlib.Path, wishes: Wishes, 
         name: {**settings[name], "device": placed[name], "dtype": dtype_name(dtypes[name])} for name in placed
     }
     args["encoder"]["max_tiles"] = encoder.max_tiles
+    for name in placed:
+        if not on_gpu[name] and llm.weights >= ALL_CORES_BYTES:
+            args[name].setdefault("torch_threads", max(1, torch.get_num_threads() // replicas[name]))
     args["llm"] |= {
         "kv_cache_bytes": llm.kv_cache_bytes,
         "max_batch_tokens": llm.max_batch_tokens,

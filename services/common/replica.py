@@ -34,7 +34,7 @@ class ModelSettings:
     dtype: Dtype = "auto"
     """What the model computes in. "auto" is bfloat16 on a device that multiplies in it, float32 on any other."""
     torch_threads: int | None = None
-    """Threads that torch computes on; unset: its own choice, one a core."""
+    """Threads that torch computes on; unset: OMP_NUM_THREADS, which Ray sets to the replica's num_cpus, 1 at least."""
     memory_share: float = 0.9
     """Share of a GPU's memory, or of a machine's free memory, that is used where no size is said."""
 

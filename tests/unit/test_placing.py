@@ -49,6 +49,17 @@ def test_a_cpu_with_room() -> None:
     assert settings.sizes("cpu", dtype).kv_cache_bytes == llm["kv_cache_bytes"]
 
 
+def test_a_large_model_on_a_cpu_has_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "torch_threads" not in placed(machine()).args["llm"]
+    monkeypatch.setattr(placing, "ALL_CORES_BYTES", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 48)
+    for free_gib, threads in ((16, 24), (4, 48)):  # two replicas, one
+        found = placed(machine(free_gib))
+        assert [found.args[name]["torch_threads"] for name in ("encoder", "llm")] == [threads] * 2
+        LanguageModelSettings(checkpoint=str(tiny_llm.checkpoint()), **found.args["llm"])
+    assert "torch_threads" not in placed(machine(gpus=1)).args["llm"]
+
+
 def test_less_memory_is_one_replica_and_then_none() -> None:
     assert placed(machine(4.0)).options["llm"]["autoscaling_config"]["max_replicas"] == 1
     with pytest.raises(InvalidInput) as refused:
