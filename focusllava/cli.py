@@ -235,7 +235,7 @@ def _say_once() -> Callable[[FocusClientError], None]:
     def say(error: FocusClientError) -> None:
         if not said:
             said.append(error.message)
-            click.echo(f"{PROGRAM}: {error.message}; trying again", err=True)
+            click.echo(f"{PROGRAM}: waiting: {error.message}", err=True)
 
     return say
 

@@ -30,7 +30,7 @@ def forced_tokens(tokens: Sequence[int]) -> Iterator[list[torch.Tensor]]:
     """The engine's one request goes on with these tokens whatever the logits; yields the list that the logits go to."""
     seen: list[torch.Tensor] = []
 
-    def take(logits_nV: torch.Tensor, *_: Any) -> list[SampledToken]:
+    def take(logits_nV: torch.Tensor, *_: Any, **__: Any) -> list[SampledToken]:
         seen.append(logits_nV[0])
         return [SampledToken(token_id=tokens[len(seen) - 1])]
 

@@ -161,6 +161,8 @@ class FocusModel:
         """
         if not pictures:
             raise InvalidInput("is empty, expected one or more", field="images")
+        if not question.strip():
+            raise InvalidInput("has no words to score visual tokens by", field="question")
         parts: tuple[ImagePart | TextPart, ...] = (
             *(ImagePart(image=index) for index in range(len(pictures))),
             TextPart(text=question),

@@ -1,5 +1,6 @@
 """The lmms-eval plug-in: what a request becomes, both ways of answering it, errors that name it, the paper's table."""
 
+import dataclasses
 import io
 import json
 import pathlib
@@ -171,8 +172,10 @@ def test_the_samplers_are_those_of_the_arguments(stages):
 def test_an_error_names_its_request_and_leaves_no_work_behind(stages):
     pipeline, engine = stages
     damaged = Question(name="task/test/7", turns=turns_of(b"no image"), sampling=SamplingParams())
-    silent = asked(picture(1), " ", name="task/test/8")
-    for wrong in (damaged, silent):
+    beyond = dataclasses.replace(
+        asked(picture(1), name="task/test/8"), sampling=SamplingParams(stop_token_ids=(10**6,))
+    )
+    for wrong in (damaged, beyond):
         with pytest.raises(RequestFailed, match=wrong.name) as failed:
             InProcess(pipeline, engine, Samplers()).answer([QUESTIONS[0], wrong])
         assert isinstance(failed.value.__cause__, InvalidInput)

@@ -29,13 +29,21 @@ def redis_server(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def deployed_again(cluster, redis_server):
-    """Does what `serve deploy` of a changed file does: the gateway is replaced, the stages go on."""
+    """Does what `serve deploy` of a file does, and of the file changed: the gateway is replaced, the stages go on."""
     assert until(lambda: llm_replicas(cluster) == 1, 200), "the tests before left two, and they were to go"
     config = serve_config(SERVE_CONFIG, cluster.state.ports, cluster.state.checkpoint, FP32)
+    deploy(cluster, config)
     gateway, _, llm = (application["deployments"][0] for application in config["applications"])
     gateway["ray_actor_options"]["runtime_env"] = {"env_vars": {"REDIS_URL": redis_server.url}}
     llm["autoscaling_config"] |= {"target_ongoing_requests": 1, "upscale_delay_s": 1, "downscale_delay_s": 600}
-    replaced, kept = (set(replica_pids(cluster, name)) for name in ("gateway", "encoder"))
+    kept = set(replica_pids(cluster, "encoder"))
+    deploy(cluster, config)
+    assert kept & set(replica_pids(cluster, "encoder"))
+
+
+def deploy(cluster, config) -> None:
+    """Returns when all three applications run and the gateway is another one."""
+    replaced = set(replica_pids(cluster, "gateway"))
     request_json(cluster.state, "/api/serve/applications/", config, timeout_s=60)
 
     def deployed() -> bool:
@@ -44,7 +52,6 @@ def deployed_again(cluster, redis_server):
         return running and len(gateways) == 1 and not gateways & replaced
 
     assert until(deployed, 200)
-    assert kept & set(replica_pids(cluster, "encoder"))
 
 
 def llm_replicas(cluster) -> int:
