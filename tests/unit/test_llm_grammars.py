@@ -34,9 +34,9 @@ def schema(value: Any) -> Constraint:
     return Constraint(kind="json_schema", text=value if isinstance(value, str) else json.dumps(value))
 
 
-def allowed(guide: grammars_module.Guide) -> set[int]:
-    bits = guide.mask()
-    return {token for token in range(8 * len(bits)) if bits[token // 8] >> token % 8 & 1}
+def allowed(grammars: Grammars, guide: grammars_module.Guide) -> set[int]:
+    (mask,) = grammars.masks([guide])
+    return {token for token in range(32 * len(mask)) if mask[token // 32] >> token % 32 & 1}
 
 
 def takes(grammars: Grammars, constraint: Constraint, text: str, **sampling: Any) -> bool:
@@ -44,9 +44,9 @@ def takes(grammars: Grammars, constraint: Constraint, text: str, **sampling: Any
     guide = grammars.guide(SamplingParams(constraint=constraint, **sampling), 500)
     assert guide is not None
     for token in [*TOKENIZER.encode(text, add_special_tokens=False), EOS]:
-        if token not in allowed(guide):
+        if token not in allowed(grammars, guide):
             return False
-        grammars.advance([(guide, token)])
+        guide.take(token)
     return not guide.error
 
 
@@ -171,13 +171,13 @@ def test_the_end_waits_unless_nothing_else_is_left(grammars: Grammars, early: di
     guide = grammars.guide(SamplingParams(constraint=Constraint(kind="regex", text="a*"), **early), 500)
     assert guide is not None
     for _ in range(3):
-        assert allowed(guide) == {a}
-        grammars.advance([(guide, a)])
-    assert allowed(guide) == ({a, EOS} if early == {"min_tokens": 3} else {a})
+        assert allowed(grammars, guide) == {a}
+        guide.take(a)
+    assert allowed(grammars, guide) == ({a, EOS} if early == {"min_tokens": 3} else {a})
     guide = grammars.guide(SamplingParams(constraint=Constraint(kind="regex", text="a"), **early), 500)
     assert guide is not None
-    grammars.advance([(guide, a)])
-    assert allowed(guide) == {EOS}, "the constraint leaves nothing but its end"
+    guide.take(a)
+    assert allowed(grammars, guide) == {EOS}, "the constraint leaves nothing but its end"
 
 
 def test_a_tokenizer_that_cannot_spell_a_byte_is_named() -> None:
@@ -197,6 +197,7 @@ def test_many_answers_follow_one_constraint_apart(grammars: Grammars) -> None:
     guides = [grammars.guide(sampling, 500) for _ in range(40)]
     letters = [TOKENIZER.convert_tokens_to_ids(letter) for letter in "ab"]
     for step in range(6):
-        grammars.advance([(guide, letters[(index >> step) & 1]) for index, guide in enumerate(guides) if guide])
+        for index, guide in enumerate(guides):
+            guide.take(letters[(index >> step) & 1])
         want = {EOS} if step == 5 else set(letters)
-        assert all(want <= allowed(guide) for guide in guides if guide)
+        assert all(want <= allowed(grammars, guide) for guide in guides if guide)
