@@ -1,7 +1,7 @@
-"""Structured output: constraints compiled once, and for each answer the tokens that its constraint allows next.
+"""Structured output: constraints compiled once, and for each batch the tokens that its answers' constraints allow next.
 
-The engine's thread computes the masks of all its answers at once, after it has launched the model's pass: a GPU computes
-the logits meanwhile. A thread of its own would cost a processor more than the masks do: it takes Python's lock from the
+The engine's thread computes the masks of all its answers at once, after it has launched the model's pass: a GPU carries
+that out meanwhile. A thread of their own would cost a processor more than the masks do: it takes Python's lock from the
 engine and a core from the model.
 
 Legend: n answers, V vocabulary, W = ceil(V / 32) words.
@@ -18,7 +18,7 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import llguidance
 import numpy as np
@@ -26,94 +26,19 @@ import numpy.typing as npt
 
 from services.common.errors import InvalidInput
 from services.common.types import Constraint, SamplingParams
-from services.llm.closing import MOST_STEPS, Closing
+from services.llm.closing import Closing
 from services.llm.grammar_process import limits
+from services.llm.guide import Guide, Start
 
 logger = logging.getLogger(__name__)
 
 MOST_GRAMMARS = 32
 """Kept compiled; each may grow to tens of megabytes as answers explore it."""
 MOST_REFUSALS = 256
-SPARE_TOKENS = 8
-"""An answer that nears max_tokens goes to its constraint's end when so many are left beside it, or an eighth of all."""
 _UTF8_BYTES = [byte for byte in range(0xF5) if byte not in (0xC0, 0xC1)]
 MASK_THREADS = max(1, min(8, (os.cpu_count() or 1) // 2))
 SHARED_FROM = 1 << 20
 """Bits of masks from which threads share them: fewer cost less than waking threads."""
-
-
-class Start(NamedTuple):
-    """A constraint at its beginning."""
-
-    matcher: llguidance.LLMatcher
-    """Not to be changed."""
-    way: list[int] | None
-    """The shortest way to the end that is known (`Closing.way`)."""
-
-
-class Guide:
-    """One answer's way through its constraint."""
-
-    def __init__(self, grammars: Grammars, start: Start, sampling: SamplingParams, max_new_tokens: int):
-        self.error = ""
-        """Why no next token is known; its request must end."""
-        self.closes = False
-        """The answer has no more tokens left than its end takes: it goes there by the shortest way."""
-        assert sampling.constraint is not None
-        self.constraint = sampling.constraint
-        self.matcher = start.matcher.deep_copy()
-        self.ahead: list[int] = []
-        """Tokens of the answer that the matcher has not seen yet."""
-        self._grammars, self._most, self._min_tokens = grammars, max_new_tokens, sampling.min_tokens
-        eos = grammars.eos_token_ids
-        self._end = eos if sampling.ignore_eos else ()
-        self._early_end = (*eos, *sampling.stop_token_ids)
-        self._taken = 0
-        self._way: list[int] = []
-        self._way_from = 0
-        self._longest_way, self._look_at = SPARE_TOKENS, 0
-        self._look(start.way)
-
-    def take(self, token: int) -> None:
-        """The answer went on by a token."""
-        self.ahead.append(token)
-        self._taken += 1
-
-    def restrict(self, mask_W: npt.NDArray[np.uint32]) -> None:
-        """Leaves in its matcher's mask the end alone when it is time for it, and no end while it is too early.
-
-        An end that is too early stays where nothing else is left.
-        """
-        if not self.closes and self._taken >= self._look_at:
-            self._look(self._grammars.closing.way(self.matcher))
-        if self.closes:
-            gone = self._taken - self._way_from
-            token = self._way[gone] if gone < len(self._way) else self._grammars.eos_token_ids[0]
-            mask_W[:] = 0
-            mask_W[token // 32] = 1 << token % 32
-            return
-        waiting = self._early_end if self._taken < self._min_tokens else self._end
-        found = [token for token in waiting if mask_W.item(token // 32) >> token % 32 & 1]
-        if found:
-            left_W = mask_W.copy()
-            for token in found:
-                left_W[token // 32] &= ~np.uint32(1 << token % 32)
-            if left_W.any():
-                mask_W[:] = left_W
-
-    def _look(self, way: list[int] | None) -> None:
-        """Closes if it is time for this way to the end; else says when to look for one again.
-
-        That is the more often the fewer tokens are left beside it."""
-        left = self._most - self._taken
-        if way is None or len(way) > left:
-            self._look_at = self._taken + MOST_STEPS
-            return
-        self._longest_way = max(self._longest_way, len(way))
-        # The next token may open something that takes as many more to close.
-        spare = left - len(way) - min(self._longest_way, self._most // 8)
-        self._look_at = self._taken + max(1, spare // 2)
-        self.closes, self._way, self._way_from = spare <= 0, way, self._taken
 
 
 class Grammars:
@@ -164,7 +89,8 @@ class Grammars:
         """For a new answer of so many tokens; None where nothing constrains it. Raises what `compile` raises."""
         if sampling.constraint is None:
             return None
-        guide = Guide(self, self.compile(sampling.constraint), sampling, max_new_tokens)
+        start = self.compile(sampling.constraint)
+        guide = Guide(start, sampling, max_new_tokens, self.eos_token_ids, self.closing)
         self.masks([guide])
         if guide.error:
             self.forget(sampling.constraint)

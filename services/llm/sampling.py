@@ -89,7 +89,9 @@ def _allow(scores_mV: torch.Tensor, rows: Sequence[int], masks_rW: npt.NDArray[n
         refused_rV = torch.from_numpy(np.unpackbits(refused_rB, 1, vocabulary, "little").view(np.bool_))
     else:  # an eighth of it is copied
         bit_8 = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=scores_mV.device)
-        refused_rV = ((torch.from_numpy(refused_rB).to(scores_mV.device)[:, :, None] & bit_8) != 0).flatten(1)[:, :vocabulary]
+        refused_rV = ((torch.from_numpy(refused_rB).to(scores_mV.device)[:, :, None] & bit_8) != 0).flatten(1)[
+            :, :vocabulary
+        ]
     if len(rows) == len(scores_mV):
         scores_mV.masked_fill_(refused_rV, -math.inf)
     else:
