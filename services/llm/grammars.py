@@ -109,7 +109,8 @@ class Grammars:
         masks_nW = np.zeros((len(guides), -(-self._vocabulary // 32)), dtype=np.uint32)
         try:
             self._fill(guides, masks_nW)
-            for guide, mask_W, allows_any in zip(guides, masks_nW, masks_nW.any(axis=1).tolist(), strict=True):
+            any_n: npt.NDArray[np.bool_] = np.any(masks_nW, axis=1)
+            for guide, mask_W, allows_any in zip(guides, masks_nW, any_n.tolist(), strict=True):
                 if allows_any and not guide.matcher.is_error():
                     guide.restrict(mask_W)
                 else:
