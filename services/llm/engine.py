@@ -220,13 +220,15 @@ class Engine:
             self._totals["decode_passes"] += bool(step.decode)
             if not sequences:
                 return []
+            guides = {row: s.guide for row, s in enumerate(sequences) if s.guide}
             tokens = sample(
                 logits_mV,
                 [s.request.sampling for s in sequences],
                 [s.generator for s in sequences],
                 [s.prompt.input_ids for s in sequences],
                 [s.output_ids for s in sequences],
-                masks=[s.guide.mask() if s.guide else None for s in sequences],
+                guided=tuple(guides),
+                masks_mW=self.grammars.masks(tuple(guides.values())) if guides else None,
                 forbidden=[s.forbidden_ids(self.eos_token_ids) for s in sequences],
             )
         except Exception as error:
@@ -245,13 +247,6 @@ class Engine:
             except Exception as error:
                 self._finish(sequence, "abort")
                 failed[sequence.request_id] = error
-        self.grammars.advance(
-            [
-                (sequence.guide, token.token_id)
-                for sequence, token in zip(sequences, tokens, strict=True)
-                if sequence.guide and sequence.state is not SequenceState.FINISHED
-            ]
-        )
         if failed:
             raise StepFailed(tuple(failed), tuple(events)) from next(iter(failed.values()))
         return events
@@ -266,6 +261,8 @@ class Engine:
         if sequence.first_token_at is None:
             sequence.first_token_at = time.monotonic()
         sequence.output_ids.append(token)
+        if sequence.guide:
+            sequence.guide.take(token)
         ends = sequence.ends_at(token, self.eos_token_ids)
         new = "" if ends and not sampling.include_stop_str_in_output else text.push(token)
         if text.stopped or ends:

@@ -1,7 +1,10 @@
-"""Structured output: constraints compiled once, and for each answer the tokens that its constraint allows next.
+"""Structured output: constraints compiled once, and for each batch the tokens that its answers' constraints allow next.
 
-A mask of the next token depends on the tokens before it alone. So it is computed on a thread of its own while the model
-computes the logits that it is for; the engine's thread waits for it only when it draws.
+The engine's thread computes the masks of all its answers at once, after it has launched the model's pass: a GPU carries
+that out meanwhile. A thread of their own would cost a processor more than the masks do: it takes Python's lock from the
+engine and a core from the model.
+
+Legend: n answers, V vocabulary, W = ceil(V / 32) words.
 """
 
 from __future__ import annotations
@@ -15,7 +18,6 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import llguidance
@@ -24,10 +26,9 @@ import numpy.typing as npt
 
 from services.common.errors import InvalidInput
 from services.common.types import Constraint, SamplingParams
-from services.llm.closing import MOST_STEPS, Closing
+from services.llm.closing import Closing
 from services.llm.grammar_process import limits
-
-Mask = npt.NDArray[np.uint8]
+from services.llm.guide import Guide, Start
 
 logger = logging.getLogger(__name__)
 
@@ -35,82 +36,14 @@ MOST_GRAMMARS = 32
 """Constraints that are kept compiled; each may grow to tens of megabytes as answers explore it."""
 MOST_REFUSALS = 256
 """Constraints of which it is kept why they cannot be compiled."""
-SPARE_TOKENS = 8
-"""An answer that nears max_tokens goes to its constraint's end when so many are left beside it, or an eighth of all."""
 _UTF8_BYTES = [byte for byte in range(0xF5) if byte not in (0xC0, 0xC1)]
 MASK_THREADS = max(1, min(8, (os.cpu_count() or 1) // 2))
-
-
-class Guide:
-    """One answer's way through its constraint."""
-
-    def __init__(
-        self, grammars: Grammars, matcher: llguidance.LLMatcher, sampling: SamplingParams, max_new_tokens: int
-    ):
-        self.error = ""
-        """Why no next token is known; its request must end."""
-        self.closes = False
-        """The answer has no more tokens left than its end takes: it goes there by the shortest way."""
-        assert sampling.constraint is not None
-        self.constraint = sampling.constraint
-        self._grammars, self._matcher, self._sampling = grammars, matcher, sampling
-        self._taken, self._most = 0, max_new_tokens
-        self._way: list[int] = []
-        self._longest_way, self._look_at = SPARE_TOKENS, 0
-        self._mask: Mask | None = None
-        self._ready: Future[None] = Future()
-        self._ready.set_result(None)
-        grammars.fill([self])
-
-    def mask(self) -> Mask:
-        """uint8 [4 * ceil(V / 32)]: bit t % 8 of byte t // 8 says whether token t may come next."""
-        self._ready.result()
-        assert self._mask is not None
-        return self._mask
-
-    def _end_waits(self) -> tuple[int, ...]:
-        """Tokens that would end the answer too early."""
-        early, eos = self._taken < self._sampling.min_tokens, self._grammars.eos_token_ids
-        return (*(eos if early or self._sampling.ignore_eos else ()), *(self._sampling.stop_token_ids if early else ()))
-
-    def _take(self, mask: Mask, allows_any: bool) -> None:
-        """The matcher's mask; the end is left out of it while it is too early, unless nothing else is left."""
-        self._mask = mask
-        if not allows_any or self._matcher.is_error():
-            reason = (
-                self._matcher.get_error().split("\n")[0] or "the model's tokenizer cannot spell what must come next"
-            )
-            self.error = f"cannot be followed any further: {reason}"
-            return
-        if self.closes or self._must_close():
-            self._mask = np.zeros_like(mask)
-            token = self._way.pop(0) if self._way else self._grammars.eos_token_ids[0]
-            self._mask[token // 8] = 1 << token % 8
-        elif waiting := self._end_waits():
-            left = mask.copy()
-            for token in waiting:
-                left[token // 8] &= ~(1 << token % 8) & 255
-            if left.any():
-                self._mask = left
-
-    def _must_close(self) -> bool:
-        """Looks for a way to the end at times, the more often the fewer tokens are left beside it."""
-        if self._taken < self._look_at:
-            return False
-        way, left = self._grammars.closing.way(self._matcher), self._most - self._taken
-        if way is None or len(way) > left:
-            self._look_at = self._taken + MOST_STEPS
-            return False
-        self._longest_way = max(self._longest_way, len(way))
-        # The next token may open something that takes as many more to close.
-        spare = left - len(way) - min(self._longest_way, self._most // 8)
-        self._look_at = self._taken + max(1, spare // 2)
-        self.closes, self._way = spare <= 0, way
-        return self.closes
+SHARED_FROM = 1 << 20
+"""Bits of masks from which threads share them: fewer cost less than waking threads."""
 
 
 class Grammars:
-    """Compiles constraints for one tokenizer and keeps the last ones. Thread-safe, but for `advance`."""
+    """Compiles constraints for one tokenizer and keeps the last ones. Thread-safe, but for each guide."""
 
     def __init__(self, tokenizer: Any, *, vocabulary: int, eos_token_ids: Sequence[int]):
         """tokenizer: a fast one of transformers; vocabulary: V, the number of logits."""
@@ -122,7 +55,6 @@ class Grammars:
         self._compiling = threading.RLock()  # guards the process and the tokenizer
         self._compiled: OrderedDict[Constraint, Any] = OrderedDict()
         self._refused: OrderedDict[Constraint, Any] = OrderedDict()
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="llm-masks")
 
     def start(self) -> None:
         """Reads the tokenizer now, in the background: a large vocabulary takes seconds that a first request would wait.
@@ -135,8 +67,8 @@ class Grammars:
         """The bytes of a token, perhaps a part of a character. Raises InvalidInput for an unknown tokenizer."""
         return self._tokens().decode_bytes([token_id])
 
-    def compile(self, constraint: Constraint, field: str = "sampling.constraint") -> llguidance.LLMatcher:
-        """The constraint at its beginning, not to be changed. May take seconds: call it on a thread that may wait.
+    def compile(self, constraint: Constraint, field: str = "sampling.constraint") -> Start:
+        """The constraint at its beginning. May take seconds: call it on a thread that may wait.
 
         Raises InvalidInput: it cannot be compiled (the message says why), or takes too long.
         """
@@ -159,7 +91,9 @@ class Grammars:
         """The guide of a new answer of so many tokens; None where nothing constrains it. Raises as `compile`."""
         if sampling.constraint is None:
             return None
-        guide = Guide(self, self.compile(sampling.constraint).deep_copy(), sampling, max_new_tokens)
+        start = self.compile(sampling.constraint)
+        guide = Guide(start, sampling, max_new_tokens, self.eos_token_ids, self.closing)
+        self.masks([guide])
         if guide.error:
             self.forget(sampling.constraint)
             raise InvalidInput(guide.error, field=f"sampling.constraint.{sampling.constraint.kind}")
@@ -170,37 +104,43 @@ class Grammars:
         with self._lock:
             self._compiled.pop(constraint, None)
 
-    def advance(self, taken: Sequence[tuple[Guide, int]]) -> None:
-        """Each guide's answer went on by a token: its next mask is computed in the background."""
-        if taken:
-            ready = self._worker.submit(self._advance, taken)
-            for guide, _ in taken:
-                guide._ready = ready
+    def masks(self, guides: Sequence[Guide]) -> npt.NDArray[np.uint32]:
+        """What each answer may go on with: uint32 [n, W], bit t % 32 of word t // 32 for token t.
 
-    def _advance(self, taken: Sequence[tuple[Guide, int]]) -> None:
+        A guide whose `error` it sets has nothing to go on with."""
+        masks_nW = np.zeros((len(guides), -(-self._vocabulary // 32)), dtype=np.uint32)
         try:
-            self._threads.consume_token_par([(guide._matcher, token) for guide, token in taken])
-            for guide, _ in taken:
-                guide._taken += 1
-            self.fill([guide for guide, _ in taken])
+            self._fill(guides, masks_nW)
+            any_n: npt.NDArray[np.bool_] = np.any(masks_nW, axis=1)
+            for guide, mask_W, allows_any in zip(guides, masks_nW, any_n.tolist(), strict=True):
+                if allows_any and not guide.matcher.is_error():
+                    guide.restrict(mask_W)
+                else:
+                    reason = guide.matcher.get_error().split("\n")[0]
+                    reason = reason or "the model's tokenizer cannot spell what must come next"
+                    guide.error = f"cannot be followed any further: {reason}"
         except Exception:  # nobody else's request may fail with these
-            logger.exception("the masks of %d answers could not be computed", len(taken))
-            for guide, _ in taken:
+            logger.exception("the masks of %d answers could not be computed", len(guides))
+            for guide in guides:
                 guide.error = "cannot be followed any further; see the server's log"
+        return masks_nW
 
-    def fill(self, guides: Sequence[Guide]) -> None:
-        """Computes the masks of guides that no other thread uses."""
-        words = -(-self._vocabulary // 32)
-        masks = np.empty((len(guides), 4 * words), dtype=np.uint8)
-        rows = [(guide._matcher, row) for row, guide in enumerate(guides)]
-        self._threads.unsafe_compute_mask_ptr(rows, masks.ctypes.data, 4 * words, len(guides))
-        any_n: np.ndarray = np.any(masks, axis=1)
+    def _fill(self, guides: Sequence[Guide], masks_nW: npt.NDArray[np.uint32]) -> None:
+        """Each matcher's own mask."""
+        first, size = masks_nW.ctypes.data, masks_nW.strides[0]
+        shared = MASK_THREADS > 1 and len(guides) > 1 and 8 * masks_nW.nbytes >= SHARED_FROM
         for row, guide in enumerate(guides):
-            guide._take(masks[row], bool(any_n[row]))
+            if guide.ahead:
+                guide.matcher.consume_tokens(guide.ahead)
+                guide.ahead.clear()
+            if not shared:
+                guide.matcher.unsafe_compute_mask_ptr(first + row * size, size)
+        if shared:
+            rows = [(guide.matcher, row) for row, guide in enumerate(guides)]
+            self._threads.unsafe_compute_mask_ptr(rows, first, size, len(rows))
 
     def close(self) -> None:
-        """Ends its threads and its process."""
-        self._worker.shutdown(cancel_futures=True)
+        """Ends its process."""
         with self._compiling:
             self._end_process()
 
@@ -212,7 +152,7 @@ class Grammars:
     def _threads(self) -> llguidance.LLExecutor:
         return llguidance.LLExecutor(num_threads=MASK_THREADS)
 
-    def known(self, constraint: Constraint) -> llguidance.LLMatcher | str | None:
+    def known(self, constraint: Constraint) -> Start | str | None:
         """What a constraint was compiled to before, or why it cannot be; None where that is not kept."""
         with self._lock:
             for kept in (self._compiled, self._refused):
@@ -258,8 +198,8 @@ class Grammars:
         description = json.loads(self._hf.backend_tokenizer.to_str())
         return json.dumps({**description, "padding": None, "truncation": None})
 
-    def _compile(self, constraint: Constraint) -> llguidance.LLMatcher | str:
-        """Its matcher, or why there is none."""
+    def _compile(self, constraint: Constraint) -> Start | str:
+        """Its beginning, or why there is none."""
         tokenizer = self._tokens()
         if self._unspelt:
             return self._unspelt
@@ -268,7 +208,7 @@ class Grammars:
         if "error" in answer:
             return answer["error"]
         matcher = llguidance.LLMatcher(tokenizer, answer["grammar"], log_level=0, limits=limits())
-        return matcher.get_error() if matcher.is_error() else matcher
+        return matcher.get_error() if matcher.is_error() else Start(matcher, self.closing.way(matcher))
 
     def _ask(self, line: str) -> dict[str, str]:
         for _ in range(2):  # somebody may have ended the process since the last time

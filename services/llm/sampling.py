@@ -37,23 +37,25 @@ def sample(
     prompt_ids: Sequence[Sequence[int]],
     output_ids: Sequence[Sequence[int]],
     *,
-    masks: Sequence[npt.NDArray[np.uint8] | None] | None = None,
+    guided: Sequence[int] = (),
+    masks_mW: npt.NDArray[np.uint32] | None = None,
     forbidden: Sequence[Sequence[int]] | None = None,
 ) -> list[SampledToken]:
     """One token a row of float logits [n, V], which are left as they are.
 
-    masks: a row's allowed tokens, uint8 [4 * W], 32 * W >= V: bit t % 8 of byte t // 8; None allows all.
-    forbidden: ids that a row may not draw. Either is None where no row has any.
+    guided: rows, in order, that may draw the tokens of masks_mW alone: uint32 [m, W], 32 * W >= V, bit t % 32 of word
+    t // 32 for token t. forbidden: ids that a row may not draw; None where no row has any.
 
     prompt_ids and output_ids are read for rows with penalties only; ids outside the vocabulary (image placeholders)
     count for nothing. A row with a temperature takes exactly one uniform number from its generator, a greedy row none,
     and nothing of a row's outcome depends on the other rows.
     """
-    masks, forbidden = masks or [None] * len(params), forbidden or [()] * len(params)
+    forbidden = forbidden or [()] * len(params)
+    follows = set(guided)
     changed = [
         row
         for row, p in enumerate(params)
-        if p.temperature > 0 or _has_penalty(p) or p.logit_bias or masks[row] is not None or forbidden[row]
+        if p.temperature > 0 or _has_penalty(p) or p.logit_bias or row in follows or forbidden[row]
     ]
     tokens_n = logits_nV.argmax(dim=-1)
     if changed:
@@ -62,7 +64,8 @@ def sample(
         changed_params = [params[index] for index in changed]
         _shift(scores_mV, [p.logit_bias for p in changed_params])
         _penalise(scores_mV, changed_params, [prompt_ids[i] for i in changed], [output_ids[i] for i in changed])
-        _allow(scores_mV, [masks[i] for i in changed])
+        if masks_mW is not None:
+            _allow(scores_mV, [place for place, row in enumerate(changed) if row in follows], masks_mW)
         _shift(scores_mV, [[(token, -math.inf) for token in forbidden[i]] for i in changed])
         tokens_m = scores_mV.argmax(dim=-1)
         drawn = [index for index, p in enumerate(changed_params) if p.temperature > 0]
@@ -79,23 +82,21 @@ def _has_penalty(params: SamplingParams) -> bool:
     return params.repetition_penalty != 1 or bool(params.presence_penalty or params.frequency_penalty)
 
 
-def _allow(scores_mV: torch.Tensor, masks: Sequence[npt.NDArray[np.uint8] | None]) -> None:
-    """Leaves the tokens of the masks alone, in place; one copy to the device for all of them."""
-    rows = [row for row, mask in enumerate(masks) if mask is not None]
-    if not rows:
-        return
-    refused_mB = ~np.stack([mask for mask in masks if mask is not None])
+def _allow(scores_mV: torch.Tensor, rows: Sequence[int], masks_rW: npt.NDArray[np.uint32]) -> None:
+    """Leaves in these rows the tokens of their masks alone, in place; one copy to the device for all of them."""
+    refused_rB, vocabulary = (~masks_rW).view(np.uint8), scores_mV.shape[1]
     if scores_mV.device.type == "cpu":
-        refused_mV = torch.from_numpy(np.unpackbits(refused_mB, axis=1, bitorder="little").view(np.bool_))
+        refused_rV = torch.from_numpy(np.unpackbits(refused_rB, 1, vocabulary, "little").view(np.bool_))
     else:  # an eighth of it is copied
         bit_8 = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=scores_mV.device)
-        refused_mV = ((torch.from_numpy(refused_mB).to(scores_mV.device)[:, :, None] & bit_8) != 0).flatten(1)
-    refused_mV = refused_mV[:, : scores_mV.shape[1]]
+        refused_rV = ((torch.from_numpy(refused_rB).to(scores_mV.device)[:, :, None] & bit_8) != 0).flatten(1)[
+            :, :vocabulary
+        ]
     if len(rows) == len(scores_mV):
-        scores_mV.masked_fill_(refused_mV, -math.inf)
+        scores_mV.masked_fill_(refused_rV, -math.inf)
     else:
-        rows_m = torch.tensor(rows, device=scores_mV.device)
-        scores_mV[rows_m] = scores_mV[rows_m].masked_fill(refused_mV, -math.inf)
+        rows_r = torch.tensor(rows, device=scores_mV.device)
+        scores_mV[rows_r] = scores_mV[rows_r].masked_fill(refused_rV, -math.inf)
 
 
 def _shift(scores_mV: torch.Tensor, shifts: Sequence[Sequence[tuple[int, float]]]) -> None:

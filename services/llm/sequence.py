@@ -10,7 +10,7 @@ import torch
 
 from services.common.types import GenerateRequest, PruneDecision
 from services.llm.detokenizer import Detokenizer
-from services.llm.grammars import Guide
+from services.llm.guide import Guide
 from services.llm.prompt import Prompt
 from services.sampler.text_guided import kept_by_ratio
 

@@ -169,7 +169,6 @@ def test_a_constraint_that_cannot_go_on_ends_its_own_request_alone() -> None:
     engine.step()
     guide = engine._sequences["bad"].guide
     assert guide is not None
-    guide.mask()
     guide.error = "cannot be followed any further: for this test"
     events = []
     while engine.has_work():

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -17,6 +18,7 @@ from services.common.errors import InvalidInput
 from services.common.types import Constraint, SamplingParams
 from services.llm import grammars as grammars_module
 from services.llm.grammars import Grammars
+from services.llm.guide import Guide
 from tests.tiny_checkpoints import make_tokenizer
 
 TOKENIZER = make_tokenizer("llama")
@@ -34,9 +36,12 @@ def schema(value: Any) -> Constraint:
     return Constraint(kind="json_schema", text=value if isinstance(value, str) else json.dumps(value))
 
 
-def allowed(guide: grammars_module.Guide) -> set[int]:
-    bits = guide.mask()
-    return {token for token in range(8 * len(bits)) if bits[token // 8] >> token % 8 & 1}
+def allowed(grammars: Grammars, guide: Guide) -> set[int]:
+    return tokens_of(grammars.masks([guide])[0])
+
+
+def tokens_of(mask_W: np.ndarray) -> set[int]:
+    return {token for token in range(32 * len(mask_W)) if mask_W[token // 32] >> token % 32 & 1}
 
 
 def takes(grammars: Grammars, constraint: Constraint, text: str, **sampling: Any) -> bool:
@@ -44,9 +49,9 @@ def takes(grammars: Grammars, constraint: Constraint, text: str, **sampling: Any
     guide = grammars.guide(SamplingParams(constraint=constraint, **sampling), 500)
     assert guide is not None
     for token in [*TOKENIZER.encode(text, add_special_tokens=False), EOS]:
-        if token not in allowed(guide):
+        if token not in allowed(grammars, guide):
             return False
-        grammars.advance([(guide, token)])
+        guide.take(token)
     return not guide.error
 
 
@@ -194,13 +199,13 @@ def test_the_end_waits_unless_nothing_else_is_left(grammars: Grammars, early: di
     guide = grammars.guide(SamplingParams(constraint=Constraint(kind="regex", text="a*"), **early), 500)
     assert guide is not None
     for _ in range(3):
-        assert allowed(guide) == {a}
-        grammars.advance([(guide, a)])
-    assert allowed(guide) == ({a, EOS} if early == {"min_tokens": 3} else {a})
+        assert allowed(grammars, guide) == {a}
+        guide.take(a)
+    assert allowed(grammars, guide) == ({a, EOS} if early == {"min_tokens": 3} else {a})
     guide = grammars.guide(SamplingParams(constraint=Constraint(kind="regex", text="a"), **early), 500)
     assert guide is not None
-    grammars.advance([(guide, a)])
-    assert allowed(guide) == {EOS}, "the constraint leaves nothing but its end"
+    guide.take(a)
+    assert allowed(grammars, guide) == {EOS}, "the constraint leaves nothing but its end"
 
 
 def test_a_tokenizer_that_cannot_spell_a_byte_is_named() -> None:
@@ -215,11 +220,21 @@ def test_a_tokenizer_that_cannot_spell_a_byte_is_named() -> None:
     grammars.close()
 
 
-def test_many_answers_follow_one_constraint_apart(grammars: Grammars) -> None:
+@pytest.mark.parametrize("threads", [1, 3])
+def test_many_answers_follow_one_constraint_apart(
+    grammars: Grammars, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    monkeypatch.setattr(grammars_module, "MASK_THREADS", threads)
+    monkeypatch.setattr(grammars_module, "SHARED_FROM", 0)
     sampling = SamplingParams(constraint=Constraint(kind="regex", text="[ab]{6}"))
-    guides = [grammars.guide(sampling, 500) for _ in range(40)]
+    guides = [guide for _ in range(40) if (guide := grammars.guide(sampling, 500))]
     letters = [TOKENIZER.convert_tokens_to_ids(letter) for letter in "ab"]
     for step in range(6):
-        grammars.advance([(guide, letters[(index >> step) & 1]) for index, guide in enumerate(guides) if guide])
-        want = {EOS} if step == 5 else set(letters)
-        assert all(want <= allowed(guide) for guide in guides if guide)
+        for index, guide in enumerate(guides):
+            guide.take(letters[(index + step) % 2])
+        masks_nW = grammars.masks(guides)
+        assert len(masks_nW) == 40
+        if step == 5:
+            assert all(tokens_of(mask_W) == {EOS} for mask_W in masks_nW)
+        else:
+            assert all(set(letters) <= tokens_of(mask_W) for mask_W in masks_nW)
