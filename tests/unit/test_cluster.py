@@ -201,7 +201,8 @@ def test_a_state_file_of_another_version_is_one_line_that_names_it(folder, capsy
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_interrupts_up_once_and_what_it_started_is_stopped(monkeypatch, capsys, number):
     stopped = []
-    outside = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
+    # Tests in the background have SIGINT ignored, tests under nohup SIGHUP.
+    outside = {each: signal.signal(each, signal.SIG_DFL) for each in SIGNALS}
     before = [signal.getsignal(each) for each in SIGNALS]
 
     class Cluster:
@@ -221,7 +222,8 @@ def test_a_signal_interrupts_up_once_and_what_it_started_is_stopped(monkeypatch,
     assert local.main(["up"]) == 130 and stopped == [True]
     assert "interrupted" in capsys.readouterr().err
     assert [signal.getsignal(each) for each in SIGNALS] == before
-    signal.signal(signal.SIGINT, outside)
+    for each, handler in outside.items():
+        signal.signal(each, handler)
 
 
 def test_a_signal_that_nohup_ignores_stays_ignored(monkeypatch):
