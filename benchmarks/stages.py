@@ -31,7 +31,7 @@ from services.llm.engine import Engine
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """Which samplers a request asks for."""
+    """The samplers that a request asks for."""
 
     vision: bool
     """The checkpoint's vision-guided sampler; `benchmarks/random_checkpoint.py` sets it to the paper's 49 %."""

@@ -49,5 +49,5 @@ def form_of(question: str) -> str:
 
 
 def _commonest(answers: Counter[str]) -> str:
-    """Of equally common answers the first in the alphabet."""
+    """The answer given most often; of equally common ones the first in the alphabet."""
     return min(answers, key=lambda answer: (-answers[answer], answer))

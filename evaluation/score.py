@@ -52,7 +52,7 @@ HeldOut = Sequence[tuple[bytes, list[QuestionAnswer]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """Which samplers are on."""
+    """The samplers that are on."""
 
     name: str
     vision: bool

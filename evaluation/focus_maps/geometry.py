@@ -33,7 +33,7 @@ class TokenLayout:
     boxes_N4: torch.Tensor
     """A token's box; NaN for a newline."""
     base_tokens: int
-    """So many first tokens are the base tile's, newlines of a sampled base tile included."""
+    """How many tokens, all at the beginning, are the base tile's, newlines of a sampled base tile included."""
     window: int
     """Side of a region, in tokens of the feature map; 1 with the vision-guided sampler off."""
     branches: tuple[tuple[int, int], ...]

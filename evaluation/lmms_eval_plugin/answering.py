@@ -36,7 +36,7 @@ LOCAL_LIMITS = MediaLimits(max_bytes=256 * 2**20)
 
 @dataclass(frozen=True, kw_only=True)
 class Samplers:
-    """Which of the paper's samplers answer, and how."""
+    """The paper's samplers that are on, and how they are set."""
 
     vision: bool = True
     prune: PruneParams = PruneParams()

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7f7f7f")
-"""Of Okabe and Ito's colours those with a contrast of about three to one on white and on black alike."""
+"""Those of Okabe and Ito's colours that contrast about three to one with white and with black alike."""
 MARKERS = ("o", "s", "^", "D", "v")
 HATCHES = ("", "//", "..", "xx", "\\\\", "++", "--")
 """A branch is told by its hatching too."""
@@ -53,7 +53,7 @@ STYLE: Any = {
 }
 WIDTH_IN = 7.2
 LETTERS_PER_IN, LINE_IN = 15, 0.16
-"""Of captions, in letters of 8 points."""
+"""Sizes of captions, in letters of 8 points."""
 LEAST_LABELLED_PERCENT = 8
 PLATE: Any = {
     "ha": "center",

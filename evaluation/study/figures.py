@@ -25,7 +25,7 @@ REGION_KINDS = {
     "distractor": "distractors",
     "empty": "empty",
 }
-"""Of Result.branch_shares, and how the figure calls them."""
+"""Keys of Result.branch_shares, and what the figure calls them."""
 GROUPS = ("fine", "coarse")
 SEEDS_SHOWN = 3
 SVG = "{http://www.w3.org/2000/svg}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -34,7 +35,7 @@ def whole(answers: Sequence[Answer]) -> dict[str, Any]:
     }
 
 
-class Writer:
+class Writer(abc.ABC):
     """Writes one answer, whose `started` event it is made with. A subclass writes one of OpenAI's kinds of objects."""
 
     kind: ClassVar[str]
@@ -71,16 +72,17 @@ class Writer:
         """The chunk with the usage, sent last to who asked for it; `finished` are the ends of all answers."""
         return {**self.object(self.chunk_kind), "choices": [], "usage": _total(finished)}
 
+    @abc.abstractmethod
     def _choice(self, text: str, logprobs: Any, reason: str) -> dict[str, Any]:
         """The one choice of a whole answer."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _part(self, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
         """The one choice of a chunk."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _logprobs(self, tokens: Sequence[llm_pb2.TokenLogprobs]) -> dict[str, Any]:
-        raise NotImplementedError
+        """The log probabilities of a choice."""
 
     def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
         chunk = {**self.object(self.chunk_kind), "choices": [choice]}

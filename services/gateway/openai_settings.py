@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import re
 import time
 from dataclasses import dataclass
@@ -115,9 +116,9 @@ class Settings(Constrained):
         except ValidationError as error:
             refuse(error)
 
+    @abc.abstractmethod
     def to_chat_requests(self, request_id: str) -> list[focus_pb2.ChatRequest]:
         """The same as the gRPC API takes it, a request an answer. Raises InvalidInput for what only shows then."""
-        raise NotImplementedError
 
     def asked(self, request_id: str) -> Asked:
         """How the answer is to be written. Raises InvalidInput for more than one constraint."""
@@ -137,14 +138,14 @@ class Settings(Constrained):
             ),
         )
 
+    @abc.abstractmethod
     def names_here(self) -> tuple[tuple[str, str], ...]:
         """Pairs as in Asked.names, for the fields that this kind of request has its own names for."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def with_logprobs(self) -> bool:
         """Whether the answer is to have log probabilities."""
-        raise NotImplementedError
 
     def sampling(self, max_tokens: int | None, logprobs: int | None) -> llm_pb2.SamplingParams:
         """The gRPC API's settings. Raises InvalidInput for more than one constraint."""
