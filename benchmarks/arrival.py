@@ -35,8 +35,8 @@ from benchmarks.stages import FULL_TOKENS, SETTINGS, question, random_visual_tok
 from benchmarks.workload import QUESTION
 from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.store import fingerprint
-from services.common.dtypes import choose_dtype, dtype_name
 from services.common.types import ChatTurn, GenerateRequest, SamplingParams, TextPart, TokenEvent
+from services.compute.dtypes import choose_dtype, dtype_name
 from services.llm.engine import Engine
 from services.llm.model import Decoder
 from services.llm.prompt import PromptRenderer

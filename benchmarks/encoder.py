@@ -33,9 +33,9 @@ from benchmarks.measure import (
     write_results,
 )
 from benchmarks.workload import jpeg
-from services.common.dtypes import choose_dtype, dtype_name
-from services.common.malloc import keep_freed_memory
 from services.common.types import ImageOptions
+from services.compute.dtypes import choose_dtype, dtype_name
+from services.compute.malloc import keep_freed_memory
 from services.encoder.batcher import TileBatcher
 from services.encoder.pipeline import EncoderPipeline
 

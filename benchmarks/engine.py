@@ -37,7 +37,7 @@ from benchmarks.measure import (
 from benchmarks.rivals import Rival
 from benchmarks.stages import SETTINGS, Stages, mean_usage
 from services.checkpoint.config import FocusLlavaConfig
-from services.common.dtypes import choose_dtype, dtype_name
+from services.compute.dtypes import choose_dtype, dtype_name
 
 FIGURES = ("requests_per_s", "output_tokens_per_s", "ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms", "tpot_p99_ms")
 

@@ -18,8 +18,6 @@ from functools import partial
 import torch
 
 from benchmarks.measure import RESULTS, ROOT, machine, median, print_table, take_turns, write_results
-from services.common.dtypes import dtype_name
-from services.common.malloc import keep_freed_memory
 from services.common.types import (
     ChatTurn,
     FinishedEvent,
@@ -30,6 +28,8 @@ from services.common.types import (
     TextPart,
     TokenEvent,
 )
+from services.compute.dtypes import dtype_name
+from services.compute.malloc import keep_freed_memory
 from services.encoder.pipeline import EncoderPipeline
 from services.llm.engine import Engine
 

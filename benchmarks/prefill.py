@@ -33,9 +33,9 @@ from benchmarks.measure import (
     write_results,
 )
 from benchmarks.stages import FULL_TOKENS, PAPER_VISION_KEEP, SETTINGS, question, random_visual_tokens
-from services.common.dtypes import choose_dtype, dtype_name
-from services.common.malloc import keep_freed_memory
 from services.common.types import FinishedEvent, Usage
+from services.compute.dtypes import choose_dtype, dtype_name
+from services.compute.malloc import keep_freed_memory
 from services.llm.engine import Engine
 from services.llm.kernels import choose_kernels
 

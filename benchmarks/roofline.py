@@ -24,8 +24,8 @@ from benchmarks.device import device_name, seconds_of
 from benchmarks.measure import add_machine_options, machine, median, pin, print_table, take_turns, write_results
 from benchmarks.prefill import Prefill
 from benchmarks.stages import FULL_TOKENS, SETTINGS, question, random_visual_tokens
-from services.common.dtypes import choose_dtype, dtype_name
-from services.common.malloc import keep_freed_memory
+from services.compute.dtypes import choose_dtype, dtype_name
+from services.compute.malloc import keep_freed_memory
 from services.llm.engine import Engine
 
 PEAK_SIDE = 4096

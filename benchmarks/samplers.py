@@ -24,8 +24,8 @@ from benchmarks.device import device_name, wait
 from benchmarks.measure import add_machine_options, machine, median, pin, print_table, take_turns, write_results
 from benchmarks.prefill import Prefill
 from benchmarks.workload import jpeg
-from services.common.dtypes import choose_dtype, dtype_name
-from services.common.malloc import keep_freed_memory
+from services.compute.dtypes import choose_dtype, dtype_name
+from services.compute.malloc import keep_freed_memory
 from services.encoder.pipeline import EncoderPipeline
 
 TEXT_SETTINGS = ("text", "both")

@@ -30,7 +30,7 @@ from benchmarks.measure import (
     write_results,
 )
 from benchmarks.stages import SETTINGS, Stages, mean_usage
-from services.common.dtypes import choose_dtype, dtype_name
+from services.compute.dtypes import choose_dtype, dtype_name
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,6 @@ import torch
 
 from benchmarks.measure import Progress, Timeline, closed_loop
 from benchmarks.workload import QUESTION, jpeg
-from services.common.malloc import keep_freed_memory
 from services.common.types import (
     ChatTurn,
     CompressedVisualTokens,
@@ -25,6 +24,7 @@ from services.common.types import (
     TokenEvent,
     Usage,
 )
+from services.compute.malloc import keep_freed_memory
 from services.encoder.pipeline import EncoderPipeline, PreparedImage
 from services.llm.engine import Engine
 

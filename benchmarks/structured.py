@@ -32,8 +32,8 @@ from benchmarks.measure import (
     take_turns,
     write_results,
 )
-from services.common.dtypes import choose_dtype
 from services.common.types import ChatTurn, Constraint, GenerateRequest, SamplingParams, TextPart, TokenEvent
+from services.compute.dtypes import choose_dtype
 from services.llm.engine import Engine
 
 SCHEMA = {

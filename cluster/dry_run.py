@@ -21,9 +21,7 @@ from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.sizing import BLOCK_SIZE, block_bytes, size_encoder, tiles_of_an_image
 from services.checkpoint.store import LLM_PREFIX, fingerprint, load_stage, stage_elements
 from services.checkpoint.supported import check_servable
-from services.common.dtypes import choose_dtype, dtype_name
 from services.common.errors import FocusError, InvalidInput
-from services.common.memory import device_memory
 from services.common.types import (
     ChatTurn,
     CompressedVisualTokens,
@@ -35,6 +33,8 @@ from services.common.types import (
     TextPart,
     TokenEvent,
 )
+from services.compute.dtypes import choose_dtype, dtype_name
+from services.compute.memory import device_memory
 from services.encoder.pipeline import EncoderPipeline
 from services.llm.engine import Engine
 from services.llm.model import Decoder

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import uvicorn.config
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-from services.gateway.http_errors import error_object
+from services.gateway.openai.errors import error_object
 
 HEADERS_S = 15.0
 """Longest time from a connection's first moment, or a later request's first byte, to the end of its headers."""

@@ -21,10 +21,10 @@ from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.sizing import EncoderSizes, LlmSizes, size_encoder, size_llm
 from services.checkpoint.store import stage_elements
 from services.checkpoint.supported import check_servable, largest_image
-from services.common.dtypes import Dtype, choose_dtype, dtype_name
 from services.common.errors import InvalidInput
-from services.common.memory import Memory, device_memory
 from services.common.settings import require
+from services.compute.dtypes import Dtype, choose_dtype, dtype_name
+from services.compute.memory import Memory, device_memory
 
 SYSTEM_BYTES = 3 * 2**29
 """Ray's own processes and the gateway's on this machine."""

@@ -15,9 +15,9 @@ from typing import Any
 from evaluation.baselines import Baselines
 from evaluation.scenes.scoring import Tally, exact_match
 from evaluation.score import SETTINGS, HeldOut, Setting, answer, table
-from services.common.dtypes import choose_dtype
 from services.common.errors import InvalidInput
 from services.common.types import Usage
+from services.compute.dtypes import choose_dtype
 from services.encoder.pipeline import EncoderPipeline
 from services.llm.engine import Engine
 from training.data.easy_vqa import EASY_VQA_KINDS, IMAGES, easy_vqa

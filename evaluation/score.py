@@ -26,7 +26,6 @@ from evaluation.scenes import (
     exact_match,
     training_questions,
 )
-from services.common.dtypes import choose_dtype
 from services.common.errors import InvalidInput
 from services.common.ranges import check_prune
 from services.common.types import (
@@ -41,6 +40,7 @@ from services.common.types import (
     TokenEvent,
     Usage,
 )
+from services.compute.dtypes import choose_dtype
 from services.encoder.pipeline import EncoderPipeline
 from services.llm.engine import Engine
 from training.data.questions import QuestionAnswer

@@ -47,6 +47,6 @@ fi
 "$venv/bin/python" -m pip install -q --no-deps --no-build-isolation -e . >>"$log" 2>&1 ||
   fail "cannot install this tree: $(tail -n 1 "$log")"
 echo "setup: compiling the CPU kernels"
-"$venv/bin/python" -c 'from services.common.kernels import native; native.build(native.cache_folder())' >>"$log" 2>&1 ||
+"$venv/bin/python" -c 'from services.compute import native; native.build(native.cache_folder())' >>"$log" 2>&1 ||
   echo "setup: they cannot be compiled here, slower ones will be used (details in $log)"
 echo "setup: done"

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from services.common import processor
-from services.common.linear import Int8Linear
+from services.compute import processor
+from services.compute.linear import Int8Linear
 from services.encoder.attention import attend
 from services.llm.kernels import choose_kernels
 from services.llm.kernels.cpu import CpuKernels

@@ -7,9 +7,9 @@ import shutil
 import pytest
 import torch
 
-from services.common.kernels import native
-from services.common.linear import can_pack
-from services.common.processor import has_int8_linear
+from services.compute import native
+from services.compute.linear import can_pack
+from services.compute.processor import has_int8_linear
 from services.llm.kernels.cpu import CpuKernels
 
 PACKED_DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if can_pack(torch.device("cpu"), dtype)]

@@ -1,7 +1,7 @@
 """The kinds of processor that this one can stand for, and every test under each of them.
 
     make processors                                   # all tests, once a kind
-    python -m tests.processors --only x86-64-v3 tests/unit/test_linear.py
+    python -m tests.processors --only x86-64-v3 tests/unit/compute/test_linear.py
 
 A kind is a name that compilers know, the kernels built for it, and oneDNN and torch held to its instructions. What this
 processor cannot run is compiled alone.
@@ -42,7 +42,7 @@ class Processor:
     def build(self) -> float:
         """Builds the kernels, once; seconds. Raises CalledProcessError with the compiler's words."""
         started = time.monotonic()
-        command = [sys.executable, "-m", "services.common.kernels.native"]
+        command = [sys.executable, "-m", "services.compute.native"]
         subprocess.run(command, env=self.environment(), cwd=ROOT, check=True, capture_output=True, text=True)
         return time.monotonic() - started
 

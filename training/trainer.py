@@ -21,9 +21,9 @@ import torch
 from ray.train.torch import TorchTrainer
 from torch import nn
 
-from services.common.dtypes import choose_dtype, dtype_name
-from services.common.malloc import keep_freed_memory
-from services.common.processor import cpu_has_bfloat16
+from services.compute.dtypes import choose_dtype, dtype_name
+from services.compute.malloc import keep_freed_memory
+from services.compute.processor import cpu_has_bfloat16
 from training.config import ClusterConfig, ConfigError, RunConfig, load
 
 

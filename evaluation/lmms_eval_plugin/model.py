@@ -15,10 +15,10 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from evaluation.lmms_eval_plugin.answering import LOCAL_LIMITS, Answering, InProcess, Reply, Samplers, Served
 from evaluation.lmms_eval_plugin.questions import Question, RequestFailed, sampling_settings, turns
-from services.common.dtypes import Dtype, choose_dtype
 from services.common.errors import InvalidInput
 from services.common.ranges import check_prune
 from services.common.types import PruneParams
+from services.compute.dtypes import Dtype, choose_dtype
 from services.encoder.pipeline import EncoderPipeline
 from services.llm.engine import Engine
 

@@ -1,7 +1,7 @@
 """Scores a trained run on a split of the benchmark, in the training model: a branch a question, teacher-forced.
 
 A branch is right when every token of its answer, the end included, is the likeliest, which is what greedy decoding
-would say. Sampler, pruning and counts are the served model's (tests/unit/test_study_evaluate.py).
+would say. Sampler, pruning and counts are the served model's (tests/unit/evaluation/test_study_evaluate.py).
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from evaluation.study.results import Result, load_results, save_result
 from evaluation.study.scoring import Job
 from evaluation.study.settings import IMAGES_PER_STEP, OPTIMIZER, SETTINGS, STAGE, START, Setting, merged, resolved
 from services.checkpoint.store import fingerprint
-from services.common.dtypes import choose_dtype, dtype_name
+from services.compute.dtypes import choose_dtype, dtype_name
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SPLITS: tuple[PosterSplit, ...] = ("validation", "test")

@@ -16,9 +16,9 @@ import torch
 from focusllava.sizes import size_text
 from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.supported import TEXT_TOKENS, check_context, head_width, largest_image
-from services.common.dtypes import dtype_name
 from services.common.errors import InvalidInput
 from services.common.types import SamplingParams
+from services.compute.dtypes import dtype_name
 
 BLOCK_SIZE = 16
 """Tokens of one block of the KV cache."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from services.common.processor import has_kernels, has_matrix_units
+from services.compute.processor import has_kernels, has_matrix_units
 
 
 def attend(qkv_TN3C: torch.Tensor, heads: int, scaling: float) -> torch.Tensor:

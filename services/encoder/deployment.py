@@ -16,9 +16,9 @@ from services.checkpoint.sizing import default_tiles
 from services.common import wire
 from services.common.errors import InternalError
 from services.common.grpc_status import check_fingerprint, refuse
-from services.common.replica import GrpcOnly, Reporter
 from services.common.telemetry import Metrics
 from services.common.types import CompressedVisualTokens
+from services.compute.replica import GrpcOnly, Reporter
 from services.encoder.batcher import TileBatcher
 from services.encoder.pipeline import EncoderPipeline
 from services.encoder.settings import EncoderSettings

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from services.common.linear import PackedLinear
+from services.compute.linear import PackedLinear
 from services.encoder.attention import attend
 from services.encoder.model import EncoderModel
 

@@ -10,11 +10,11 @@ import torch
 
 from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.store import fingerprint, load_stage
-from services.common.dtypes import dtype_of_stored
 from services.common.errors import InvalidInput
-from services.common.linear import can_pack
 from services.common.media import MediaLimits, content_hash
 from services.common.types import CompressedVisualTokens, ImageOptions, ImageTiles
+from services.compute.dtypes import dtype_of_stored
+from services.compute.linear import can_pack
 from services.encoder.anyres import any_map_left
 from services.encoder.model import EncoderModel
 from services.encoder.packed import pack_encoder

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from services.common.media import MediaLimits
-from services.common.replica import ModelSettings
 from services.common.settings import require
+from services.compute.replica import ModelSettings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ from services.gateway.admission import AdmissionLimits, request_id_of
 from services.gateway.cache import VisualTokenCache, open_store
 from services.gateway.chat import ChatService
 from services.gateway.health import Health
-from services.gateway.http import HttpDoor
+from services.gateway.openai.http import HttpDoor
 from services.gateway.stages import TIMEOUT_METADATA, Deadline, EncoderClient, LanguageModelClient, StageAddress
 
 

@@ -25,7 +25,7 @@ MOST_COMPILING = 64
 """Most constraints that wait to be compiled; one takes some milliseconds, a hostile one up to 4 s."""
 
 INTAKE_THREADS = 2
-"""Threads that take requests in. Each keeps the memory of its largest request (`services/common/malloc.py`), and the
+"""Threads that take requests in. Each keeps the memory of its largest request (`services/compute/malloc.py`), and the
 tokenizer serves one at a time."""
 
 Given = ParamSpec("Given")

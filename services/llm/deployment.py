@@ -16,9 +16,9 @@ from focusllava.sizes import size_text
 from focusllava.v1 import error_pb2, llm_pb2
 from services.common import wire
 from services.common.grpc_status import check_fingerprint, refuse, status_of
-from services.common.replica import GrpcOnly, Reporter
 from services.common.telemetry import Metrics
 from services.common.types import FinishedEvent
+from services.compute.replica import GrpcOnly, Reporter
 from services.llm.async_engine import AsyncEngine
 from services.llm.engine import Engine
 from services.llm.settings import LanguageModelSettings

@@ -13,7 +13,6 @@ import torch
 from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.store import fingerprint
 from services.common.errors import InvalidInput
-from services.common.linear import Quantize
 from services.common.types import (
     ChatTurn,
     CompressedVisualTokens,
@@ -26,6 +25,7 @@ from services.common.types import (
     TokenEvent,
     Usage,
 )
+from services.compute.linear import Quantize
 from services.llm.engine_stats import EngineStats, Event, StepFailed
 from services.llm.grammars import Grammars
 from services.llm.intake import Intake
@@ -102,7 +102,7 @@ class Engine:
     ) -> Engine:
         """Loads the LLM's shards and the tokenizer; no encoder weight is read. dtype None keeps the checkpoint's where
         `device` is made for it; max_model_len: tokens of prompt and answer, if fewer than the model's own context;
-        quantize: see `services.common.linear.prepare_linears`."""
+        quantize: see `services.compute.linear.prepare_linears`."""
         config = FocusLlavaConfig.load(folder)
         decoder = Decoder.from_checkpoint(folder, dtype=dtype, device=device, quantize=quantize)
         decoder.context = min(decoder.context, max_model_len or decoder.context)

@@ -10,10 +10,10 @@ import time
 import torch
 
 from services.checkpoint.config import FocusLlavaConfig
-from services.common.dtypes import all_finite, dtype_name
 from services.common.errors import InvalidInput, TooLarge, WrongFingerprint
 from services.common.ranges import check_prune, check_sampling
 from services.common.types import GenerateRequest
+from services.compute.dtypes import all_finite, dtype_name
 from services.llm.detokenizer import Detokenizer
 from services.llm.grammars import Grammars
 from services.llm.kv_cache import KVCache

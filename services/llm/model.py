@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.store import check_shapes, load_stage
 from services.checkpoint.supported import check_decoder
-from services.common.dtypes import dtype_of_stored
-from services.common.linear import Quantize, can_pack, prepare_linears
+from services.compute.dtypes import dtype_of_stored
+from services.compute.linear import Quantize, can_pack, prepare_linears
 from services.llm.attention import ATTENTION_NAME, AttentionStep
 from services.llm.fused_layer import (
     DecodeLayer,

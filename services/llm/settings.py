@@ -12,9 +12,9 @@ from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.sizing import LlmSizes, size_encoder, size_llm
 from services.checkpoint.store import stage_elements
 from services.checkpoint.supported import check_servable
-from services.common.memory import device_memory
-from services.common.replica import ModelSettings
 from services.common.settings import require
+from services.compute.memory import device_memory
+from services.compute.replica import ModelSettings
 
 
 @dataclass(frozen=True, kw_only=True)

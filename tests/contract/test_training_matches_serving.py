@@ -29,7 +29,7 @@ from services.llm.prompt import PromptRenderer
 from tests.llm_reference import causal_mask, naive_kept
 from tests.tiny_checkpoints import make_hub_checkpoint, make_random_checkpoint
 from tests.tiny_training import MODEL, tiny_run
-from tests.unit import sampler_oracles as oracle
+from tests.unit.sampler import oracles as oracle
 from training.config import ConfigError
 from training.data.branches import BranchBuilder, Exchange
 from training.data.questions import questions

@@ -11,8 +11,8 @@ from typing import Protocol
 
 import torch
 
-from services.common.linear import can_pack
-from services.common.processor import has_kernels
+from services.compute.linear import can_pack
+from services.compute.processor import has_kernels
 from services.llm.kernels.cpu import CpuKernels
 from services.llm.kernels.reference import ReferenceKernels
 

@@ -1,4 +1,4 @@
-"""Attention on a CPU: the operators in services/common/kernels. Legend: see services/llm/kernels/__init__.py."""
+"""Attention on a CPU: the operators in services/compute/cpp. Legend: see services/llm/kernels/__init__.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from services.common.kernels import native
+from services.compute import native
 from services.llm.kernels.reference import ReferenceKernels
 
 

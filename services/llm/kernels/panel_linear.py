@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from services.common.linear import PackedLinear
-from services.common.processor import has_matrix_units, has_panels
+from services.compute.linear import PackedLinear
+from services.compute.processor import has_matrix_units, has_panels
 from services.llm.kernels import Elementwise
 
 PANEL = 32

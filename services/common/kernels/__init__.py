@@ -1,1 +1,0 @@
-"""The compiled CPU operators that both stages share."""

@@ -1,0 +1,1 @@
+"""What computes: compiled CPU operators, linear layers, dtypes, and what this processor and memory can do."""

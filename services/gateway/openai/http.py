@@ -1,0 +1,213 @@
+"""The public door over HTTP, as OpenAI's clients know it: chat and text completions, the model, and health."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import json
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any
+
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from focusllava.v1 import focus_pb2, llm_pb2
+from services.common.errors import FocusError, InvalidInput, TooLarge
+from services.gateway.admission import AdmissionLimits, request_id_of
+from services.gateway.chat import ChatService
+from services.gateway.health import Health
+from services.gateway.openai.completion import CompletionRequest
+from services.gateway.openai.errors import ModelNotFound, error_object, error_response, refusal, status_of_event
+from services.gateway.openai.merged import merged
+from services.gateway.openai.request import ChatCompletionRequest
+from services.gateway.openai.response import Answer, ChatWriter, TextWriter, Writer, whole
+from services.gateway.openai.settings import Asked, Settings
+from services.gateway.stages import TIMEOUT_METADATA, Deadline
+
+REQUEST_ID_HEADER = "x-request-id"
+"""The header with a request's id; Ray Serve makes one where there is none, and has it in the answer."""
+_COMPLETIONS: dict[str, tuple[type[Settings], type[Writer]]] = {
+    "/v1/chat/completions": (ChatCompletionRequest, ChatWriter),
+    "/v1/completions": (CompletionRequest, TextWriter),
+}
+_ROUTES = {**dict.fromkeys(_COMPLETIONS, "POST"), "/v1/models": "GET", "/health": "GET"}
+_MODEL_PATH = "/v1/models/"
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+IndexedEvent = tuple[int, focus_pb2.ChatResponse]
+"""The number of a prompt, and an event of the answer to it."""
+Events = AsyncGenerator[IndexedEvent, None]
+
+
+class HttpDoor:
+    """Answers HTTP requests with what `service` answers gRPC calls with; knows nothing of Ray."""
+
+    def __init__(self, service: ChatService, model: str, health: Health, cors_origins: Sequence[str] = ()):
+        """cors_origins: the sites whose pages may ask, as in "https://example.org"; "*" is any."""
+        self._service, self._model, self._health = service, model, health
+        self._created, self._cors_origins = int(time.time()), tuple(cors_origins)
+
+    async def respond(self, request: Request) -> Response:
+        """Never raises but when the client has gone."""
+        response = await self._respond(request)
+        return _ForOtherSites(response, self._cors_origins) if self._cors_origins else response
+
+    async def _respond(self, request: Request) -> Response:
+        path = request.url.path.rstrip("/")
+        request_id = request.headers.get(REQUEST_ID_HEADER) or uuid.uuid4().hex
+        method = "GET" if path.startswith(_MODEL_PATH) else _ROUTES.get(path)
+        try:
+            if method is None:
+                return error_response(404, f"{path or '/'} is not here; {', '.join(_ROUTES)} are")
+            if request.method != method:
+                message = f"{path} takes {method}, this is {request.method}"
+                return error_response(405, message, headers={"allow": method})
+            if path in _COMPLETIONS:
+                return await self._complete(request, request_id, *_COMPLETIONS[path])
+            if path == "/health":
+                return await self._state()
+            if path == "/v1/models":
+                return JSONResponse({"object": "list", "data": [self._description()]})
+            self._check_model(path.removeprefix(_MODEL_PATH))
+            return JSONResponse(self._description())
+        except ClientDisconnect:
+            raise
+        except Exception as error:
+            return refusal(error, request_id)
+
+    async def _complete(
+        self, request: Request, request_id: str, kind: type[Settings], writer_type: type[Writer]
+    ) -> Response:
+        media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media_type != "application/json":  # which no page of another site can send without being asked first
+            return error_response(415, f"content-type: is {media_type[:60]!r}, expected 'application/json'")
+        body = await _read(request, _most_bytes(self._service.limits))
+        asked, chats = await asyncio.to_thread(self._read_chats, kind, body, request_id)  # decodes megabytes
+        del body
+        deadline = Deadline.said(request.headers.get(TIMEOUT_METADATA))
+        events = merged([self._service.chat(chat, request_id_of(chat), deadline) for chat in chats])
+        try:
+            first = await anext(events)  # or what refuses it
+            new_writer = functools.partial(writer_type, self._model, asked)
+            if not asked.stream:
+                return await _whole(_again(first, events), new_writer, asked)
+        except FocusError as error:
+            raise type(error)(asked.renamed(str(error))) from None
+        except BaseException:
+            await events.aclose()
+            raise
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        chunks = _chunks(_again(first, events), new_writer, asked)
+        return StreamingResponse(chunks, media_type="text/event-stream", headers=headers)
+
+    def _read_chats(
+        self, kind: type[Settings], body: bytes, request_id: str
+    ) -> tuple[Asked, list[focus_pb2.ChatRequest]]:
+        settings = kind.parse(body, self._service.limits.max_text_chars)
+        self._check_model(settings.model)
+        request_id = settings.request_id or request_id
+        return settings.asked(request_id), settings.to_chat_requests(request_id)
+
+    def _check_model(self, name: str) -> None:
+        if name != self._model:
+            raise ModelNotFound(f"is {name[:60]!r}, this server has {self._model!r}", field="model")
+
+    def _description(self) -> dict[str, Any]:
+        return {"id": self._model, "object": "model", "created": self._created, "owned_by": "focusllava"}
+
+    async def _state(self) -> Response:
+        failures = await self._health.failures()
+        if failures:
+            return error_response(503, "; ".join(failures))
+        return JSONResponse({"status": "ok"})
+
+
+class _ForOtherSites(Response):
+    """A response that tells browsers which sites' pages may read it, and answers their question before a request."""
+
+    def __init__(self, response: Response, origins: Sequence[str]):
+        super().__init__()
+        self._cors = CORSMiddleware(
+            response,
+            allow_origins=origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=(REQUEST_ID_HEADER,),
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._cors(scope, receive, send)
+
+
+def _most_bytes(limits: AdmissionLimits) -> int:
+    """Largest body: its images in base64, its text with every character escaped, and the rest."""
+    return limits.max_image_bytes_total * 4 // 3 + 12 * limits.max_text_chars + 2**20
+
+
+async def _read(request: Request, limit: int) -> bytes:
+    body = bytearray()
+    async for piece in request.stream():
+        if len(body) + len(piece) > limit:
+            raise TooLarge(f"has more than {limit} bytes", field="body")
+        body += piece
+    if not body:
+        raise InvalidInput("is empty, expected JSON", field="body")
+    return bytes(body)
+
+
+async def _again(first: IndexedEvent, events: Events) -> Events:
+    """The events with the first one, which was taken out, in its place."""
+    async with contextlib.aclosing(events):
+        yield first
+        async for event in events:
+            yield event
+
+
+async def _whole(events: Events, new_writer: Callable[..., Writer], asked: Asked) -> Response:
+    answers: dict[int, Answer] = {}
+    async with contextlib.aclosing(events):
+        async for index, event in events:
+            kind = event.WhichOneof("event")
+            if kind == "started":
+                answers[index] = Answer(writer=new_writer(event.started, index))
+            elif kind == "token":
+                answers[index].tokens.append(event.token)
+            elif kind == "finished":
+                answers[index].finished = event.finished
+            else:
+                return error_response(status_of_event(event.error.code), asked.renamed(event.error.message))
+    return JSONResponse(whole([answers[index] for index in sorted(answers)]))
+
+
+async def _chunks(events: Events, new_writer: Callable[..., Writer], asked: Asked) -> AsyncGenerator[bytes, None]:
+    writers: dict[int, Writer] = {}
+    finished: list[llm_pb2.Finished] = []
+    async with contextlib.aclosing(events):
+        async for index, event in events:
+            kind = event.WhichOneof("event")
+            chunk = None
+            if kind == "started":
+                writers[index] = new_writer(event.started, index)
+                chunk = writers[index].first_chunk()
+            elif kind == "token":
+                chunk = writers[index].chunk(event.token)
+            elif kind == "finished":
+                finished.append(event.finished)
+                chunk = writers[index].last_chunk(event.finished)
+            else:  # clients raise it, and no [DONE] follows
+                yield _data(error_object(status_of_event(event.error.code), asked.renamed(event.error.message)))
+                return
+            if chunk:
+                yield _data(chunk)
+        if asked.usage:
+            yield _data(writers[0].usage_chunk(finished))
+        yield b"data: [DONE]\n\n"
+
+
+def _data(chunk: dict[str, Any]) -> bytes:
+    return f"data: {_JSON.encode(chunk)}\n\n".encode()

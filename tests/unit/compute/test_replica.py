@@ -1,0 +1,63 @@
+"""Where a replica runs and in which dtype, by its settings and its processor."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from services.common.errors import InvalidInput
+from services.common.settings import build_settings
+from services.compute import dtypes
+from services.compute.replica import ModelSettings
+
+
+def settings(**values: object) -> ModelSettings:
+    return build_settings(ModelSettings, {"checkpoint": "/c", "device": "cpu", **values})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_dtype_that_is_named_is_taken(dtype):
+    assert settings(dtype=dtype).place() == ("cpu", getattr(torch, dtype))
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_auto_is_bfloat16_where_the_processor_multiplies_in_it(native, monkeypatch):
+    monkeypatch.setattr(dtypes, "cpu_has_bfloat16", lambda: native)
+    assert settings().place() == ("cpu", torch.bfloat16 if native else torch.float32)
+    assert settings(device="cuda").place() == ("cuda", torch.bfloat16)
+    assert settings(device="cuda", dtype="float32").place() == ("cuda", torch.float32)
+
+
+def test_the_processor_is_asked():
+    flags = open("/proc/cpuinfo").read() if torch.backends.mkldnn.is_available() else ""
+    # Both switches take instructions away from one part of what multiplies.
+    limited = os.environ.keys() & {"ONEDNN_MAX_CPU_ISA", "FOCUSLLAVA_MARCH"}
+    assert dtypes.cpu_has_bfloat16() == ("avx512_bf16" in flags) or (limited and not dtypes.cpu_has_bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("stored", "device", "native", "expected"),
+    [
+        ("bfloat16", "cpu", True, torch.bfloat16),
+        ("bfloat16", "cpu", False, torch.float32),
+        ("float16", "cpu", True, torch.float32),
+        ("float32", "cpu", True, torch.float32),
+        ("float16", "cuda", False, torch.float16),
+        ("bfloat16", "cuda:1", False, torch.bfloat16),
+    ],
+)
+def test_stored_weights_keep_their_dtype_where_the_device_is_made_for_it(stored, device, native, expected, monkeypatch):
+    monkeypatch.setattr(dtypes, "cpu_has_bfloat16", lambda: native)
+    assert dtypes.dtype_of_stored(stored, device) == expected
+    assert getattr(torch, dtypes.dtype_name(expected)) == expected
+
+
+def test_a_strange_setting_is_refused_by_name():
+    with pytest.raises(InvalidInput, match="dtype.*'int8'"):
+        settings(dtype="int8")
+    with pytest.raises(InvalidInput, match="torch_threads: is 0"):
+        settings(torch_threads=0)
+    with pytest.raises(InvalidInput, match="device: is 'gpu', expected auto, cpu, cuda or another device of torch"):
+        settings(device="gpu")
