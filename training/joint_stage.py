@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,12 +12,9 @@ from transformers import AutoTokenizer
 
 from services.checkpoint.config import FocusLlavaConfig, VisionSamplerConfig
 from services.checkpoint.writer import save_checkpoint
-from services.common.errors import InvalidInput
 from services.llm.prompt import PromptRenderer
 from services.sampler.calibration import Seen, least_share, set_map_share
-from services.sampler.rivals.registry import layer_rival, map_rival
 from services.sampler.vision_guided import DROP
-from training.branch_controls import BranchControl
 from training.config import ConfigError, Count, RunConfig, build
 from training.data.branches import BranchBuilder
 from training.data.conversations import ConversationBatches
@@ -33,8 +29,6 @@ from training.joint_model import HeldShare, JointModel, LossWeights
 from training.layout import Sample
 from training.stochastic_prune import PruneSchedule
 
-WITH_EVIDENCE = ("scenes", "posters")
-"""Generators that know where an answer is seen."""
 KINDS_OF = {"scenes": KINDS, "posters": POSTER_KINDS}
 SHARE_BATCHES = 8
 """Batches that a held selector is set on when it is exported."""
@@ -50,13 +44,6 @@ class JointStage:
     """Whether the vision-guided sampler is on."""
     prune: dict[str, Any] = field(default_factory=dict)
     """Fields of PruneSchedule; empty trains without text-guided pruning."""
-    map_rival: dict[str, Any] = field(default_factory=dict)
-    """A rival in the vision-guided sampler's place, which is then off: its `name` in services/sampler/rivals, and its
-    options (budget, newline_rows)."""
-    layer_rival: dict[str, Any] = field(default_factory=dict)
-    """A rival in the text-guided sampler's place: `name` and options (budget; layers are the model's own)."""
-    branch_control: dict[str, Any] = field(default_factory=dict)
-    """Fields of BranchControl; empty leaves the choice to the selector."""
     hold: dict[str, Any] = field(default_factory=dict)
     """Fields of HeldShare; empty leaves the share to the balance loss. What is exported is set to that share."""
     fresh_selector: bool = False
@@ -74,11 +61,14 @@ class JointStage:
 
 
 class JointTask:
-    """Task of `training/pretrain.py` and `training/finetune.py`."""
+    """A joint stage on one worker. `training.experiments.task` adds what the paper does not have."""
+
+    stage_type: type[JointStage] = JointStage
+    """The dataclass that `run.stage` has the fields of."""
 
     def __init__(self, run: RunConfig):
         self.run = run
-        stage: JointStage = build(JointStage, run.stage, "stage.")
+        stage: JointStage = build(self.stage_type, run.stage, "stage.")
         self.stage = stage
         source = pathlib.Path(run.init_from) if run.init_from else None
         self._whole = whole = source is not None and (source / "config.json").exists()
@@ -86,13 +76,12 @@ class JointTask:
         # From nothing, the model's words are those of the scenes.
         self.tokenizer = AutoTokenizer.from_pretrained(str(source)) if whole else build_tokenizer()
         self.config = model_config(base, stage.model, self.tokenizer)
-        weights = loss_weights(stage)
         check_kinds(stage)
         check_switches(stage)
         schedule = prune_schedule(stage.prune, self.config.text_config.num_hidden_layers)
         self.module = JointModel(
             self.config,
-            weights=weights,
+            weights=build(LossWeights, stage.loss, "stage.loss."),
             schedule=schedule,
             vision_sampler=stage.vision_sampler,
             pad_id=self.tokenizer.pad_token_id,
@@ -100,7 +89,7 @@ class JointTask:
             selector_steps=run.optimizer.selector_steps,
             encoder_steps=run.optimizer.encoder_steps,
             hold=held_share(stage, self.config.vision_sampler),
-            **experiment(stage, self.config),
+            **self.hooks(),
         )
         if whole and source:
             load_joint(self.module, source, fresh_selector=stage.fresh_selector)
@@ -132,6 +121,10 @@ class JointTask:
                 self.config, self.builder, pathlib.Path(stage.data), seed=run.seed, images=run.samples_per_worker
             )
 
+    def hooks(self) -> dict[str, Any]:
+        """What stands at the joint model's hooks (`training.hooks`), by its argument's name: nothing."""
+        return {}
+
     def batch(self, step: int, rank: int, world_size: int) -> tuple[int, list[Sample]]:
         return rank, self.data.batch(step, rank, world_size)
 
@@ -158,22 +151,6 @@ class JointTask:
         set_map_share(sampler, seen, max(share, least_share(sampler, seen)))
 
 
-def loss_weights(stage: JointStage) -> LossWeights:
-    """Raises ConfigError for a grounding loss that has nothing to look for."""
-    weights: LossWeights = build(LossWeights, stage.loss, "stage.loss.")
-    if weights.grounding:
-        why = ""
-        if stage.data not in WITH_EVIDENCE:
-            why = f"data {stage.data!r} does not say where its answers are, {' and '.join(WITH_EVIDENCE)} do"
-        elif stage.vision_sampler or stage.prune or stage.map_rival or stage.layer_rival:
-            why = "needs all visual tokens: vision_sampler false; prune, map_rival and layer_rival empty"
-        elif not weights.taught_layers:
-            why = "needs grounding_layers or reading_layers"
-        if why:
-            raise ConfigError(f"stage.loss.grounding: {weights.grounding} {why}; 0 turns it off")
-    return weights
-
-
 def check_kinds(stage: JointStage) -> None:
     """Raises ConfigError for a weight of a kind that the generator does not ask, or one that is not positive."""
     kinds = KINDS_OF.get(stage.data)
@@ -198,8 +175,8 @@ def held_share(stage: JointStage, sampler: VisionSamplerConfig) -> HeldShare | N
         raise ConfigError(f"stage.hold.after: {held.after} is not a number of steps")
     if held.falls_from is not None and not 0 <= held.falls_from < held.after:
         raise ConfigError(f"stage.hold.falls_from: {held.falls_from} is not a step before after, {held.after}")
-    if not stage.vision_sampler or stage.branch_control:
-        raise ConfigError("stage.hold: holds the selector, set vision_sampler: true and leave branch_control empty")
+    if not stage.vision_sampler:
+        raise ConfigError("stage.hold: holds the selector, set vision_sampler: true")
     return held
 
 
@@ -229,36 +206,6 @@ def prune_schedule(fields: dict[str, Any], layers: int) -> PruneSchedule | None:
     if not 0 < low <= high <= 1:
         raise ConfigError(f"stage.prune.thresholds: {schedule.thresholds} is not an ascending pair in (0, 1]")
     return schedule
-
-
-def experiment(stage: JointStage, config: FocusLlavaConfig) -> dict[str, Any]:
-    """The stage's rivals and controls as arguments of JointModel. Raises ConfigError for those that exclude another."""
-    if stage.map_rival and stage.vision_sampler:
-        raise ConfigError("stage.map_rival: stands in the vision-guided sampler's place, set vision_sampler: false")
-    if stage.layer_rival and stage.prune:
-        raise ConfigError("stage.layer_rival: stands in the text-guided sampler's place, leave prune empty")
-    if stage.branch_control and not stage.vision_sampler:
-        raise ConfigError("stage.branch_control: controls the vision-guided sampler, set vision_sampler: true")
-    found: dict[str, Any] = {}
-    if stage.map_rival:
-        found["map_rival"] = _rival("stage.map_rival", map_rival, stage.map_rival)
-    if stage.layer_rival:
-        options = {"layers": config.text_config.num_hidden_layers, **stage.layer_rival}
-        found["layer_rival"] = _rival("stage.layer_rival", layer_rival, options)
-    if stage.branch_control:
-        control: BranchControl = build(BranchControl, stage.branch_control, "stage.branch_control.")
-        if control.name == "permuted":
-            raise ConfigError("stage.branch_control.name: 'permuted' is for evaluation, training has to choose")
-        control.check(len(config.vision_sampler.branches))
-        found["branch_control"] = control
-    return found
-
-
-def _rival(field: str, make: Callable[..., Any], options: dict[str, Any]) -> Any:
-    try:
-        return make(**options)
-    except (InvalidInput, TypeError) as error:
-        raise ConfigError(f"{field}: {error}") from None
 
 
 def model_config(base: dict[str, Any], changes: dict[str, Any], tokenizer: Any) -> FocusLlavaConfig:

@@ -21,11 +21,11 @@ from evaluation.scenes.scoring import GROUPS, Tally
 from evaluation.study.settings import Setting
 from services.encoder.reading import tiles_of
 from services.sampler.calibration import Seen, set_map_share
-from training.branch_controls import BranchControl, regions_touched
 from training.data.branches import Exchange
 from training.data.poster_boxes import content_boxes
 from training.data.posters import Poster, poster_at, render_poster
 from training.data.questions import QuestionAnswer
+from training.experiments.branch_controls import BranchControl, regions_touched
 from training.joint_model import Answers
 from training.joint_stage import JointTask
 from training.layout import Sample

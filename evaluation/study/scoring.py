@@ -15,7 +15,7 @@ from evaluation.scenes import PosterSplit
 from evaluation.study.evaluate import Scores, calibrate, evaluate
 from evaluation.study.settings import Setting
 from training.config import RunConfig, build
-from training.joint_stage import JointTask
+from training.experiments.task import ExperimentTask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +40,10 @@ class Job:
         return cls(**{**raw, "setting": Setting(**setting), "splits": tuple(raw["splits"])})
 
 
-def trained_task(config: dict[str, Any], weights: str) -> JointTask:
+def trained_task(config: dict[str, Any], weights: str) -> ExperimentTask:
     """The training's own task, filled with what it exported."""
     stage = {**config["stage"], "fresh_selector": False}
-    return JointTask(build(RunConfig, {**config, "init_from": weights, "stage": stage}))
+    return ExperimentTask(build(RunConfig, {**config, "init_from": weights, "stage": stage}))
 
 
 def score(job: Job) -> dict[str, Scores]:

@@ -9,9 +9,9 @@ from evaluation.study.scoring import Job
 from evaluation.study.settings import LEAST_LAYER_BUDGET, RIVAL_BUDGET, SETTINGS, START, coefficients, resolved
 from evaluation.study.tables import FIGURES, TABLES, settings_of
 from services.common.errors import InvalidInput
-from services.sampler.rivals.registry import LAYER_RIVALS, MAP_RIVALS
 from training.config import RunConfig, build
-from training.joint_stage import JointTask
+from training.experiments.rivals.registry import LAYER_RIVALS, MAP_RIVALS
+from training.experiments.task import ExperimentTask
 
 CHECKPOINT = pathlib.Path(__file__).parents[3] / "checkpoints/focusllava-tiny"
 
@@ -26,7 +26,7 @@ def study(tmp_path_factory):
 def test_a_setting_builds_into_what_it_says(study, setting):
     setting = resolved(setting, (0.2, 0.3, 0.5), 30.0) if setting.match else setting
     run = build(RunConfig, run_config(study, setting, 0))
-    task = JointTask(run)
+    task = ExperimentTask(run)
     model, stage = task.module, setting.stage
     assert (model.map_rival is not None, model.layer_rival is not None) == (
         "map_rival" in stage,
@@ -47,7 +47,7 @@ def test_a_setting_builds_into_what_it_says(study, setting):
         # Nothing of what the start's selector knows.
         assert not model.encoder.vision_guided_sampler.selector.linear.weight.any()
     if stage.get("map_rival", {}).get("name") == "random":
-        assert model.map_rival.budget == RIVAL_BUDGET and model.map_rival.newline_rows == 4
+        assert (model.map_rival.rival.budget, model.map_rival.rival.newline_rows) == (RIVAL_BUDGET, 4)
     assert (model.branch_control is not None) == ("branch_control" in stage)
     selector = model.encoder.vision_guided_sampler.selector.linear.weight
     assert setting.selects == (model.vision_sampler and selector.requires_grad)

@@ -12,7 +12,7 @@ row of regions.
 rival's own text says otherwise. `ReducedMap` counts with and without newlines.
 
 Legend: H, W feature map, D width, N base-tile tokens, S tokens out (newlines among them), K tokens out (newlines
-apart), G heads of the vision tower, d head width, E width of a space that images and texts share.
+apart), G heads of the vision tower, d head width.
 """
 
 from __future__ import annotations
@@ -41,10 +41,6 @@ class RivalInput:
     """Keys of the same layer."""
     content_hash: str | None = None
     """Names the image; a random choice is seeded by it."""
-    aligned_HWE: torch.Tensor | None = None
-    """Patch embeddings in a space that they share with texts (CLIP's, after its visual projection)."""
-    text_E: torch.Tensor | None = None
-    """The question's embedding in that space."""
 
 
 @dataclass(frozen=True, kw_only=True)

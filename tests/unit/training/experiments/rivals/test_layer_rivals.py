@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from services.common.errors import InvalidInput
-from services.sampler.rivals.fastv import FastV
-from services.sampler.rivals.layers import asking_tokens, converted_share, keep_stage
-from services.sampler.rivals.pyramid_drop import PyramidDrop
-from services.sampler.rivals.registry import LAYER_RIVALS, layer_rival
+from training.experiments.rivals.fastv import FastV
+from training.experiments.rivals.layers import asking_tokens, converted_share, keep_stage
+from training.experiments.rivals.pyramid_drop import PyramidDrop
+from training.experiments.rivals.registry import LAYER_RIVALS, layer_rival
 
 
 @pytest.mark.parametrize("rival", [FastV(), PyramidDrop()])

@@ -7,7 +7,7 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from services.common.errors import InvalidInput
-from services.sampler.rivals.tower import attention_received
+from training.experiments.rivals.tower import attention_received
 
 
 @pytest.mark.parametrize("source", ["cls", "patches"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -16,10 +17,38 @@ from services.common.types import ImageTiles
 from services.encoder.anyres import join_tiles
 from services.encoder.model import EncodedImage, EncoderModel
 from services.encoder.vision_tower import feature_depth
-from services.sampler.rivals.base import MapRival, RivalInput
-from services.sampler.rivals.layers import LayerRival, keep_stage
-from services.sampler.rivals.tower import Source, attention_received
 from services.sampler.text_guided import apply_rotary
+from training.experiments.rivals.base import MapRival, RivalInput
+from training.experiments.rivals.layers import LayerRival, Stages, asking_tokens, keep_stage
+from training.experiments.rivals.tower import Source, attention_received
+from training.layout import TextBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class InEncoder:
+    """A rival on the feature map as the joint model takes it (`training.hooks.MapHook`)."""
+
+    rival: MapRival
+
+    def __call__(self, encoder: EncoderModel, images: Sequence[ImageTiles]) -> list[EncodedImage]:
+        return encode_with_rival(encoder, images, self.rival)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InDecoder:
+    """A rival inside the language model as the joint model takes it (`training.hooks.LayerHook`)."""
+
+    rival: LayerRival
+
+    @property
+    def stages(self) -> Stages:
+        return self.rival.stages
+
+    def keep(self, share: float, layer: nn.Module, hidden_RSD: torch.Tensor, cos_RSd: torch.Tensor,
+             sin_RSd: torch.Tensor, text: TextBatch, before: int, present_R: list[int],
+             totals_R: list[int]) -> list[torch.Tensor]:  # fmt: skip
+        asking_RT = asking_tokens(self.rival.asks, text.instruction_BQT, text.answer_start_BQ).flatten(0, 1)
+        return drop(self.rival, share, layer, hidden_RSD, cos_RSd, sin_RSd, asking_RT, before, present_R, totals_R)
 
 
 def encode_with_rival(encoder: EncoderModel, images: Sequence[ImageTiles], rival: MapRival) -> list[EncodedImage]:
@@ -103,12 +132,3 @@ def drop(rival: LayerRival, share: float, layer: nn.Module, hidden_RSD: torch.Te
         key = apply_rotary(attention.k_proj(normed).unflatten(-1, heads), cos, sin)[len(asking) :]
         kept.append(keep_stage(rival.importance(query, key, attention.scaling), share, total))
     return kept
-
-
-def stage_index(
-    kept_R: list[torch.Tensor], before: int, starts_R: torch.Tensor, length: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each row's new sequence comes from in its old one, [R, S'], and where its branch starts now, [R]."""
-    words, branch = torch.arange(before), torch.arange(length)
-    rows = [torch.cat((words, before + kept, start + branch)) for kept, start in zip(kept_R, starts_R, strict=True)]
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([before + len(kept) for kept in kept_R])

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 
 from services.common.errors import InvalidInput
-from services.sampler.rivals.base import check_share
-from services.sampler.rivals.layers import Asks, Stages, check_asks, check_layers, mean_attention
+from training.experiments.rivals.base import check_share
+from training.experiments.rivals.layers import Asks, Stages, check_asks, check_layers, mean_attention
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from services.sampler.rivals.base import ReducedMap, RivalInput, check_newline_rows, check_share, emit
+from training.experiments.rivals.base import ReducedMap, RivalInput, check_newline_rows, check_share, emit
 
 
 def kernel_within(budget: float) -> tuple[int, int]:

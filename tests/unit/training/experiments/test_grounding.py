@@ -7,8 +7,11 @@ import torch
 
 from services.common.types import ImageTiles
 from services.encoder.model import EncodedImage
+from tests.tiny_training import tiny_run
 from training import layout
-from training.grounding import Evidence, evidence_tokens, grounding_loss, reading_loss
+from training.config import ConfigError, build
+from training.experiments.grounding import Evidence, evidence_tokens, grounding_loss, reading_loss
+from training.experiments.task import ExperimentStage, ExperimentTask, grounding
 from training.layout import Branch, Sample, attention_mask, branched_attention, pack_text, positions
 
 WORDS, VISUAL = 2, 5
@@ -102,3 +105,34 @@ def test_branched_attention_is_attention_with_the_whole_mask(monkeypatch):
     scores = 0.3 * query @ key.repeat_interleave(2, 1).transpose(-1, -2)
     scores = scores.masked_fill(~torch.cat((rows.unsqueeze(1), mask), 2), -torch.inf)
     torch.testing.assert_close(got, (scores.softmax(-1) @ value.repeat_interleave(2, 1)).transpose(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ({"data": "mine.json"}, "stage.grounding: data 'mine.json' does not say where its answers are"),
+        ({"prune": {"layers": [1, 2]}}, "stage.grounding: needs all visual tokens"),
+        ({"vision_sampler": True}, "stage.grounding: needs all visual tokens"),
+        ({"map_rival": {"name": "random"}}, "stage.grounding: needs all visual tokens"),
+        ({"grounding": {"weight": 0.6}}, "stage.grounding: needs layers or reading_layers"),
+        ({"grounding": {"layers": [1]}}, "stage.grounding.weight: is missing"),
+    ],
+)
+def test_a_loss_that_has_nothing_to_look_for_is_refused(stage, message):
+    base = {"data": "posters", "vision_sampler": False, "grounding": {"weight": 0.6, "layers": [1]}}
+    assert grounding(build(ExperimentStage, base)).taught_layers == {1}
+    with pytest.raises(ConfigError, match=message):
+        grounding(build(ExperimentStage, {**base, **stage}))
+
+
+def test_the_loss_joins_the_language_loss(tmp_path):
+    stage = {"vision_sampler": False, "prune": {}}
+    lesson = {"weight": 0.5, "layers": [2], "reading_layers": [1]}
+    losses = {}
+    for name, changes in (("plain", {}), ("taught", {"grounding": lesson})):
+        torch.manual_seed(0)
+        task = ExperimentTask(tiny_run(str(tmp_path), stage={**stage, **changes}))
+        losses[name], metrics = task.module(task.batch(0, 0, 1), 0)
+    assert losses["taught"].item() == pytest.approx(losses["plain"].item() + 0.5 * metrics["grounding"], rel=1e-5)
+    losses["taught"].backward()
+    assert metrics["grounding"] > 0 and task.module.language_model.model.layers[1].self_attn.q_proj.weight.grad.any()

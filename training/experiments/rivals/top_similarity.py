@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from services.common.errors import InvalidInput
-from services.sampler.rivals.base import ReducedMap, RivalInput, check_newline_rows, check_share, emit_kept
 from services.sampler.text_guided import keep_by_ratio
+from training.experiments.rivals.base import ReducedMap, RivalInput, check_newline_rows, check_share, emit_kept
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from services.sampler.rivals.base import ReducedMap, RivalInput, check_newline_rows, check_share, emit_kept, needed
 from services.sampler.text_guided import kept_by_ratio
+from training.experiments.rivals.base import ReducedMap, RivalInput, check_newline_rows, check_share, emit_kept, needed
 
 
 @dataclass(frozen=True, kw_only=True)

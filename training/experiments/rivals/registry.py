@@ -7,16 +7,15 @@ from functools import partial
 from typing import Any
 
 from services.common.errors import InvalidInput
-from services.sampler.rivals.base import MapRival
-from services.sampler.rivals.downsample import Downsample
-from services.sampler.rivals.fastv import FastV
-from services.sampler.rivals.layers import LayerRival
-from services.sampler.rivals.prumerge import PruMergePlus
-from services.sampler.rivals.pyramid_drop import PyramidDrop
-from services.sampler.rivals.random_keep import RandomKeep
-from services.sampler.rivals.top_similarity import TopSimilarity
-from services.sampler.rivals.trim import Trim
-from services.sampler.rivals.visionzip import VisionZip
+from training.experiments.rivals.base import MapRival
+from training.experiments.rivals.downsample import Downsample
+from training.experiments.rivals.fastv import FastV
+from training.experiments.rivals.layers import LayerRival
+from training.experiments.rivals.prumerge import PruMergePlus
+from training.experiments.rivals.pyramid_drop import PyramidDrop
+from training.experiments.rivals.random_keep import RandomKeep
+from training.experiments.rivals.top_similarity import TopSimilarity
+from training.experiments.rivals.visionzip import VisionZip
 
 MAP_RIVALS: dict[str, Callable[..., MapRival]] = {
     "top_similarity": TopSimilarity,
@@ -25,7 +24,6 @@ MAP_RIVALS: dict[str, Callable[..., MapRival]] = {
     "uniform_max": partial(Downsample, reduce="max"),
     "visionzip": VisionZip,
     "prumerge_plus": PruMergePlus,
-    "trim": Trim,
 }
 """Options: `budget` (share of the map's tokens, 0.25), `newline_rows` (1), and each rival's own."""
 LAYER_RIVALS: dict[str, Callable[..., LayerRival]] = {

@@ -1,4 +1,4 @@
-"""A grounding loss for pre-training from nothing: look where the answer is.
+"""A grounding loss, for pre-training a small model from nothing: it is to look where the answer is.
 
 Not in the paper, which starts from models that already ground words in images. -log of the attention mass that the
 tokens which predict the answer, and the instruction's words, put on the visual tokens of the evidence, averaged
@@ -8,6 +8,8 @@ over heads. Before that, in `reading_layers`, the last prompt token is to read t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -15,8 +17,39 @@ from torch import nn
 
 from services.encoder.model import EncodedImage
 from services.sampler.text_guided import apply_rotary
+from training.config import Amount
 from training.data.fonts import Box
 from training.layout import Sample, TextBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grounding:
+    """Settings of the loss, and the loss as the joint model takes it (`training.hooks.AttentionLossHook`)."""
+
+    weight: Amount
+    layers: tuple[int, ...] = ()
+    """Layers in which the answer's tokens and the question's words are to look at the evidence."""
+    reading_layers: tuple[int, ...] = ()
+    """Layers below them, in which the last prompt token is to read the question."""
+
+    @property
+    def taught_layers(self) -> set[int]:
+        return {*self.layers, *self.reading_layers}
+
+    def evidence(self, samples: Sequence[Sample], encoded: Sequence[EncodedImage]) -> list[list[Evidence | None]]:
+        """The evidence of each image's branches."""
+        return [evidence_tokens(*pair) for pair in zip(samples, encoded, strict=True)]
+
+    def losses(self, index: int, layer: nn.Module, hidden_BSD: torch.Tensor, cos_BSd: torch.Tensor,
+               sin_BSd: torch.Tensor, mask_B1RS: torch.Tensor, text: TextBatch, prefix: int,
+               evidence: list[list[Evidence | None]]) -> list[torch.Tensor]:  # fmt: skip
+        attention = branch_attention(layer, hidden_BSD, cos_BSd, sin_BSd, mask_B1RS, text, prefix)
+        found = []
+        if index in self.reading_layers:
+            found.append(reading_loss(attention, text, prefix))
+        if index in self.layers:
+            found.append(grounding_loss(attention, text, evidence))
+        return found
 
 
 class Evidence(NamedTuple):

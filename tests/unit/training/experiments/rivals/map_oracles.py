@@ -4,10 +4,10 @@ import math
 
 import torch
 
-from services.sampler.rivals.base import RivalInput
-from services.sampler.rivals.downsample import kernel_within
+from training.experiments.rivals.base import RivalInput
+from training.experiments.rivals.downsample import kernel_within
 
-D, N, HEADS, WIDTH, E = 6, 4, 3, 5, 7
+D, N, HEADS, WIDTH = 6, 4, 3, 5
 SIZES = [(1, 1), (3, 2), (5, 7), (8, 8), (13, 6), (1, 9)]
 BUDGETS = [0.1, 0.25, 0.5, 1.0]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -37,8 +37,6 @@ def image(size, dtype=torch.float32, kind="plain", seed=0):
         attention_HW=torch.ones(height, width) if kind == "flat" else attention,
         key_HWGd=key.to(dtype) if kind != "plain" else draw(height, width, HEADS, WIDTH),
         content_hash=f"image {seed}",
-        aligned_HWE=draw(height, width, E) if kind == "plain" else key[:, :, 0, :].repeat(1, 1, 2)[..., :E].to(dtype),
-        text_E=torch.eye(E)[0].to(dtype) if kind != "plain" else draw(E),
     )
 
 
@@ -166,30 +164,10 @@ def naive_prumerge(given, budget):
     return cells
 
 
-def naive_trim(given, budget):
-    tokens, text = rows(given.map_HWD), given.text_E.double().tolist()
-    scores = [cosine(a, text) for a in rows(given.aligned_HWE)]
-    count = len(tokens)
-    if budget is None:
-        whole = sum(math.exp(s) for s in scores)
-        kept = best(scores, max(standing_out([math.exp(s) / whole for s in scores]), 1))
-        appended = True
-    else:
-        total = share_of(count, budget)
-        kept = best(scores, total if total == count else max(total - 1, 1))
-        appended = total > 1
-    rest = [tokens[j] for j in range(count) if j not in kept]
-    cells = [(j, tokens[j]) for j in sorted(kept)]
-    if rest and appended:
-        cells.append((cells[-1][0], [sum(t[d] for t in rest) / len(rest) for d in range(D)]))
-    return cells
-
-
 NAIVE = {
     "top_similarity": naive_top_similarity,
     "uniform_mean": lambda given, budget: naive_pool(given, budget, lambda v: sum(v) / len(v)),
     "uniform_max": lambda given, budget: naive_pool(given, budget, max),
     "visionzip": naive_visionzip,
     "prumerge_plus": naive_prumerge,
-    "trim": naive_trim,
 }

@@ -26,7 +26,8 @@ import torch
 from torch import nn
 
 from services.common.errors import InvalidInput
-from services.sampler.rivals.base import (
+from services.sampler.text_guided import kept_by_ratio
+from training.experiments.rivals.base import (
     ReducedMap,
     RivalInput,
     check_newline_rows,
@@ -36,8 +37,7 @@ from services.sampler.rivals.base import (
     others,
     spread,
 )
-from services.sampler.rivals.tower import Source, check_source
-from services.sampler.text_guided import kept_by_ratio
+from training.experiments.rivals.tower import Source, check_source
 
 
 @dataclass(frozen=True, kw_only=True)

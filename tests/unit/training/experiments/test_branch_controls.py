@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from tests.tiny_training import tiny_run
-from training.branch_controls import BranchControl, regions_touched
 from training.config import ConfigError
 from training.data.poster_boxes import content_boxes
 from training.data.posters import poster_at
-from training.joint_stage import JointTask
+from training.experiments.branch_controls import BranchControl, regions_touched
+from training.experiments.task import ExperimentTask
 
 SAMPLER = {"base_grid": [8, 8], "selector_input": "region", "probability_gate": "counterfactual"}
 
@@ -18,7 +18,7 @@ SAMPLER = {"base_grid": [8, 8], "selector_input": "region", "probability_gate": 
 def task_of(folder, **control):
     torch.manual_seed(5)
     stage = {"data": "posters", "prune": {}, "branch_control": control, "loss": {"balance": 0.0}}
-    task = JointTask(tiny_run(str(folder), stage=stage))
+    task = ExperimentTask(tiny_run(str(folder), stage=stage))
     # A selector that tells regions apart, for one at its start sends all to the same branch.
     torch.nn.init.normal_(task.module.encoder.vision_guided_sampler.selector.linear.weight)
     return task
@@ -110,6 +110,7 @@ def test_the_balance_loss_trains_a_selector_without_task_gradient(tmp_path):
         ({"branch_control": {"name": "uniform", "branch": 3}}, "branch_control.branch: 3"),
         ({"branch_control": {"name": "permuted"}}, "for evaluation"),
         ({"branch_control": {"name": "oracle"}, "vision_sampler": False}, "set vision_sampler: true"),
+        ({"hold": {"share": 0.5}, "branch_control": {"name": "oracle"}}, "leave branch_control empty"),
         ({"map_rival": {"name": "random"}}, "set vision_sampler: false"),
         ({"map_rival": {"name": "best"}, "vision_sampler": False}, "stage.map_rival: rival: is 'best'"),
         ({"layer_rival": {"name": "fastv", "budget": 0.6}}, "leave prune empty"),
@@ -118,7 +119,7 @@ def test_the_balance_loss_trains_a_selector_without_task_gradient(tmp_path):
 )  # fmt: skip
 def test_mistakes_are_named(tmp_path, stage, message):
     with pytest.raises(ConfigError, match=message):
-        JointTask(tiny_run(str(tmp_path), stage=stage))
+        ExperimentTask(tiny_run(str(tmp_path), stage=stage))
 
 
 def test_a_box_on_a_border_touches_one_side_only():

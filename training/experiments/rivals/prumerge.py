@@ -28,7 +28,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from services.sampler.rivals.base import (
+from services.sampler.text_guided import kept_by_ratio
+from training.experiments.rivals.base import (
     ReducedMap,
     RivalInput,
     check_newline_rows,
@@ -39,8 +40,7 @@ from services.sampler.rivals.base import (
     outliers,
     spread,
 )
-from services.sampler.rivals.tower import Source, check_source
-from services.sampler.text_guided import kept_by_ratio
+from training.experiments.rivals.tower import Source, check_source
 
 
 @dataclass(frozen=True, kw_only=True)

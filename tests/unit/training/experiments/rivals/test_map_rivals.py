@@ -6,10 +6,20 @@ import pytest
 import torch
 
 from services.common.errors import InvalidInput
-from services.sampler.rivals.downsample import kernel_within
-from services.sampler.rivals.prumerge import PruMergePlus
-from services.sampler.rivals.registry import MAP_RIVALS, map_rival
-from tests.unit.rivals.map_oracles import BUDGETS, DTYPES, KINDS, NAIVE, SIZES, D, check, image, share_of
+from tests.unit.training.experiments.rivals.map_oracles import (
+    BUDGETS,
+    DTYPES,
+    KINDS,
+    NAIVE,
+    SIZES,
+    D,
+    check,
+    image,
+    share_of,
+)
+from training.experiments.rivals.downsample import kernel_within
+from training.experiments.rivals.prumerge import PruMergePlus
+from training.experiments.rivals.registry import MAP_RIVALS, map_rival
 
 
 @pytest.mark.parametrize("name", NAIVE)
@@ -22,7 +32,7 @@ def test_equals_the_naive_loop(name, budget, kind, dtype):
         check(given, map_rival(name, budget=budget)(given), NAIVE[name](given, budget))
 
 
-@pytest.mark.parametrize("name", ["prumerge_plus", "trim"])
+@pytest.mark.parametrize("name", ["prumerge_plus"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_a_budget_the_image_decides(name, kind):
     counts = set()
@@ -68,7 +78,7 @@ def test_a_budget_of_one_keeps_the_map_as_the_unsampled_model_lays_it_out(name, 
         assert torch.equal(map_rival(name, budget=1.0)(given).tokens_SD, whole)
 
 
-@pytest.mark.parametrize("name", ["top_similarity", "random", "visionzip", "prumerge_plus", "trim"])
+@pytest.mark.parametrize("name", ["top_similarity", "random", "visionzip", "prumerge_plus"])
 def test_a_budget_is_met_exactly(name):
     for size in SIZES:
         for budget in (0.1, 0.25, 0.37, 0.5):
@@ -93,7 +103,7 @@ def test_gradients_reach_what_came_out_and_the_newline(name):
     reduced.tokens_SD.sum().backward()
     reached = given.map_HWD.grad.flatten(0, 1).abs().sum(1) > 0
     # Means and merges take from every token; a maximum not from the cell's first.
-    assert reached.all() == (name in ("uniform_mean", "visionzip", "trim"))
+    assert reached.all() == (name in ("uniform_mean", "visionzip"))
     assert name == "uniform_max" or reached[reduced.source_S[reduced.source_S >= 0]].all()
     torch.testing.assert_close(given.newline_D.grad, torch.full((D,), float(reduced.newlines)))
 
@@ -143,8 +153,6 @@ def test_cosine_similarity_forgets_length():
         ("visionzip", "key_HWGd"),
         ("prumerge_plus", "attention_HW"),
         ("prumerge_plus", "key_HWGd"),
-        ("trim", "text_E"),
-        ("trim", "aligned_HWE"),
     ],
 )
 def test_what_is_missing_is_named(name, field):

@@ -9,7 +9,6 @@ Legend: M regions in raster order, K branches, finest first.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -17,9 +16,9 @@ import torch
 
 from services.sampler.vision_guided import Choice
 from training.config import ConfigError
+from training.layout import Boxes
 
 ControlName = Literal["random", "uniform", "oracle", "no_task_gradient", "permuted"]
-Boxes = Sequence[tuple[float, float, float, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
