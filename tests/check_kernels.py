@@ -2,7 +2,7 @@
 
     python -m tests.check_kernels      # one JSON line
 
-A process of its own: what oneDNN, torch and our build may use is settled once a process, by environment variables.
+It runs as a process of its own: environment variables settle once a process what oneDNN, torch and our build may use.
 """
 
 from __future__ import annotations

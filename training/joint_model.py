@@ -54,12 +54,12 @@ class HeldShare:
     """
 
     share: float
-    """Of a batch's maps, at most and nearly; 0 to 1."""
+    """The share of a batch's maps to leave, 0 to 1; what is left is as near to it as can be, and never above."""
     after: int = 0
-    """Steps without it."""
+    """Steps before the share is held."""
     falls_from: int | None = None
-    """The step from which the share held falls evenly, from the whole map, to reach it after `after` steps; None is at
-    once. At its start a selector cannot tell regions apart, and none could be chosen: give it ten steps."""
+    """The step from which the share held falls evenly, from the whole map, to reach it after `after` steps; None
+    jumps to it. At its start a selector cannot tell regions apart, so none could be chosen: give it ten steps."""
 
     def at(self, step: int) -> float | None:
         """The share of a step, None where it is the selector's own."""

@@ -47,7 +47,7 @@ class TooLarge(FocusError):
 
 
 class Overloaded(FocusError):
-    """No room now; a later try may succeed."""
+    """There is no room now; a later try may succeed."""
 
     code = Code.RESOURCE_EXHAUSTED
 

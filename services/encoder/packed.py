@@ -1,6 +1,6 @@
-"""The vision tower and projector of a CPU, frozen: weights packed, one product for queries, keys and values.
+"""The frozen vision tower and projector on a CPU: weights packed, one product for queries, keys and values.
 
-Residuals and the projector's GELU stay passes of their own: oneDNN can compute them inside a product, but no sooner.
+Residuals and the projector's GELU stay passes of their own: oneDNN can compute them inside a product, but no faster.
 The patch convolution stays one: as a packed product it was no faster either.
 
 Legend: T tiles, N tokens of a tile, C ViT width.
@@ -39,7 +39,7 @@ class PackedLayer(nn.Module):
 
 
 def quick_gelu_(x: torch.Tensor) -> torch.Tensor:
-    """x * sigmoid(1.702 * x) in place: it is softplus' derivative times x, of which torch has a kernel of one pass."""
+    """x * sigmoid(1.702 * x) in place, by torch's one-pass kernel of softplus' derivative times x."""
     # Past the threshold of 20 the kernel takes the sigmoid to be 1, as it is in fp32.
     return torch.ops.aten.softplus_backward.grad_input(x, x, 1.702, 20.0, grad_input=x)
 

@@ -17,7 +17,7 @@ Answers = dict[str, tuple[list[int], str, FinishedEvent]]
 
 
 def alone(family: str, requests: Sequence[GenerateRequest]) -> Answers:
-    """Each in an engine that has nothing else to do, its prompt in one piece."""
+    """Answers of engines that run one request each, its prompt in one piece."""
     plain = tiny_llm.engine(family, prefix_reuse=False)
     answers: Answers = {}
     for asked in requests:
@@ -33,7 +33,7 @@ def alone(family: str, requests: Sequence[GenerateRequest]) -> Answers:
 
 
 def arriving(engine: Engine, requests: Sequence[GenerateRequest]) -> Answers:
-    """Some arrive together, some while others run."""
+    """Answers to requests of which some arrive together, some while others run."""
     events: list[tuple[str, Any]] = []
     waiting, step = list(requests), 0
     while waiting or engine.has_work():

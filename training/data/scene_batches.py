@@ -34,7 +34,7 @@ class Curriculum:
     """Small images first: among fewer patches, where to look is learned in fewer and cheaper steps."""
 
     steps: int = 0
-    """How long; then images of every size."""
+    """Steps that it lasts; images of every size follow."""
     max_tiles: int = 4
     """Most tiles of an image meanwhile, the base tile not counted."""
     panel: str = ""

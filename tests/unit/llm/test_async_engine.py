@@ -95,7 +95,7 @@ async def test_a_request_that_waits_can_be_cancelled() -> None:
 
 
 async def test_requests_cancelled_before_their_intake_are_never_read(monkeypatch) -> None:
-    """Three hundred that wait behind a slow one: the threads of the intake are few."""
+    """Three hundred wait behind a slow one: the threads of the intake are few."""
     async with running() as engine:
         read: list[str] = []
         slow = threading.Event()

@@ -1,4 +1,4 @@
-"""The GPU's path but for the numbers (test_llm_kernels.py): its calls, its machine code, an engine that runs on it."""
+"""The GPU's path but for the numbers (test_kernels.py): its calls, its machine code, an engine that runs on it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path: pathlib.Path, 
 
 
 def test_prefill_calls_torchs_flash_attention_as_it_is_declared() -> None:
-    """On meta tensors, through the operator that torch registers."""
+    """Calls it on meta tensors, through the operator that torch registers."""
     from torch.nn.attention.varlen import varlen_attn
 
     pytest.importorskip("triton", reason=gpu.NO_TRITON)
@@ -74,7 +74,7 @@ def test_rotary_embedding_in_place(tokens: int, heads: int, width: int) -> None:
 
 @pytest.mark.parametrize("tokens, width", [(0, 8), (1, 8), (3, 1100)])
 def test_gate_in_place(tokens: int, width: int) -> None:
-    """Of the two halves of one product."""
+    """Gate and up are the two halves of one product."""
     whole = torch.randn(tokens, 2 * width, dtype=gpu.DTYPE, device=gpu.DEVICE).mul_(4)
     gate, up = whole.split(width, dim=1)
     expected, rest = torch.nn.functional.silu(gate.double()) * up.double(), up.clone()

@@ -13,7 +13,7 @@ from tests import tiny_llm
 
 
 def make(layers: int = 6, prune_layer: int = 2, blocks: int = 20, block_size: int = 4, **options: bool) -> KVCache:
-    """With room for so many blocks of unpruned tokens."""
+    """A KV cache with room for so many blocks of unpruned tokens."""
 
     def build(kv_cache_bytes: int) -> KVCache:
         return KVCache(
