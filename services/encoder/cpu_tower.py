@@ -1,7 +1,8 @@
 """The vision tower and projector of a CPU, frozen, with its weights in oneDNN's own layout.
 
-Queries, keys and values are one product. Residuals and the projector's GELU stay passes of their own: oneDNN can compute them inside a product, but no sooner.
-The patch convolution stays one: as a product of oneDNN's it was no faster either.
+Queries, keys and values are one product. Residuals and the projector's GELU stay passes of their own: oneDNN can
+compute them inside a product, but no sooner. The patch convolution stays one: as a product of oneDNN's it was no faster
+either.
 
 Legend: T tiles, N tokens of a tile, C ViT width.
 """

@@ -61,7 +61,8 @@ class DecodeBatch:
 
     def most_blocks(self, context: int) -> int:
         """The widest that `rows` can be, for a model of so many tokens of context."""
-        return min(self.cache.blocks(context), self.cache.num_slots) + SPARE_BLOCKS  # a request needs a slot a block
+        # A request needs a buffer of hidden states a block.
+        return min(self.cache.blocks(context), self.cache.num_buffers) + SPARE_BLOCKS
 
     def _groups(self) -> list[tuple[int, torch.Tensor]]:
         return list(enumerate(self._rows_LnB))
