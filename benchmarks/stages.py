@@ -119,7 +119,7 @@ class Stages:
         self._setting, self._new_tokens = setting, new_tokens
         self._usage, self._peak_pages = {}, 0
         seconds, timelines = closed_loop(self, requests, concurrency)
-        peak = self._peak_pages * self.engine.stats().kv_block_bytes
+        peak = self._peak_pages * self.engine.stats().kv_page_bytes
         return Turn(seconds=seconds, timelines=timelines, usage=self._usage, peak_kv_bytes=peak)
 
     def add(self, request: int) -> None:
@@ -134,7 +134,7 @@ class Stages:
                 self.engine.submit(question(str(request), image, self._setting, self._new_tokens))
         events = self.engine.step()
         stats = self.engine.stats()
-        self._peak_pages = max(self._peak_pages, stats.kv_blocks_used)
+        self._peak_pages = max(self._peak_pages, stats.kv_pages_used)
         for request_id, event in events:
             if isinstance(event, TokenEvent):
                 yield Progress(request=int(request_id), new_tokens=len(event.token_ids))
@@ -166,5 +166,5 @@ def mean_usage(turns: Iterable[Turn]) -> dict[str, float]:
     """Means over all requests of what `Usage` accounts for."""
     usages = [usage for turn in turns for usage in turn.usage.values()]
     names = ("prompt_tokens", "visual_tokens_uncompressed", "visual_tokens_sampled", "visual_tokens_kept",
-             "converted_share", "kv_bytes", "kv_bytes_unpruned")  # fmt: skip
+             "converted_share", "kv_bytes", "kv_unpruned_bytes")  # fmt: skip
     return {name: sum(getattr(usage, name) for usage in usages) / len(usages) for name in names}

@@ -234,7 +234,7 @@ class Usage:
     num_layers: int = 0
     kv_bytes: int = 0
     """Bytes of KV cache that the request's tokens held at its end."""
-    kv_bytes_unpruned: int = 0
+    kv_unpruned_bytes: int = 0
     """What the same tokens would have held with no text-guided pruning."""
     time_to_first_token_s: float = 0.0
 

@@ -11,7 +11,7 @@ from services.common.errors import FocusError
 T = TypeVar("T")
 
 
-class Answer:
+class Replay:
     """What the caller has of an answer, and how far the try under way has come in repeating it."""
 
     def __init__(self) -> None:

@@ -30,7 +30,7 @@ from services.common.grpc_status import replica_is_lost
 from services.common.settings import require
 from services.common.telemetry import Metrics
 from services.common.types import ImageOptions
-from services.gateway.replay import Answer
+from services.gateway.replay import Replay
 
 _log = logging.getLogger("focusllava")
 
@@ -215,7 +215,7 @@ class LanguageModelClient(_Stage):
         seed): the new stream's text and tokens must begin with what was sent, and only the rest is passed on.
         """
         repeatable = request.sampling.temperature == 0 or request.sampling.HasField("seed")
-        answer = Answer()
+        answer = Replay()
         for attempt in range(self.address.attempts):
             try:
                 async with contextlib.aclosing(self._attempt(request, attempt, answer, deadline)) as events:
@@ -233,7 +233,7 @@ class LanguageModelClient(_Stage):
             await self._pause(attempt, failure, deadline)
 
     async def _attempt(
-        self, request: llm_pb2.GenerateRequest, attempt: int, answer: Answer, deadline: Deadline
+        self, request: llm_pb2.GenerateRequest, attempt: int, answer: Replay, deadline: Deadline
     ) -> AsyncGenerator[llm_pb2.GenerateResponse, None]:
         if attempt:  # the lost try may still be in flight under its own id
             again = llm_pb2.GenerateRequest()

@@ -27,7 +27,7 @@ def usage_to_proto(usage: Usage) -> llm_pb2.Usage:
         num_layers=usage.num_layers,
         converted_share_percent=100 * usage.converted_share,
         kv_bytes=usage.kv_bytes,
-        kv_unpruned_bytes=usage.kv_bytes_unpruned,
+        kv_unpruned_bytes=usage.kv_unpruned_bytes,
         time_to_first_token_ms=1000 * usage.time_to_first_token_s,
     )
 
@@ -42,7 +42,7 @@ def usage_from_proto(message: llm_pb2.Usage) -> Usage:
         prune_layer=message.prune_layer,
         num_layers=message.num_layers,
         kv_bytes=message.kv_bytes,
-        kv_bytes_unpruned=message.kv_unpruned_bytes,
+        kv_unpruned_bytes=message.kv_unpruned_bytes,
         time_to_first_token_s=message.time_to_first_token_ms / 1000,
     )
 
