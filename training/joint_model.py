@@ -11,13 +11,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from services.checkpoint.config import FocusLlavaConfig
+from services.common.errors import InvalidInput
+from services.common.settings import Amount, Share, Steps
 from services.encoder.model import EncodedImage, EncoderModel
 from services.sampler.balance import balance_loss
 from services.sampler.calibration import finer_for_share
 from services.sampler.rivals.base import MapRival
 from services.sampler.rivals.layers import LayerRival, asking_tokens
 from training.branch_controls import BranchControl
-from training.config import Amount, Steps
 from training.grounding import Evidence, branch_attention, evidence_tokens, grounding_loss, reading_loss
 from training.layout import ATTENTION_NAME, Sample, TextBatch, attention_mask, pack_text, positions
 from training.rivals import drop, encode_with_rival, stage_index
@@ -53,13 +54,17 @@ class HeldShare:
     the detail. Without it a selector drifts once the questions are learned, each seed its own way.
     """
 
-    share: float
+    share: Share
     """The share of a batch's maps to leave, 0 to 1; what is left is as near to it as can be, and never above."""
-    after: int = 0
+    after: Steps = 0
     """Steps before the share is held."""
-    falls_from: int | None = None
+    falls_from: Steps | None = None
     """The step from which the share held falls evenly, from the whole map, to reach it after `after` steps; None
     jumps to it. At its start a selector cannot tell regions apart, so none could be chosen: give it ten steps."""
+
+    def __post_init__(self) -> None:
+        if self.falls_from is not None and not self.falls_from < self.after:
+            raise InvalidInput(f"is {self.falls_from}, expected a step before after, {self.after}", field="falls_from")
 
     def at(self, step: int) -> float | None:
         """The share of a step, None where it is the selector's own."""

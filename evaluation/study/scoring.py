@@ -14,7 +14,8 @@ import torch
 from evaluation.scenes import PosterSplit
 from evaluation.study.evaluate import Scores, calibrate, evaluate
 from evaluation.study.settings import Setting
-from training.config import RunConfig, build
+from services.common.settings import build_settings
+from training.config import RunConfig
 from training.joint_stage import JointTask
 
 
@@ -43,7 +44,7 @@ class Job:
 def trained_task(config: dict[str, Any], weights: str) -> JointTask:
     """The training's own task, filled with what it exported."""
     stage = {**config["stage"], "fresh_selector": False}
-    return JointTask(build(RunConfig, {**config, "init_from": weights, "stage": stage}))
+    return JointTask(build_settings(RunConfig, {**config, "init_from": weights, "stage": stage}))
 
 
 def score(job: Job) -> dict[str, Scores]:

@@ -45,7 +45,7 @@ STAGE: dict[str, Any] = {
     "vision_sampler": False,
     "fresh_selector": True,
 }
-"""Fields of `training.joint_stage.JointStage` that every setting starts from."""
+"""Fields of `training.stage_settings.JointStage` that every setting starts from."""
 OPTIMIZER: dict[str, Any] = {
     "learning_rate": 4e-4,
     "betas": [0.9, 0.98],

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -62,6 +63,11 @@ class LlmSizes:
     @property
     def bytes(self) -> int:
         return self.weights + self.activations + self.kv_cache_bytes
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The sizes that are settings of the engine (`services.llm.engine_config.EngineConfig`), by name."""
+        return {name: getattr(self, name) for name in ("kv_cache_bytes", "max_batch_tokens", "max_running")}
 
     @property
     def full_images(self) -> int:
@@ -132,7 +138,7 @@ def size_llm(
     """Shares `budget` bytes out; what is given is taken as it is.
 
     elements: numbers of all its weights (`store.stage_elements`); budget: None, with a kv_cache_bytes, asks nothing of
-    the memory; where: what has the budget, for the error.
+    the memory and refuses no KV cache; where: what has the budget, for the error.
     Raises InvalidInput for what could never answer a full image, with what it would need.
     """
     text = config.text_config
@@ -143,12 +149,8 @@ def size_llm(
     if not on_gpu:  # a tied head is packed beside the embeddings; these stay in their file where they can
         weights += (text.tie_word_embeddings - as_stored) * text.vocab_size * text.hidden_size * dtype.itemsize
     tokens, a_request = full_image(config, dtype, max_model_len)
-    if kv_cache_bytes is not None and kv_cache_bytes < a_request:
-        raise InvalidInput(
-            f"is {size_text(kv_cache_bytes)}, expected {size_text(a_request)} ({a_request} bytes) or more: "
-            f"{_image(config)} with its question and answer is {tokens:,} tokens",
-            field="kv_cache_bytes",
-        )
+    if kv_cache_bytes is not None and budget is not None:
+        check_kv_cache(config, kv_cache_bytes, tokens, a_request)
     step_tokens = max_batch_tokens or (4096 if on_gpu else _cpu_step_tokens(elements))
     most = max_running or (128 if on_gpu else 16)
     while True:
@@ -177,6 +179,16 @@ def size_llm(
         full_image_bytes=a_request,
         full_image_tokens=tokens,
     )
+
+
+def check_kv_cache(config: FocusLlavaConfig, kv_cache_bytes: int, tokens: int, full_image_bytes: int) -> None:
+    """Raises InvalidInput for a KV cache that cannot hold a full image, which is so many tokens and bytes."""
+    if kv_cache_bytes < full_image_bytes:
+        raise InvalidInput(
+            f"is {size_text(kv_cache_bytes)}, expected {size_text(full_image_bytes)} ({full_image_bytes} bytes) or "
+            f"more: {_image(config)} with its question and answer is {tokens:,} tokens",
+            field="kv_cache_bytes",
+        )
 
 
 def check_max_model_len(config: FocusLlavaConfig, max_model_len: int) -> None:

@@ -19,8 +19,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from services.checkpoint.sizing import BLOCK_SIZE
 from services.common.errors import InvalidInput
 from services.llm.block_pool import Block, BlockPool
+from services.llm.engine_config import EngineConfig
 
 LOWER, UPPER = 0, 1
 
@@ -48,6 +50,7 @@ class KVCache:
 
     def __init__(
         self,
+        config: EngineConfig,
         *,
         num_layers: int,
         prune_layer: int,
@@ -56,18 +59,16 @@ class KVCache:
         hidden_size: int,
         dtype: torch.dtype,
         device: torch.device | str,
-        kv_cache_bytes: int,
-        block_size: int = 16,
-        prefix_reuse: bool = True,
+        block_size: int = BLOCK_SIZE,
     ):
-        """kv_cache_bytes pays for pages and buffers together; prefix_reuse False lets no block be known.
-
-        Raises InvalidInput where there is no room for one block."""
+        """config.kv_cache_bytes pays for pages and buffers together. Raises InvalidInput where it pays for no block."""
+        assert config.kv_cache_bytes is not None, "sizes are set"
+        kv_cache_bytes = config.kv_cache_bytes
         self.groups = (
             CacheGroup(first_layer=0, num_layers=prune_layer),
             CacheGroup(first_layer=prune_layer, num_layers=num_layers - prune_layer),
         )
-        self.block_size, self.prefix_reuse = block_size, prefix_reuse
+        self.block_size, self.prefix_reuse = block_size, config.prefix_reuse
         self.layers_per_page = math.gcd(prune_layer, num_layers - prune_layer)
         self.pages_a_block = tuple(group.num_layers // self.layers_per_page for group in self.groups)
         self.bytes_per_token_layer = 2 * kv_heads * head_dim * dtype.itemsize

@@ -9,8 +9,9 @@ from evaluation.study.scoring import Job
 from evaluation.study.settings import LEAST_LAYER_BUDGET, RIVAL_BUDGET, SETTINGS, START, coefficients, resolved
 from evaluation.study.tables import FIGURES, TABLES, settings_of
 from services.common.errors import InvalidInput
+from services.common.settings import build_settings
 from services.sampler.rivals.registry import LAYER_RIVALS, MAP_RIVALS
-from training.config import RunConfig, build
+from training.config import RunConfig
 from training.joint_stage import JointTask
 
 CHECKPOINT = pathlib.Path(__file__).parents[3] / "checkpoints/focusllava-tiny"
@@ -25,7 +26,7 @@ def study(tmp_path_factory):
 @pytest.mark.parametrize("setting", [s for s in settings_of() if s.train], ids=lambda s: s.name)
 def test_a_setting_builds_into_what_it_says(study, setting):
     setting = resolved(setting, (0.2, 0.3, 0.5), 30.0) if setting.match else setting
-    run = build(RunConfig, run_config(study, setting, 0))
+    run = build_settings(RunConfig, run_config(study, setting, 0))
     task = JointTask(run)
     model, stage = task.module, setting.stage
     assert (model.map_rival is not None, model.layer_rival is not None) == (

@@ -8,15 +8,17 @@ import pytest
 import torch
 
 from services.common.errors import InvalidInput
+from services.llm.engine_config import EngineConfig
 from services.llm.kv_cache import LOWER, UPPER, KVCache
 from tests import tiny_llm
 
 
-def make(layers: int = 6, prune_layer: int = 2, blocks: int = 20, block_size: int = 4, **options: bool) -> KVCache:
+def make(layers: int = 6, prune_layer: int = 2, blocks: float = 20, block_size: int = 4, **options: bool) -> KVCache:
     """A KV cache with room for so many blocks of unpruned tokens."""
 
     def build(kv_cache_bytes: int) -> KVCache:
         return KVCache(
+            EngineConfig(kv_cache_bytes=kv_cache_bytes, **options),
             num_layers=layers,
             prune_layer=prune_layer,
             kv_heads=2,
@@ -24,19 +26,17 @@ def make(layers: int = 6, prune_layer: int = 2, blocks: int = 20, block_size: in
             hidden_size=32,
             dtype=torch.float32,
             device="cpu",
-            kv_cache_bytes=kv_cache_bytes,
             block_size=block_size,
-            **options,
         )
 
-    return build(blocks * build(2**20).block_bytes)
+    return build(int(blocks * build(2**20).block_bytes))
 
 
 def test_a_budget_below_one_block_is_refused_with_the_bytes_of_a_block() -> None:
     assert make(blocks=1).num_buffers == 1
     block_bytes = make().block_bytes
-    with pytest.raises(InvalidInput, match=rf"kv_cache_bytes: is 0, expected {block_bytes} or more"):
-        make(blocks=0)
+    with pytest.raises(InvalidInput, match=rf"kv_cache_bytes: is {block_bytes // 2}, expected {block_bytes} or more"):
+        make(blocks=0.5)
     with pytest.raises(InvalidInput, match="kv_cache_bytes: is 1000, expected "):
         tiny_llm.engine(kv_cache_bytes=1000)
 

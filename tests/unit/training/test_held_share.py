@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from services.checkpoint.store import load_stage
+from services.common.errors import InvalidInput
 from services.encoder.model import EncoderModel
 from tests.tiny_training import tiny_run
-from training.config import ConfigError
 from training.joint_stage import JointTask
 
 SHARE, AFTER = 0.5, 4
@@ -18,7 +18,7 @@ REGION = 16
 
 def task_of(folder, **hold):
     torch.manual_seed(5)
-    stage = {"data": "posters", "prune": {}, "hold": hold, "loss": {"balance": 0.5}}
+    stage = {"data": "posters", "prune": None, "hold": hold or None, "loss": {"balance": 0.5}}
     task = JointTask(tiny_run(str(folder / "out"), stage=stage))
     # A selector that tells regions apart, for one at its start sends all to the same branch.
     torch.nn.init.normal_(task.module.encoder.vision_guided_sampler.selector.linear.weight)
@@ -115,20 +115,20 @@ def test_nothing_is_held_without_the_setting(tmp_path):
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
-        ({"hold": {"share": 0}}, r"stage\.hold\.share: 0\.0 is not in \[0\.0625, 1\]"),
-        ({"hold": {"share": 0.06}}, r"stage\.hold\.share: 0\.06 is not in"),
-        ({"hold": {"share": 1.5}}, r"stage\.hold\.share: 1\.5"),
-        ({"hold": {"share": float("nan")}}, r"stage\.hold\.share: nan"),
+        ({"hold": {"share": 0}}, r"stage\.hold\.share: is 0, expected \(0, 1\]"),
+        ({"hold": {"share": 0.06}}, r"stage\.hold\.share: is 0\.06, expected \[0\.0625, 1\]"),
+        ({"hold": {"share": 1.5}}, r"stage\.hold\.share: is 1\.5"),
+        ({"hold": {"share": float("nan")}}, r"stage\.hold\.share: is nan"),
         ({"hold": {"after": 3}}, r"stage\.hold\.share: is missing"),
         (
             {"hold": {"share": 0.5, "after": 3, "falls_from": 3}},
-            r"stage\.hold\.falls_from: 3 is not a step before after",
+            r"stage\.hold\.falls_from: is 3, expected a step before after",
         ),
-        ({"hold": {"share": 0.5, "after": -1}}, r"stage\.hold\.after: -1"),
+        ({"hold": {"share": 0.5, "after": -1}}, r"stage\.hold\.after: is -1"),
         ({"hold": {"share": 0.5}, "vision_sampler": False}, "set vision_sampler: true"),
-        ({"hold": {"share": 0.5}, "branch_control": {"name": "oracle"}}, "leave branch_control empty"),
+        ({"hold": {"share": 0.5}, "branch_control": {"name": "oracle"}}, "leave branch_control out"),
     ],
 )
 def test_mistakes_are_named(tmp_path, stage, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(InvalidInput, match=message):
         JointTask(tiny_run(str(tmp_path), stage=stage))
