@@ -106,6 +106,11 @@ class Usage:
     kv_unpruned_bytes: int
     time_to_first_token_ms: float
 
+    @property
+    def converted_visual_tokens(self) -> float:
+        """Converted remaining tokens (Sec. 4.4 of the paper) as a number."""
+        return self.converted_share_percent * self.visual_tokens_uncompressed / 100
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLogprob:
@@ -137,6 +142,8 @@ class Answer:
     images: tuple[ImageInfo, ...]
     usage: Usage
     request_id: str
+    token_ids: tuple[int, ...] = ()
+    """The tokens generated, the end-of-answer token included."""
     logprobs: tuple[TokenLogprobs, ...] = ()
     """One entry a generated token, the end-of-answer token included, where the setting `logprobs` was given."""
 

@@ -264,11 +264,3 @@ class LanguageModelClient(_Stage):
             if not ended:
                 call.cancel()
         raise StageUnavailable(f"the {self.name} stage ended its stream early; try again")
-
-
-def with_field(error: FocusError, field: str) -> FocusError:
-    """The same error, naming where in the caller's request the image stands instead of the stage's own field."""
-    message = str(error)
-    if message.startswith("image: "):
-        return type(error)(message.removeprefix("image: "), field=field)
-    return error
