@@ -62,8 +62,8 @@ class LocalModel:
 
         device: "auto", "cpu", "cuda" or another device of torch; dtype: "auto", "float32", "bfloat16" or "float16";
         media: limits of images; wait_for_images: False lets running answers go on while an image is decoded, as a
-        server does, so that timing decides which requests make a batch; engine: other fields of LanguageModelSettings, such as kv_cache_bytes. Sizes that are
-        not given follow from the checkpoint and the memory, as in serving.
+        server does, so that timing decides which requests make a batch; engine: other fields of LanguageModelSettings,
+        such as kv_cache_bytes. Sizes that are not given follow from the checkpoint and the memory, as in serving.
 
         Raises InvalidInput naming the field.
         """
@@ -242,15 +242,5 @@ def _load_engine(settings: LanguageModelSettings, device: str, dtype: torch.dtyp
         )
         most = settings.memory_share * memory.total
         gpu_part = (min(most, memory.free) - encoder.bytes) / most
-    sizes = settings.sizes(device, dtype, gpu_part)
-    return Engine.from_checkpoint(
-        settings.checkpoint,
-        dtype=dtype,
-        device=device,
-        kv_cache_bytes=sizes.kv_cache_bytes,
-        max_batch_tokens=sizes.max_batch_tokens,
-        max_running=sizes.max_running,
-        max_model_len=settings.max_model_len,
-        prefix_reuse=settings.prefix_reuse,
-        quantize=settings.quantize,
-    )
+    sizes = settings.sizes(settings.checkpoint, device, dtype, memory_share=settings.memory_share, gpu_part=gpu_part)
+    return Engine.from_checkpoint(settings.checkpoint, settings.sized(sizes), dtype=dtype, device=device)
