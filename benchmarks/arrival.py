@@ -38,6 +38,7 @@ from services.checkpoint.store import fingerprint
 from services.common.types import ChatTurn, GenerateRequest, SamplingParams, TextPart, TokenEvent
 from services.compute.dtypes import choose_dtype, dtype_name
 from services.llm.engine import Engine
+from services.llm.engine_config import EngineConfig
 from services.llm.model import Decoder
 from services.llm.prompt import PromptRenderer
 
@@ -59,7 +60,7 @@ class Arrival:
         self.engines = {
             budget: Engine(
                 decoder, renderer, config, fingerprint(checkpoint),
-                kv_cache_bytes=2**29, max_batch_tokens=budget, prefix_reuse=False,
+                EngineConfig(kv_cache_bytes=2**29, max_batch_tokens=budget, max_running=64, prefix_reuse=False),
             )
             for budget in budgets
         }  # fmt: skip

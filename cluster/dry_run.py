@@ -37,6 +37,7 @@ from services.compute.dtypes import choose_dtype, dtype_name
 from services.compute.memory import device_memory
 from services.encoder.pipeline import EncoderPipeline
 from services.llm.engine import Engine
+from services.llm.engine_config import EngineConfig
 from services.llm.model import Decoder
 from services.llm.prompt import PromptRenderer
 
@@ -127,7 +128,8 @@ def _engine(folder: pathlib.Path, config: FocusLlavaConfig, dtype: torch.dtype, 
         instruction=sampler.instruction,
     )
     room = -(-1024 // BLOCK_SIZE) * block_bytes(config, dtype)
-    return Engine(decoder, renderer, config, fingerprint(folder), kv_cache_bytes=room, max_running=1)
+    sizes = EngineConfig(kv_cache_bytes=room, max_batch_tokens=1024, max_running=1)
+    return Engine(decoder, renderer, config, fingerprint(folder), sizes)
 
 
 def _layers_that_fit(folder: pathlib.Path, config: FocusLlavaConfig, dtype: torch.dtype, room: int) -> int:

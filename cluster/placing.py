@@ -11,24 +11,26 @@ import pathlib
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import yaml
 
 from focusllava.sizes import size_text
 from services.checkpoint.config import FocusLlavaConfig
-from services.checkpoint.sizing import EncoderSizes, LlmSizes, size_encoder, size_llm
+from services.checkpoint.sizing import EncoderSizes, LlmSizes, size_encoder
 from services.checkpoint.store import stage_elements
 from services.checkpoint.supported import check_servable, largest_image
 from services.common.errors import InvalidInput
-from services.common.settings import require
-from services.compute.dtypes import Dtype, choose_dtype, dtype_name
+from services.common.settings import build_settings
+from services.compute.dtypes import choose_dtype, dtype_name
 from services.compute.memory import Memory, device_memory
+from services.encoder.settings import EncoderSettings
+from services.gateway.cache import CACHE_BYTES
+from services.llm.settings import LanguageModelSettings
 
 SYSTEM_BYTES = 3 * 2**29
 """Ray's own processes and the gateway's on this machine."""
-GATEWAY_CACHE_BYTES = 256 * 2**20
 START_S, READ_BYTES_A_S = 300.0, 50e6
 """How long a start may take beside reading the weights, and how slow a disk may be."""
 ENCODER_GPU, ENCODERS_A_GPU = 0.2, 4
@@ -98,7 +100,7 @@ def _gpus() -> tuple[Memory, ...]:  # GPU only
 def place(
     checkpoint: pathlib.Path, config_file: pathlib.Path, wishes: Wishes, devices: Devices | None = None
 ) -> Placement:
-    """Raises InvalidInput, naming the option or the field, for what could never answer one full image here."""
+    """Where the stages run, and how large. Raises InvalidInput, naming the field, where one full image is too much."""
     try:
         return _place(checkpoint, config_file, wishes, devices or Devices.here())
     except InvalidInput as error:
@@ -112,10 +114,11 @@ def _place(checkpoint: pathlib.Path, config_file: pathlib.Path, wishes: Wishes, 
     check_servable(config)
     said = _said(config_file)
     settings = _settings(said, wishes)
-    share = settings["llm"].get("memory_share", 0.9)
-    require(0 < share <= 1, "memory_share", share, "(0, 1]")
     placed = {name: _device(settings[name].get("device", "auto"), devices) for name in ("encoder", "llm")}
-    dtypes = {name: choose_dtype(settings[name].get("dtype", "auto"), device) for name, device in placed.items()}
+    encoder_asked = build_settings(EncoderSettings, {"checkpoint": str(checkpoint), **settings["encoder"]})
+    llm_asked = build_settings(LanguageModelSettings, {"checkpoint": str(checkpoint), **settings["llm"]})
+    asked_dtypes = {"encoder": encoder_asked.dtype, "llm": llm_asked.dtype}
+    dtypes = {name: choose_dtype(asked_dtypes[name], device) for name, device in placed.items()}
     on_gpu = {name: device == "cuda" for name, device in placed.items()}
     encoder = size_encoder(
         config,
@@ -123,23 +126,14 @@ def _place(checkpoint: pathlib.Path, config_file: pathlib.Path, wishes: Wishes, 
         dtype=dtypes["encoder"],
         on_gpu=on_gpu["encoder"],
         room=min(gpu.free for gpu in devices.gpus) if on_gpu["encoder"] else devices.host.free,
-        max_tiles=settings["encoder"].get("max_tiles"),
+        max_tiles=encoder_asked.max_tiles,
     )
     apart = all(on_gpu.values()) and len(devices.gpus) > 1
     beside = 0 if apart or on_gpu["encoder"] != on_gpu["llm"] else encoder.bytes
     if not on_gpu["llm"]:
-        beside += SYSTEM_BYTES + settings["gateway"].get("cache_bytes", GATEWAY_CACHE_BYTES)
-    budget, where = _budget(devices, share, beside, on_gpu=on_gpu["llm"])
-    given = ("kv_cache_bytes", "max_batch_tokens", "max_running", "max_model_len")
-    llm = size_llm(
-        config,
-        stage_elements(checkpoint, "llm"),
-        dtype=dtypes["llm"],
-        on_gpu=on_gpu["llm"],
-        budget=budget,
-        where=where,
-        **{name: settings["llm"].get(name) for name in given},
-    )
+        beside += SYSTEM_BYTES + settings["gateway"].get("cache_bytes", CACHE_BYTES)
+    budget, where = _budget(devices, llm_asked.memory_share, beside, on_gpu=on_gpu["llm"])
+    llm = llm_asked.sizes_within(budget, where, checkpoint, dtypes["llm"], on_gpu=on_gpu["llm"])
     replicas, alone = {"encoder": 1, "llm": 1}, len(devices.gpus) == 1
     if apart:
         fit = min(gpu.free for gpu in devices.gpus) // encoder.bytes
@@ -153,13 +147,9 @@ def _place(checkpoint: pathlib.Path, config_file: pathlib.Path, wishes: Wishes, 
     for name in placed:
         if not on_gpu[name] and llm.weights >= ALL_CORES_BYTES:
             args[name].setdefault("torch_threads", max(1, torch.get_num_threads() // replicas[name]))
-    args["llm"] |= {
-        "kv_cache_bytes": llm.kv_cache_bytes,
-        "max_batch_tokens": llm.max_batch_tokens,
-        "max_running": llm.max_running,
-    }
-    if (max_model_len := settings["llm"].get("max_model_len")) is not None:
-        args["gateway"] = {"max_model_len": max_model_len}
+    args["llm"] |= llm.settings
+    if llm_asked.max_model_len is not None:
+        args["gateway"] = {"max_model_len": llm_asked.max_model_len}
     return Placement(
         args=args,
         options={
@@ -172,7 +162,7 @@ def _place(checkpoint: pathlib.Path, config_file: pathlib.Path, wishes: Wishes, 
 
 
 def _said(config_file: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """The applications of a Serve configuration by name. Raises InvalidInput for a file that is none."""
+    """The applications of a Serve configuration by name. Raises InvalidInput for a file that is not one."""
     try:
         raw = yaml.safe_load(config_file.read_text(encoding="utf8"))
         found = {application["name"]: application for application in raw["applications"]}
@@ -194,11 +184,6 @@ def _settings(said: Mapping[str, Mapping[str, Any]], wishes: Wishes) -> dict[str
     own = {"kv_cache_bytes": wishes.kv_cache_bytes, "max_model_len": wishes.max_model_len}
     for name, values in (("encoder", both), ("llm", {**both, **own})):
         settings[name].update({field: value for field, value in values.items() if value is not None})
-        for field in ("kv_cache_bytes", "max_batch_tokens", "max_running", "max_model_len", "max_tiles"):
-            value = settings[name].get(field)
-            require(value is None or (type(value) is int and value > 0), field, value, "a whole number above 0")
-        dtype = settings[name].get("dtype", "auto")
-        require(dtype in get_args(Dtype), "dtype", dtype, f"one of {', '.join(get_args(Dtype))}")
     return settings
 
 
@@ -214,7 +199,7 @@ def _device(name: str, devices: Devices) -> str:
 
 
 def _budget(devices: Devices, share: float, beside: int, *, on_gpu: bool) -> tuple[int, str]:
-    """Bytes for one replica of the language model, and whose they are; beside: what others take of them."""
+    """Bytes for one replica of the language model, and where they are; beside: bytes that others take there."""
     if on_gpu:
         least = min(devices.gpus, key=lambda gpu: gpu.free)
         budget = min(int(share * least.total), least.free) - beside
@@ -226,7 +211,7 @@ def _budget(devices: Devices, share: float, beside: int, *, on_gpu: bool) -> tup
 def _options(
     application: Mapping[str, Any], name: str, replicas: int, *, on_gpu: bool, apart: bool, alone: bool
 ) -> dict[str, Any]:
-    """Options of a deployment that the file leaves open, or that this machine has not; alone: it has a single GPU."""
+    """Options of a deployment where the file sets none, or asks for a GPU too many; alone: there is one GPU."""
     deployment = next(iter(application.get("deployments") or [{}]))
     options: dict[str, Any] = {}
     if scaling := deployment.get("autoscaling_config"):

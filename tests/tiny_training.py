@@ -1,6 +1,7 @@
 """A joint model small enough for tests, with the run configuration that makes it."""
 
-from training.config import RunConfig, build
+from services.common.settings import build_settings
+from training.config import RunConfig
 
 MODEL = {
     "vision_stem": "conv",
@@ -47,4 +48,4 @@ def tiny_run(output: str, **changes) -> RunConfig:
         **changes.pop("stage", {}),
     }
     raw = {"name": "test", "steps": 4, "samples_per_worker": 2, "output": output, "stage": stage, **changes}
-    return build(RunConfig, raw)
+    return build_settings(RunConfig, raw)

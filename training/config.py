@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import pathlib
-from collections.abc import Mapping
+import re
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 import yaml
 
-Count = Annotated[int, 1]
-"""At least 1; an annotation's second part is the least value that `build` takes."""
-Steps = Annotated[int, 0]
-Amount = Annotated[float, 0]
-
-
-class ConfigError(ValueError):
-    """A configuration file says something that cannot be; names the field and the value."""
+from services.common.errors import InvalidInput
+from services.common.settings import Amount, Count, Steps, build_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,73 +76,30 @@ class RunConfig:
     """Settings of the stage itself; see its own dataclass."""
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-4 as a number, as YAML 1.2 does; to YAML 1.1 it is text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
 def load(path: str | pathlib.Path, overrides: list[str] | None = None) -> RunConfig:
-    """Reads YAML; `overrides` such as ["steps=10", "stage.balance=0"] replace single values."""
-    raw = yaml.safe_load(pathlib.Path(path).read_text(encoding="utf8"))
+    """Reads YAML; `overrides` such as ["steps=10", "stage.loss.balance=0"] replace single values.
+
+    Raises InvalidInput naming the field and the value.
+    """
+    raw = yaml.load(pathlib.Path(path).read_text(encoding="utf8"), _Loader)
     for override in overrides or []:
         key, separator, value = override.partition("=")
         if not separator:
-            raise ConfigError(f"--set {override}: expected name=value")
+            raise InvalidInput("expected name=value", field=f"--set {override}")
         target = raw
         *parents, last = key.split(".")
         for parent in parents:
             target = target.setdefault(parent, {}) if isinstance(target, dict) else None
         if not isinstance(target, dict):
-            raise ConfigError(f"--set {override}: {'.'.join(parents) or path} is not a mapping")
-        target[last] = yaml.safe_load(value)
-    return build(RunConfig, raw)
-
-
-def build(cls: type, raw: Any, prefix: str = "") -> Any:
-    """A dataclass from a mapping, nested ones too. Raises ConfigError naming a field that is unknown or missing, or its
-    value where that is of another type or too small."""
-    if not isinstance(raw, Mapping):
-        raise ConfigError(f"{prefix.removesuffix('.') or 'the configuration'}: {raw!r} is not a mapping")
-    hints = get_type_hints(cls, include_extras=True)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for name in raw:
-        if name not in fields:
-            raise ConfigError(f"{prefix}{name}: unknown field; {cls.__name__} has {', '.join(fields)}")
-    for name, spec in fields.items():
-        if name not in raw and spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"{prefix}{name}: is missing")
-    return cls(**{name: _value(value, hints[name], f"{prefix}{name}") for name, value in raw.items()})
-
-
-def _value(value: Any, hint: Any, name: str) -> Any:
-    """The value as its type hint has it; lists become tuples, and a number may be written as a string (1e-4)."""
-    if get_origin(hint) is Annotated:
-        hint, least = get_args(hint)
-        value = _value(value, hint, name)
-        if value < least:
-            raise ConfigError(f"{name}: {value!r} is less than {least}")
-        return value
-    if dataclasses.is_dataclass(hint):
-        return build(hint, value, f"{name}.")  # type: ignore[arg-type]
-    origin, parts = get_origin(hint), get_args(hint)
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise ConfigError(f"{name}: {value!r} is not a list")
-        of_each = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
-        if len(of_each) != len(value):
-            raise ConfigError(f"{name}: {value!r} has {len(value)} entries, expected {len(of_each)}")
-        return tuple(
-            _value(one, part, f"{name}[{n}]") for n, (one, part) in enumerate(zip(value, of_each, strict=True))
-        )
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{name}: {value!r} is not a mapping")
-        return {key: _value(one, parts[1], f"{name}.{key}") for key, one in value.items()}
-    if origin is Literal and value not in parts:
-        raise ConfigError(f"{name}: {value!r} is not one of {', '.join(map(str, parts))}")
-    if hint is float:
-        try:
-            number = math.nan if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError):
-            number = math.nan
-        if not math.isfinite(number):
-            raise ConfigError(f"{name}: {value!r} is not a number")
-        return number
-    if hint in (int, str, bool) and type(value) is not hint:
-        raise ConfigError(f"{name}: {value!r} is not of type {hint.__name__}")
-    return value
+            raise InvalidInput(f"{'.'.join(parents) or path} is not a mapping", field=f"--set {override}")
+        target[last] = yaml.load(value, _Loader)
+    return build_settings(RunConfig, raw)

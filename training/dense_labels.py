@@ -1,6 +1,6 @@
 """Stands in for CLIP's pre-training: the vision tower learns what lies on each patch of procedural tiles.
 
-Not part of the paper, which starts from CLIP.
+This stage is not part of the paper, which starts from CLIP.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel
 from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.store import load_stage
 from services.checkpoint.writer import save_checkpoint, save_tensors
+from services.common.settings import build_settings
 from services.encoder.anyres import normalise
 from services.encoder.vision_tower import build_vision_tower, patch_features
-from training.config import RunConfig, build
+from training.config import RunConfig
 from training.data.tiles import IGNORE, LABEL_CLASSES, tile_batch
 
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -126,7 +127,7 @@ class DenseTask:
 
     def __init__(self, run: RunConfig):
         self.run = run
-        stage: DenseStage = build(DenseStage, run.stage, "stage.")
+        stage = build_settings(DenseStage, run.stage, "stage.")
         self.source = pathlib.Path(run.init_from) if run.init_from else None
         if self.source:
             config = FocusLlavaConfig.load(self.source)

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from services.checkpoint.store import load_stage
+from services.common.errors import InvalidInput
 from services.encoder.model import EncoderModel
-from training.config import ConfigError
 from training.joint_model import JointModel
 
 
@@ -24,7 +24,7 @@ def load_joint(joint: JointModel, folder: pathlib.Path, *, fresh_selector: bool 
     fits = {k: v for k, v in encoder.items() if k in own and own[k].shape == v.shape}
     lost = [k for k in own if k not in fits and not k.startswith("vision_guided_sampler.")]
     if lost:
-        raise ConfigError(f"init_from: {folder} does not fit the model: {lost[:3]}")
+        raise InvalidInput(f"{folder} does not fit the model: {lost[:3]}", field="init_from")
     joint.encoder.load_state_dict(fits, strict=False)
     language = {k.removeprefix("language_model."): v for k, v in load_stage(folder, "llm").items()}
     joint.language_model.load_state_dict(language)
@@ -62,6 +62,6 @@ def load_vision(source: pathlib.Path) -> dict[str, torch.Tensor]:
     """The vision tower's weights of a vision stage's export."""
     path = source / "vision.safetensors"
     if not path.exists():
-        raise ConfigError(f"init_from: {source} holds neither config.json nor vision.safetensors")
+        raise InvalidInput(f"{source} holds neither config.json nor vision.safetensors", field="init_from")
     prefix = "vision_tower."
     return {k.removeprefix(prefix): v for k, v in load_file(path).items() if k.startswith(prefix)}

@@ -12,10 +12,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from services.checkpoint.config import FocusLlavaConfig
+from services.common.errors import InvalidInput
+from services.common.settings import Amount, Share, Steps
 from services.encoder.model import EncodedImage, EncoderModel
 from services.sampler.balance import balance_loss
 from services.sampler.calibration import finer_for_share
-from training.config import Amount, Steps
 from training.hooks import AttentionLossHook, BranchHook, LayerHook, MapHook
 from training.layout import ATTENTION_NAME, Sample, TextBatch, attention_mask, pack_text, positions
 from training.stochastic_prune import PruneSchedule, decide, gather_index, stage_index
@@ -41,13 +42,17 @@ class HeldShare:
     the detail. Without it a selector drifts once the questions are learned, each seed its own way.
     """
 
-    share: float
-    """Of a batch's maps, at most and nearly; 0 to 1."""
-    after: int = 0
-    """Steps without it."""
-    falls_from: int | None = None
-    """The step from which the share held falls evenly, from the whole map, to reach it after `after` steps; None is at
-    once. At its start a selector cannot tell regions apart, and none could be chosen: give it ten steps."""
+    share: Share
+    """The share of a batch's maps to leave, 0 to 1; what is left is as near to it as can be, and never above."""
+    after: Steps = 0
+    """Steps before the share is held."""
+    falls_from: Steps | None = None
+    """The step from which the share held falls evenly, from the whole map, to reach it after `after` steps; None
+    jumps to it. At its start a selector cannot tell regions apart, so none could be chosen: give it ten steps."""
+
+    def __post_init__(self) -> None:
+        if self.falls_from is not None and not self.falls_from < self.after:
+            raise InvalidInput(f"is {self.falls_from}, expected a step before after, {self.after}", field="falls_from")
 
     def at(self, step: int) -> float | None:
         """The share of a step, None where it is the selector's own."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from services.common.settings import require
 from services.sampler.text_guided import apply_rotary, keep_by_share, text_importance
 
 
@@ -19,6 +20,11 @@ class PruneSchedule:
     """First and last layer of the uniform draw, both included. One draw a micro-batch: its rows leave together."""
     thresholds: tuple[float, float] = (0.7, 1.0)
     """Ends of the uniform draw, one draw an image-text pair."""
+
+    def __post_init__(self) -> None:
+        (first, last), (low, high) = self.layers, self.thresholds
+        require(1 <= first <= last, "layers", self.layers, "an ascending pair from 1 on")
+        require(0 < low <= high <= 1, "thresholds", self.thresholds, "an ascending pair in (0, 1]")
 
     def draw_layer(self, rng: random.Random) -> int:
         return rng.randint(*self.layers)

@@ -21,10 +21,11 @@ import torch
 from ray.train.torch import TorchTrainer
 from torch import nn
 
+from services.common.errors import InvalidInput
 from services.compute.dtypes import choose_dtype, dtype_name
 from services.compute.malloc import keep_freed_memory
 from services.compute.processor import cpu_has_bfloat16
-from training.config import ClusterConfig, ConfigError, RunConfig, load
+from training.config import ClusterConfig, RunConfig, load
 
 
 class Task(Protocol):
@@ -89,7 +90,7 @@ def parameter_groups(module: nn.Module, run: RunConfig) -> list[dict[str, Any]]:
     rests = {"selector": run.optimizer.selector_steps, "encoder": run.optimizer.encoder_steps}
     for prefix in run.optimizer.frozen:
         if not any(name.startswith(prefix) for name, _ in module.named_parameters()):
-            raise ConfigError(f"optimizer.frozen: no parameter's name starts with {prefix!r}")
+            raise InvalidInput(f"no parameter's name starts with {prefix!r}", field="optimizer.frozen")
     groups: dict[tuple[int, float, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if name.startswith(run.optimizer.frozen):
@@ -111,7 +112,7 @@ def parameter_groups(module: nn.Module, run: RunConfig) -> list[dict[str, Any]]:
 
 
 def rate_before_rest(step: int, learns_for: int, cooldown: int) -> float:
-    """Share of its learning rate that a part has in this step (from 0 on) which rests after `learns_for` steps."""
+    """Share of its learning rate in this step, counted from 0, of a part that rests after `learns_for` steps."""
     if not learns_for:
         return 1.0
     left = max(0, learns_for - step)
@@ -119,18 +120,18 @@ def rate_before_rest(step: int, learns_for: int, cooldown: int) -> float:
 
 
 def what_it_is_made_of(run: RunConfig) -> dict[str, Any]:
-    """What a resumed run may not change, as JSON has it: another stage or data under an old name is another run."""
+    """What a resumed run may not change, as JSON: another stage or data under an old name is another run."""
     names = ("samples_per_worker", "init_from", "seed", "optimizer", "stage")
     return json.loads(json.dumps({name: value for name, value in dataclasses.asdict(run).items() if name in names}))
 
 
 def check_resumed(name: str, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises ConfigError naming what differs between a checkpoint's run and the one that would go on with it."""
+    """Raises InvalidInput naming what differs between a checkpoint's run and the one that would go on with it."""
     different = [
         f"{field} was {before.get(field)!r}, is {value!r}" for field, value in now.items() if before.get(field) != value
     ]
     if different:
-        raise ConfigError(f"name: a run of other settings has the name {name!r}: {'; '.join(different)}")
+        raise InvalidInput(f"a run of other settings has the name {name!r}: {'; '.join(different)}", field="name")
 
 
 def train_worker(payload: dict[str, Any]) -> None:
@@ -206,7 +207,7 @@ def main(task: tuple[str, str], description: str) -> None:
     arguments = parser.parse_args()
     try:
         run = load(arguments.config, arguments.set)
-    except (ConfigError, OSError) as error:
+    except (InvalidInput, OSError) as error:
         raise SystemExit(f"{arguments.config}: {error}") from None
     made_of = what_it_is_made_of(run)
     run = _absolute(run)

@@ -26,9 +26,10 @@ from evaluation.scenes import SEEDS, PosterSplit, asked_of
 from evaluation.scenes.scoring import GROUPS, Tally
 from evaluation.study.results import Scores
 from evaluation.study.settings import Setting
+from services.common.settings import build_settings
 from services.encoder.reading import tiles_of
 from services.sampler.vision_guided import SampledMap
-from training.config import RunConfig, build
+from training.config import RunConfig
 from training.data.branches import Exchange
 from training.data.poster_boxes import content_boxes
 from training.data.posters import Poster, poster_at, render_poster
@@ -78,7 +79,7 @@ class Asked:
 def trained_task(config: dict[str, Any], weights: str) -> ExperimentTask:
     """The training's own task, filled with what it exported."""
     stage = {**config["stage"], "fresh_selector": False}
-    return ExperimentTask(build(RunConfig, {**config, "init_from": weights, "stage": stage}))
+    return ExperimentTask(build_settings(RunConfig, {**config, "init_from": weights, "stage": stage}))
 
 
 def evaluate(task: JointTask, setting: Setting, split: PosterSplit, images: int, *, timed: bool = True) -> Scores:

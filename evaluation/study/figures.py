@@ -41,7 +41,7 @@ def drawn(results: Sequence[Result], checkpoint: pathlib.Path | None = None) -> 
     found = [by_layer(results), branch_shares(results), balance_history(results)]
     found += [score_by_tokens(results, number) for number in AS_PICTURES]
     if checkpoint:
-        model = FocusModel.from_checkpoint(checkpoint)
+        model = FocusModel(checkpoint)
         found += [focus_figure(number, model) for number in FOCUS_FIGURES]
     return [image for image in found if image]
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPVisionConfig, PreTrainedConfig
 from transformers.models.auto import CONFIG_MAPPING
 
 from services.common.errors import InvalidInput
-from services.common.settings import require
+from services.common.settings import Count, Range, Share, build_settings, check_settings, require
 
 MODEL_TYPE = "focusllava"
 FORMAT_VERSION = 1
@@ -28,7 +27,7 @@ class VisionSamplerConfig:
     """The vision-guided sampler (method, section 1)."""
 
     enabled: bool = True
-    window: int = 4
+    window: Count = 4
     """w: side of a region, in tokens."""
     branches: tuple[tuple[int, int], ...] = ((1, 1), (2, 2), (4, 4))
     """Pooling kernel (height, width) of each branch, finest first; each must divide the window. (0, 0) drops the region
@@ -42,10 +41,28 @@ class VisionSamplerConfig:
     base_tile: Literal["keep", "sample", "drop"] = "keep"
     balance_coefficients: tuple[float, ...] = (1.0, 1.0, 1.0)
     """c of Eq. 10, one a branch; rescaled to sum to the number of branches."""
-    selector_temperature: float = 1.0
+    selector_temperature: Annotated[float, Range(0, above=True)] = 1.0
     """The selector's logits are multiplied by this; a larger value makes a small-lr selector move faster."""
     token_order: Literal["region", "row"] = "region"
     """How the tokens follow each other, see `services.sampler.vision_guided.TokenOrder`."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        require(bool(self.branches), "branches", self.branches, "one or more")
+        coefficients = self.balance_coefficients
+        if len(coefficients) != len(self.branches):
+            found = f"has {len(coefficients)} values for {len(self.branches)} branches"
+            raise InvalidInput(found, field="balance_coefficients")
+        uses = min(coefficients) >= 0 and sum(coefficients) > 0
+        require(uses, "balance_coefficients", coefficients, "none below 0 and one above")
+        for kernel in self.branches:
+            if kernel == (0, 0):  # drops the region
+                continue
+            if min(kernel) < 1:
+                raise InvalidInput(f"has {kernel}, expected 1 or more", field="branches")
+            if any(self.window % side for side in kernel):
+                found = f"has {kernel}, which does not divide the window of {self.window}"
+                raise InvalidInput(found, field="branches")
 
     def module_options(self) -> dict[str, Any]:
         """Options of `services.sampler.vision_guided.VisionGuidedSampler`."""
@@ -61,11 +78,14 @@ class TextSamplerConfig:
     enabled: bool = True
     layer: int = 8
     """i: zero-based layer before which tokens are pruned."""
-    threshold: float = 0.85
+    threshold: Share = 0.85
     """gamma: share of the summed importance that the kept tokens must reach."""
     instruction: Instruction = "last_turn"
     """The words whose attention chooses: the last user turn's, all user turns' words, or the last turn's words and the
     template's markers after them, which the answer starts from."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +96,7 @@ class FocusLlavaConfig:
     """Arguments of transformers' CLIPVisionConfig."""
     text: dict[str, Any]
     """Arguments of the decoder's config, with its `model_type` (llama, mistral or qwen2)."""
-    image_token_id: int
+    image_token_id: Annotated[int, Range(0)]
     image_grid_pinpoints: tuple[tuple[int, int], ...]
     """Allowed (height, width) of the padded image, in pixels."""
     vision_stem: Literal["patch", "conv"] = "patch"
@@ -95,52 +115,25 @@ class FocusLlavaConfig:
     """The dtype the weights are stored in."""
 
     def __post_init__(self) -> None:
-        _check_types(self, "")
+        check_settings(self)
         family = self.text.get("model_type")
         require(family in TEXT_FAMILIES, "text.model_type", family, f"one of {', '.join(TEXT_FAMILIES)}")
         for name in ("image_size", "patch_size"):
             size: Any = self.vision.get(name)
-            require(_fits(size, int) and size > 0, f"vision.{name}", size, "a whole number above 0")
+            require(type(size) is int and size > 0, f"vision.{name}", size, "a whole number above 0")
         require(self.patches_per_side > 0, "vision.patch_size", self.vision["patch_size"], f"at most {self.tile_px}")
         layers = _layers("text", lambda: self.text_config)
-        layer, threshold = self.text_sampler.layer, self.text_sampler.threshold
+        layer = self.text_sampler.layer
         require(0 < layer < layers, "text_sampler.layer", layer, f"1..{layers - 1}")
-        require(0 < threshold <= 1, "text_sampler.threshold", threshold, "(0, 1]")
         layers = _layers("vision", lambda: self.vision_config)
         layer = self.vision_feature_layer
         require(-layers - 1 <= layer <= layers, "vision_feature_layer", layer, f"{-layers - 1}..{layers}")
-        require(self.image_token_id >= 0, "image_token_id", self.image_token_id, "0 or more")
         require(min(self.image_std) > 0, "image_std", self.image_std, "all above 0")
         require(bool(self.image_grid_pinpoints), "image_grid_pinpoints", self.image_grid_pinpoints, "one or more")
         for size_hw in self.image_grid_pinpoints:
             if min(size_hw) < 1 or any(side % self.tile_px for side in size_hw):
                 raise InvalidInput(
                     f"has {size_hw}, not a multiple of the tile's {self.tile_px} px", field="image_grid_pinpoints"
-                )
-        self._check_vision_sampler()
-
-    def _check_vision_sampler(self) -> None:
-        sampler, prefix = self.vision_sampler, "vision_sampler."
-        coefficients, temperature = sampler.balance_coefficients, sampler.selector_temperature
-        require(sampler.window > 0, prefix + "window", sampler.window, "1 or more")
-        require(temperature > 0, prefix + "selector_temperature", temperature, "above 0")
-        if not sampler.branches:
-            raise InvalidInput("is empty", field=prefix + "branches")
-        if len(coefficients) != len(sampler.branches):
-            raise InvalidInput(
-                f"has {len(coefficients)} values for {len(sampler.branches)} branches",
-                field=prefix + "balance_coefficients",
-            )
-        uses = min(coefficients) >= 0 and sum(coefficients) > 0
-        require(uses, prefix + "balance_coefficients", coefficients, "none below 0 and one above")
-        for kernel in sampler.branches:
-            if kernel == (0, 0):  # drops the region
-                continue
-            if min(kernel) < 1:
-                raise InvalidInput(f"has {kernel}, expected 1 or more", field=prefix + "branches")
-            if any(sampler.window % side for side in kernel):
-                raise InvalidInput(
-                    f"has {kernel}, which does not divide the window of {sampler.window}", field=prefix + "branches"
                 )
 
     @property
@@ -180,7 +173,7 @@ class FocusLlavaConfig:
         version = raw.pop("format_version", None)
         if version != FORMAT_VERSION:
             raise InvalidInput(f"is {version!r}, this program reads {FORMAT_VERSION}", field="format_version")
-        return _build(cls, raw, "")
+        return build_settings(cls, raw)
 
     @classmethod
     def load(cls, folder: str | pathlib.Path) -> FocusLlavaConfig:
@@ -200,49 +193,6 @@ class FocusLlavaConfig:
 def as_tuples(value: Any) -> Any:
     """JSON's lists, which our fields hold as tuples."""
     return tuple(map(as_tuples, value)) if isinstance(value, list | tuple) else value
-
-
-def _build(cls: type, raw: Any, prefix: str) -> Any:
-    require(isinstance(raw, dict), prefix.rstrip("."), raw, "an object")
-    hints = get_type_hints(cls)
-    known = {f.name: f for f in dataclasses.fields(cls)}
-    for name in raw:
-        if name not in known:
-            raise InvalidInput(f"unknown field with value {raw[name]!r}", field=f"{prefix}{name}")
-    values: dict[str, Any] = {}
-    for name, spec in known.items():
-        if name in raw:
-            nested = dataclasses.is_dataclass(hints[name])
-            values[name] = _build(hints[name], raw[name], f"{prefix}{name}.") if nested else as_tuples(raw[name])
-        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
-            raise InvalidInput("is missing", field=f"{prefix}{name}")
-    return cls(**values)
-
-
-def _check_types(config: Any, prefix: str) -> None:
-    """Checks and converts nothing: a number that became 3.0 would be another fingerprint."""
-    hints = get_type_hints(type(config))
-    for spec in dataclasses.fields(config):
-        value, hint = getattr(config, spec.name), hints[spec.name]
-        if dataclasses.is_dataclass(value) and isinstance(value, hint):
-            _check_types(value, f"{prefix}{spec.name}.")
-        else:
-            choices = f"one of {', '.join(get_args(hint))}" if get_origin(hint) is Literal else str(spec.type)
-            require(_fits(value, hint), f"{prefix}{spec.name}", value, choices)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    kind, args = get_origin(hint) or hint, get_args(hint)
-    if kind is Literal:
-        return value in args
-    if kind is tuple:
-        long_enough = args[-1] is Ellipsis or isinstance(value, tuple) and len(value) == len(args)
-        return isinstance(value, tuple) and long_enough and all(_fits(item, args[0]) for item in value)
-    if isinstance(value, bool):
-        return kind is bool
-    if kind is float:  # or a whole number that is one; not NaN
-        return isinstance(value, int | float) and abs(value) <= sys.float_info.max
-    return isinstance(value, kind)
 
 
 def _layers(field: str, build: Callable[[], Any]) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -34,7 +35,7 @@ STEP_OPERATIONS = 4e12
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSizes:
-    """One replica of the encoder."""
+    """Sizes of one replica of the encoder."""
 
     weights: int
     """Bytes of the weights; activations are bytes too."""
@@ -48,7 +49,7 @@ class EncoderSizes:
 
 @dataclass(frozen=True, kw_only=True)
 class LlmSizes:
-    """One replica of the language model."""
+    """Sizes of one replica of the language model."""
 
     weights: int
     activations: int
@@ -64,8 +65,13 @@ class LlmSizes:
         return self.weights + self.activations + self.kv_cache_bytes
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """The sizes that are settings of the engine (`services.llm.engine_config.EngineConfig`), by name."""
+        return {name: getattr(self, name) for name in ("kv_cache_bytes", "max_batch_tokens", "max_running")}
+
+    @property
     def full_images(self) -> int:
-        """Requests of a full image that run at a time."""
+        """How many requests of a full image run at a time."""
         return min(self.max_running, self.kv_cache_bytes // self.full_image_bytes)
 
 
@@ -132,7 +138,7 @@ def size_llm(
     """Shares `budget` bytes out; what is given is taken as it is.
 
     elements: numbers of all its weights (`store.stage_elements`); budget: None, with a kv_cache_bytes, asks nothing of
-    the memory; where: what has the budget, for the error.
+    the memory and refuses no KV cache; where: what has the budget, for the error.
     Raises InvalidInput for what could never answer a full image, with what it would need.
     """
     text = config.text_config
@@ -143,12 +149,8 @@ def size_llm(
     if not on_gpu:  # a tied head is packed beside the embeddings; these stay in their file where they can
         weights += (text.tie_word_embeddings - as_stored) * text.vocab_size * text.hidden_size * dtype.itemsize
     tokens, a_request = full_image(config, dtype, max_model_len)
-    if kv_cache_bytes is not None and kv_cache_bytes < a_request:
-        raise InvalidInput(
-            f"is {size_text(kv_cache_bytes)}, expected {size_text(a_request)} ({a_request} bytes) or more: "
-            f"{_image(config)} with its question and answer is {tokens:,} tokens",
-            field="kv_cache_bytes",
-        )
+    if kv_cache_bytes is not None and budget is not None:
+        check_kv_cache(config, kv_cache_bytes, tokens, a_request)
     step_tokens = max_batch_tokens or (4096 if on_gpu else _cpu_step_tokens(elements))
     most = max_running or (128 if on_gpu else 16)
     while True:
@@ -179,6 +181,16 @@ def size_llm(
     )
 
 
+def check_kv_cache(config: FocusLlavaConfig, kv_cache_bytes: int, tokens: int, full_image_bytes: int) -> None:
+    """Raises InvalidInput for a KV cache that cannot hold a full image, which is so many tokens and bytes."""
+    if kv_cache_bytes < full_image_bytes:
+        raise InvalidInput(
+            f"is {size_text(kv_cache_bytes)}, expected {size_text(full_image_bytes)} ({full_image_bytes} bytes) or "
+            f"more: {_image(config)} with its question and answer is {tokens:,} tokens",
+            field="kv_cache_bytes",
+        )
+
+
 def check_max_model_len(config: FocusLlavaConfig, max_model_len: int) -> None:
     """Raises InvalidInput for a context beyond the model's own, or too short for a full image's prompt."""
     own = config.text_config.max_position_embeddings
@@ -199,7 +211,7 @@ def _cpu_step_tokens(elements: int) -> int:
 
 
 def _activations(config: FocusLlavaConfig, dtype: torch.dtype, step_tokens: int, running: int, on_gpu: bool) -> int:
-    """The most that a step makes, and the visual tokens of requests that wait for one."""
+    """Most bytes of a step's activations, and of the visual tokens of requests that wait."""
     text, (_, visual) = config.text_config, largest_image(config)
     heads = (text.num_attention_heads + 2 * text.num_key_value_heads) * head_width(text)
     step = step_tokens * (6 * text.hidden_size + 2 * heads + 3 * text.intermediate_size) * dtype.itemsize

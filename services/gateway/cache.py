@@ -27,6 +27,8 @@ from services.common.types import ImageOptions
 
 _log = logging.getLogger("focusllava")
 
+CACHE_BYTES = 256 * 2**20
+"""Bound of a cache in the gateway's process, where the settings say none."""
 _MAX_GETS, _MAX_PUTS = 16, 4
 """Calls of Redis under way; more wait. A burst of new connections alone can take longer than a get may."""
 _FAILURES = (redis.RedisError, OSError, TimeoutError, ValueError)

@@ -27,7 +27,7 @@ from services.common.grpc_status import refuse
 from services.common.settings import build_settings, require
 from services.common.telemetry import Metrics
 from services.gateway.admission import AdmissionLimits, request_id_of
-from services.gateway.cache import VisualTokenCache, open_store
+from services.gateway.cache import CACHE_BYTES, VisualTokenCache, open_store
 from services.gateway.chat import ChatService
 from services.gateway.health import Health
 from services.gateway.openai.http import HttpDoor
@@ -49,7 +49,7 @@ class GatewaySettings:
     left alone until it answers a PING: raise it where the network is slow and encoding slower still."""
     redis_put_timeout_s: float = 5.0
     """Longest that storing a value may take. No request waits for it, and a failure has no other effect."""
-    cache_bytes: int = 256 * 2**20
+    cache_bytes: int = CACHE_BYTES
     """Bound of the cache in this process."""
     cors_origins: tuple[str, ...] = ()
     """Sites whose pages may use the HTTP API, as in "https://example.org"; "*" is any. Unset: none."""

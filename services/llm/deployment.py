@@ -45,19 +45,9 @@ class LanguageModel(GrpcOnly):
 
     def __init__(self, settings: LanguageModelSettings):
         device, dtype = settings.place()
-        sizes = settings.sizes(device, dtype, _gpu_part(device))
+        sizes = settings.replica_sizes(device, dtype, _gpu_part(device))
         logger.info(f"KV cache of {size_text(sizes.kv_cache_bytes)}: {sizes.full_images} requests of a full image")
-        self._model = Engine.from_checkpoint(
-            settings.checkpoint,
-            dtype=dtype,
-            device=device,
-            kv_cache_bytes=sizes.kv_cache_bytes,
-            max_batch_tokens=sizes.max_batch_tokens,
-            max_running=sizes.max_running,
-            max_model_len=settings.max_model_len,
-            prefix_reuse=settings.prefix_reuse,
-            quantize=settings.quantize,
-        )
+        self._model = Engine.from_checkpoint(settings.checkpoint, settings.sized(sizes), dtype=dtype, device=device)
         self._model.warm_up()
         self._engine = AsyncEngine(self._model)
         self._metrics = Metrics("llm", ray.serve.metrics)
@@ -120,7 +110,7 @@ class LanguageModel(GrpcOnly):
             self._progress = (passes, time.monotonic())
         self._metrics.set("focusllava_running_requests", stats.running)
         self._metrics.set("focusllava_waiting_requests", stats.waiting)
-        self._metrics.set("focusllava_kv_blocks_used", stats.kv_blocks_used)
-        self._metrics.set("focusllava_kv_blocks_total", stats.kv_blocks_total)
+        self._metrics.set("focusllava_kv_pages_used", stats.kv_pages_used)
+        self._metrics.set("focusllava_kv_pages_total", stats.kv_pages_total)
         self._metrics.set("focusllava_preemptions", stats.preemptions)
         self._metrics.set("focusllava_prompt_tokens_reused", stats.prompt_tokens_reused)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pathlib
 import time
+from typing import Any
 
 import torch
 
@@ -25,7 +26,8 @@ from services.common.types import (
     TokenEvent,
     Usage,
 )
-from services.compute.linear import Quantize
+from services.compute.dtypes import dtype_of_stored
+from services.llm.engine_config import EngineConfig
 from services.llm.engine_stats import EngineStats, Event, StepFailed
 from services.llm.grammars import Grammars
 from services.llm.intake import Intake
@@ -47,21 +49,15 @@ class Engine:
         renderer: PromptRenderer,
         config: FocusLlavaConfig,
         model_fingerprint: str,
-        *,
-        kv_cache_bytes: int,
-        max_batch_tokens: int = 8192,
-        max_running: int = 64,
-        block_size: int = 16,
-        prefix_reuse: bool = True,
+        engine_config: EngineConfig,
     ):
-        """kv_cache_bytes: size of the KV cache, the hidden states beside it included; max_batch_tokens: tokens of one
-        step, each counted by the share of the layers that it goes through; max_running: most sequences in work at once;
-        prefix_reuse: equal beginnings of prompts (images included) go through layers 0..k-1 once."""
+        """engine_config: its sizes are all set."""
         self.decoder, self.renderer, self.config = decoder, renderer, config
         self.fingerprint = model_fingerprint
         self.prune_layer = config.text_sampler.layer
         self.eos_token_ids = frozenset(config.eos_token_ids)
         self.cache = KVCache(
+            engine_config,
             num_layers=decoder.num_layers,
             prune_layer=self.prune_layer,
             kv_heads=decoder.kv_heads,
@@ -69,15 +65,12 @@ class Engine:
             hidden_size=decoder.config.hidden_size,
             dtype=decoder.dtype,
             device=decoder.device,
-            kv_cache_bytes=kv_cache_bytes,
-            block_size=block_size,
-            prefix_reuse=prefix_reuse,
         )
         self.grammars = Grammars(
             renderer.tokenizer, vocabulary=decoder.config.vocab_size, eos_token_ids=config.eos_token_ids
         )
         self.intake = Intake(decoder, renderer, config, model_fingerprint, self.cache, self.grammars)
-        self.scheduler = Scheduler(self.cache, max_batch_tokens=max_batch_tokens, max_running=max_running)
+        self.scheduler = Scheduler(self.cache, engine_config)
         self._sequences: dict[str, Sequence] = {}
         self.runner = ModelRunner(decoder, self.cache, self.prune_layer)
         self._failed_steps = 0
@@ -90,38 +83,31 @@ class Engine:
     def from_checkpoint(
         cls,
         folder: str | pathlib.Path,
+        config: EngineConfig | None = None,
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
-        kv_cache_bytes: int,
-        max_batch_tokens: int = 8192,
-        max_running: int = 64,
-        max_model_len: int | None = None,
-        prefix_reuse: bool = True,
-        quantize: Quantize | None = None,
+        **settings: Any,
     ) -> Engine:
-        """Loads the LLM's shards and the tokenizer; no encoder weight is read. dtype None keeps the checkpoint's where
-        `device` is made for it; max_model_len: tokens of prompt and answer, if fewer than the model's own context;
-        quantize: see `services.compute.linear.prepare_linears`."""
-        config = FocusLlavaConfig.load(folder)
-        decoder = Decoder.from_checkpoint(folder, dtype=dtype, device=device, quantize=quantize)
-        decoder.context = min(decoder.context, max_model_len or decoder.context)
+        """Loads the LLM's shards and the tokenizer; no encoder weight is read.
+
+        settings: fields of EngineConfig, in place of `config`; dtype None keeps the checkpoint's where `device` is made
+        for it. Raises InvalidInput for a setting out of range, and for what the device has no memory for.
+        """
+        assert config is None or not settings, "either of the two"
+        engine_config = config or EngineConfig(**settings)
+        model_config = FocusLlavaConfig.load(folder)
+        dtype = dtype or dtype_of_stored(model_config.dtype, device)
+        engine_config = engine_config.sized(engine_config.sizes(folder, device, dtype))
+        decoder = Decoder.from_checkpoint(folder, dtype=dtype, device=device, quantize=engine_config.quantize)
+        decoder.context = min(decoder.context, engine_config.max_model_len or decoder.context)
         renderer = PromptRenderer.from_checkpoint(
             folder,
-            image_token_id=config.image_token_id,
+            image_token_id=model_config.image_token_id,
             context=decoder.context,
-            instruction=config.text_sampler.instruction,
+            instruction=model_config.text_sampler.instruction,
         )
-        return cls(
-            decoder,
-            renderer,
-            config,
-            fingerprint(folder),
-            kv_cache_bytes=kv_cache_bytes,
-            max_batch_tokens=max_batch_tokens,
-            max_running=max_running,
-            prefix_reuse=prefix_reuse,
-        )
+        return cls(decoder, renderer, model_config, fingerprint(folder), engine_config)
 
     def warm_up(self) -> None:
         """Does what the first requests would wait for: on a GPU, records all its graphs and compiles its kernels.
@@ -181,10 +167,10 @@ class Engine:
         return EngineStats(
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting),
-            kv_blocks_used=self.cache.num_pages - self.cache.free_pages - self.cache.idle_pages,
-            kv_blocks_total=self.cache.num_pages,
-            kv_blocks_cached=self.cache.idle_pages,
-            kv_block_bytes=self.cache.page_bytes,
+            kv_pages_used=self.cache.num_pages - self.cache.free_pages - self.cache.idle_pages,
+            kv_pages_total=self.cache.num_pages,
+            kv_pages_cached=self.cache.idle_pages,
+            kv_page_bytes=self.cache.page_bytes,
             failed_steps=self._failed_steps,
             preemptions=self.scheduler.preemptions,
             **self._totals,
@@ -210,12 +196,7 @@ class Engine:
 
     def _pass(self, step: Step) -> list[tuple[str, Event]]:
         try:
-            if step.only_decodes:
-                logits_mV, sequences = self.runner.decode(step), step.decode
-            else:
-                half = self.runner.lower(step)
-                self.scheduler.extend(step)
-                logits_mV, sequences = self.runner.upper(step, half)
+            logits_mV, sequences = self.runner.run(step, self.scheduler.extend)
             self._totals["prefill_passes"] += bool(step.lower or step.upper)
             self._totals["decode_passes"] += bool(step.decode)
             if not sequences:
@@ -309,6 +290,6 @@ class Engine:
             prune_layer=k if decision else 0,
             num_layers=layers,
             kv_bytes=(before * k + after * (layers - k)) * self.cache.bytes_per_token_layer,
-            kv_bytes_unpruned=before * layers * self.cache.bytes_per_token_layer,
+            kv_unpruned_bytes=before * layers * self.cache.bytes_per_token_layer,
             time_to_first_token_s=(sequence.first_token_at or time.monotonic()) - sequence.received_at,
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+from services.llm.engine_config import EngineConfig
 from services.llm.kv_cache import LOWER, UPPER, KVCache
 from services.llm.sequence import Sequence, SequenceState
 
@@ -51,16 +52,15 @@ class Step:
 class Scheduler:
     """First come, first served. Pages are taken as tokens come; when none is left, the youngest sequence gives way."""
 
-    def __init__(self, cache: KVCache, *, max_batch_tokens: int, max_running: int):
-        """max_batch_tokens: the budget of a step; decoding sequences may exceed it, prefill gets what they leave and
-        at least one block."""
+    def __init__(self, cache: KVCache, config: EngineConfig):
+        assert config.max_batch_tokens is not None and config.max_running is not None, "sizes are set"
         self.cache = cache
-        self.max_running = max_running
+        self.max_running = config.max_running
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # the oldest first
         self.preemptions = 0
         self._layers = [group.num_layers for group in cache.groups]
-        self._budget = max_batch_tokens * sum(self._layers)
+        self._budget = config.max_batch_tokens * sum(self._layers)
 
     def add(self, sequence: Sequence) -> None:
         assert sequence.state is SequenceState.WAITING

@@ -88,11 +88,6 @@ class Sequence:
         return self.prompt_len + len(self.output_ids)
 
     @property
-    def next_position(self) -> int:
-        """RoPE position of the next token to enter the model: the lower group holds every token before it."""
-        return self.kv_lens[0]
-
-    @property
     def is_pruned(self) -> bool:
         return self.threshold is not None or self.keep_ratio is not None
 
@@ -104,11 +99,6 @@ class Sequence:
         if self.keep_ratio is not None:
             return self.num_visual - kept_by_ratio(self.num_visual, self.keep_ratio)
         return 0
-
-    @property
-    def kept_prompt_len(self) -> int:
-        """Prompt tokens that go on after the prune layer."""
-        return self.prompt_len - self.removed
 
     @property
     def max_kv_lens(self) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from services.checkpoint.config import FocusLlavaConfig, TextSamplerConfig, VisionSamplerConfig
 from services.checkpoint.import_llava_next import import_llava_next
+from services.common.errors import InvalidInput
 from services.common.types import (
     ChatTurn,
     CompressedVisualTokens,
@@ -30,7 +31,6 @@ from tests.llm_reference import causal_mask, naive_kept
 from tests.tiny_checkpoints import make_hub_checkpoint, make_random_checkpoint
 from tests.tiny_training import MODEL, tiny_run
 from tests.unit.sampler import oracles as oracle
-from training.config import ConfigError
 from training.data.branches import BranchBuilder, Exchange
 from training.data.questions import questions
 from training.data.rendering import render
@@ -332,11 +332,11 @@ def test_what_was_trained_on_an_imported_checkpoint_is_on_in_its_export_and_serv
 @pytest.mark.parametrize(
     ("init", "stage", "enabled"),
     [
-        (False, {"vision_sampler": False, "prune": {}}, False),
+        (False, {"vision_sampler": False, "prune": None}, False),
         (False, {"vision_sampler": True, "branch_control": {"name": "random", "shares": [0.5, 0.3, 0.2]}}, False),
         (False, {"vision_sampler": True}, True),
-        (True, {"vision_sampler": False, "prune": {}}, True),
-        (True, {"vision_sampler": False, "prune": {}, "fresh_selector": True}, False),
+        (True, {"vision_sampler": False, "prune": None}, True),
+        (True, {"vision_sampler": False, "prune": None, "fresh_selector": True}, False),
         (True, {"vision_sampler": True, "fresh_selector": True}, True),
     ],
 )
@@ -352,7 +352,7 @@ def test_a_selector_that_nobody_trained_is_off_and_what_a_run_leaves_alone_stays
 @pytest.mark.parametrize("sampler", ["vision_sampler", "text_sampler"])
 def test_a_sampler_is_not_trained_and_switched_off_at_once(tmp_path, sampler):
     model = {**MODEL, sampler: {**MODEL[sampler], "enabled": False}}
-    with pytest.raises(ConfigError, match=rf"stage.model.{sampler}.enabled: is false, and stage\.\w+.* trains it"):
+    with pytest.raises(InvalidInput, match=rf"stage.model.{sampler}.enabled: is false, and stage\.\w+.* trains it"):
         JointTask(tiny_run(str(tmp_path / "out"), stage={"model": model}))
 
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from services.common.errors import InvalidInput
 from services.common.types import ChatTurn, ImagePart, TextPart
 from services.llm.prompt import PromptRenderer
-from training.config import ConfigError
 from training.data.fonts import Box
 from training.layout import Branch
 
@@ -70,5 +70,5 @@ def _around_answer(tokenizer: Any) -> tuple[str, str]:
     whole = tokenizer.apply_chat_template(answered, tokenize=False)
     before, _, after = whole.removeprefix(prompt).partition(mark)
     if not whole.startswith(prompt) or tokenizer.eos_token not in after:
-        raise ConfigError("chat_template: an answer does not follow its prompt and end with the end token")
+        raise InvalidInput("an answer does not follow its prompt and end with the end token", field="chat_template")
     return before, after[: after.index(tokenizer.eos_token) + len(tokenizer.eos_token)]

@@ -9,10 +9,9 @@ from functools import lru_cache
 from typing import Any
 
 from services.checkpoint.config import FocusLlavaConfig
-from services.common.errors import FocusError
+from services.common.errors import FocusError, InvalidInput
 from services.encoder.anyres import any_map_left
 from services.encoder.reading import read_tiles
-from training.config import ConfigError
 from training.data.branches import BranchBuilder, Exchange
 from training.layout import Branch, Sample
 
@@ -28,9 +27,9 @@ class ConversationBatches:
         try:
             self.entries: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf8"))
         except (OSError, ValueError) as error:
-            raise ConfigError(f"stage.data: {path} cannot be read: {error}") from None
+            raise InvalidInput(f"{path} cannot be read: {error}", field="stage.data") from None
         if not isinstance(self.entries, list) or not self.entries:
-            raise ConfigError(f"stage.data: {path} is not a list of conversations")
+            raise InvalidInput(f"{path} is not a list of conversations", field="stage.data")
         self.exchanges = [read_exchanges(entry, index) for index, entry in enumerate(self.entries)]
         self._order = lru_cache(maxsize=2)(self._shuffled)
 
@@ -43,10 +42,12 @@ class ConversationBatches:
         try:
             tiles, _ = read_tiles(path.read_bytes(), self.config, field=str(path))
         except (OSError, FocusError) as error:
-            raise ConfigError(f"stage.data[{index}].image: {error}") from None
+            raise InvalidInput(str(error), field=f"stage.data[{index}].image") from None
         if not any_map_left(tiles, self.config.patches_per_side):
             height, width = tiles.image_size_hw
-            raise ConfigError(f"stage.data[{index}].image: {path} is {width} x {height} pixels, too narrow a strip")
+            raise InvalidInput(
+                f"{path} is {width} x {height} pixels, too narrow a strip", field=f"stage.data[{index}].image"
+            )
         built = [self._branch(index, turn) for turn in range(len(self.exchanges[index]))]
         return Sample(image=tiles, prefix_ids=built[0][0], branches=tuple(branch for _, branch in built))
 
@@ -55,9 +56,9 @@ class ConversationBatches:
         try:
             words, branch = self.builder.build(exchanges[turn], exchanges[:turn])
         except FocusError as error:
-            raise ConfigError(f"{field}: {error}") from None
+            raise InvalidInput(str(error), field=field) from None
         if (tokens := len(words) + len(branch.token_ids)) >= (context := self.builder.renderer.context):
-            raise ConfigError(f"{field}: {tokens} tokens with its answer, the model's context is {context}")
+            raise InvalidInput(f"{tokens} tokens with its answer, the model's context is {context}", field=field)
         return words, branch
 
     def _at(self, position: int) -> int:
@@ -71,19 +72,21 @@ class ConversationBatches:
 
 
 def read_exchanges(entry: Any, index: int) -> list[Exchange]:
-    """Human and assistant turns in pairs; raises ConfigError naming the entry and what is wrong with it."""
+    """Human and assistant turns in pairs; raises InvalidInput naming the entry and what is wrong with it."""
     field = f"stage.data[{index}]"
     if not isinstance(entry, dict) or not isinstance(entry.get("image"), str) or not entry["image"]:
-        raise ConfigError(f"{field}: {str(entry)[:60]} has no `image`, the path of one")
+        raise InvalidInput(f"{str(entry)[:60]} has no `image`, the path of one", field=field)
     turns = entry.get("conversations")
     if not isinstance(turns, list) or not turns or len(turns) % 2:
-        raise ConfigError(f"{field}.conversations: {str(turns)[:60]} is not an even number of turns")
+        raise InvalidInput(f"{str(turns)[:60]} is not an even number of turns", field=f"{field}.conversations")
     said = []
     for n, turn in enumerate(turns):
         who = ("human", "gpt")[n % 2]
         if not isinstance(turn, dict) or turn.get("from") != who or not isinstance(turn.get("value"), str):
-            raise ConfigError(f"{field}.conversations[{n}]: {str(turn)[:60]} is not {{from: {who}, value: words}}")
+            raise InvalidInput(
+                f"{str(turn)[:60]} is not {{from: {who}, value: words}}", field=f"{field}.conversations[{n}]"
+            )
         said.append(turn["value"].replace(IMAGE_MARK, "").strip() if who == "human" else turn["value"].strip())
         if not said[-1]:
-            raise ConfigError(f"{field}.conversations[{n}].value: {turn['value']!r} has no words")
+            raise InvalidInput(f"{turn['value']!r} has no words", field=f"{field}.conversations[{n}].value")
     return [Exchange(question=ask, answer=answer) for ask, answer in zip(said[::2], said[1::2], strict=True)]

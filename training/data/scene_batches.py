@@ -6,11 +6,12 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 
 from services.checkpoint.config import FocusLlavaConfig
+from services.common.settings import Count, Steps, require
 from services.encoder.anyres import best_resolution
 from services.encoder.reading import tiles_of
 from training.data.branches import BranchBuilder, Exchange
@@ -18,7 +19,7 @@ from training.data.easy_vqa import easy_vqa_asked, easy_vqa_at, open_easy_vqa
 from training.data.fonts import Box
 from training.data.poster_boxes import glyph_boxes
 from training.data.poster_questions import poster_questions
-from training.data.posters import poster_at, render_poster
+from training.data.posters import CONTENTS, poster_at, render_poster
 from training.data.questions import QuestionAnswer, questions
 from training.data.rendering import render
 from training.data.splits import scene_at
@@ -33,13 +34,18 @@ POSITION_KINDS = ("where", "left_of")
 class Curriculum:
     """Small images first: among fewer patches, where to look is learned in fewer and cheaper steps."""
 
-    steps: int = 0
-    """How long; then images of every size."""
-    max_tiles: int = 4
+    steps: Steps = 0
+    """Steps that it lasts; images of every size follow."""
+    max_tiles: Count = 4
     """Most tiles of an image meanwhile, the base tile not counted."""
-    panel: str = ""
-    """The panel that each image shows meanwhile: "keypad", "chart" or "table" (posters only). Looking a word up in a
-    table has to be learned for every word, and few images of the whole mixture ask for it."""
+    panel: Literal["", "keypad", "chart", "table"] = ""
+    """The panel that each image shows meanwhile (posters only). Looking a word up in a table has to be learned for
+    every word, and few images of the whole mixture ask for it."""
+
+    def __post_init__(self) -> None:
+        if self.panel:
+            least = min(tiles for tiles, contents in CONTENTS.items() if contents.panels)
+            require(self.max_tiles >= least, "max_tiles", self.max_tiles, f"{least} or more, which a panel needs")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
+from services.common.settings import require
 from services.sampler.vision_guided import Choice
-from training.config import ConfigError
 from training.layout import Boxes
 
 ControlName = Literal["random", "uniform", "oracle", "no_task_gradient", "permuted"]
@@ -35,17 +35,8 @@ class BranchControl:
     """uniform: index of the branch."""
 
     def __post_init__(self) -> None:
-        if self.name not in get_args(ControlName):
-            raise ConfigError(f"branch_control.name: {self.name!r} is not one of {', '.join(get_args(ControlName))}")
-        if self.name == "random" and (not self.shares or min(self.shares) < 0 or sum(self.shares) <= 0):
-            raise ConfigError(f"branch_control.shares: {self.shares!r} are not probabilities of the branches")
-
-    def check(self, branches: int) -> None:
-        """Raises ConfigError where shares or branch do not fit a sampler of so many branches."""
-        if self.name == "random" and len(self.shares) != branches:
-            raise ConfigError(f"branch_control.shares: has {len(self.shares)} values for {branches} branches")
-        if not 0 <= self.branch < branches:
-            raise ConfigError(f"branch_control.branch: {self.branch} is not one of {branches} branches")
+        right = self.name != "random" or bool(self.shares) and min(self.shares) >= 0 and sum(self.shares) > 0
+        require(right, "shares", self.shares, "probabilities of the branches")
 
     @property
     def selects(self) -> bool:

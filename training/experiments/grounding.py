@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from services.common.settings import Amount, require
 from services.encoder.model import EncodedImage
 from services.sampler.text_guided import apply_rotary
-from training.config import Amount
 from training.data.fonts import Box
 from training.layout import Sample, TextBatch
 
@@ -31,6 +31,9 @@ class Grounding:
     """Layers in which the answer's tokens and the question's words are to look at the evidence."""
     reading_layers: tuple[int, ...] = ()
     """Layers below them, in which the last prompt token is to read the question."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.taught_layers), "layers", self.layers, "one or more, or reading_layers")
 
     @property
     def taught_layers(self) -> set[int]:

@@ -73,7 +73,7 @@ def test_what_is_imported_is_served(family: str, fields: dict[str, Any], tmp_pat
     report = import_llava_next(hub(tmp_path, family, **fields), tmp_path / "ours", dry_run=dry_run)
     assert "the encoder and all 6 layers of 6 answered 2 tokens about an image" in report.notes[-1]
     settings = LanguageModelSettings(checkpoint=str(tmp_path / "ours"))
-    assert settings.sizes("cpu", torch.float32).full_images
+    assert settings.replica_sizes("cpu", torch.float32).full_images
     engine = Engine.from_checkpoint(tmp_path / "ours", dtype=torch.float32, kv_cache_bytes=2**22)
     ids, text, finished = tiny_llm.run(engine, [tiny_llm.request(engine, max_tokens=3)])["r"]
     assert len(ids) == 3 and finished.usage.completion_tokens == 3
@@ -112,7 +112,7 @@ def test_one_list_refuses_at_import_and_at_serving(
     (tmp_path / "ours" / "config.json").write_text(json.dumps(raw))
     for refuses in (
         lambda: check_servable(FocusLlavaConfig.load(tmp_path / "ours")),
-        lambda: LanguageModelSettings(checkpoint=str(tmp_path / "ours")).sizes("cpu", torch.float32),
+        lambda: LanguageModelSettings(checkpoint=str(tmp_path / "ours")).replica_sizes("cpu", torch.float32),
         lambda: dry_run(tmp_path / "ours"),
     ):
         with pytest.raises(InvalidInput) as refused:

@@ -46,7 +46,7 @@ def test_a_cpu_with_room() -> None:
     assert "ray_actor_options" not in found.options["llm"]
     assert found.lines[2].startswith("fits: 16 requests of one 56 x 56 px image at a time (88 visual tokens")
     settings = LanguageModelSettings(checkpoint=str(tiny_llm.checkpoint()), **llm)  # every one is known and allowed
-    assert settings.sizes("cpu", dtype).kv_cache_bytes == llm["kv_cache_bytes"]
+    assert settings.replica_sizes("cpu", dtype).kv_cache_bytes == llm["kv_cache_bytes"]
 
 
 def test_a_large_model_on_a_cpu_has_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +151,7 @@ def test_what_can_never_answer_is_refused_by_the_options_name(wishes: dict[str, 
         ("[1]", "is no Serve configuration"),
         ("applications: [{name: llm}]", "has no application 'gateway'"),
         ("applications: [{name: gateway}, {name: encoder}, {name: llm, args: {kv_cache_bytes: 4G}}]",
-         "kv_cache_bytes: is '4G', expected a whole number"),
+         "kv_cache_bytes: is '4G', expected int"),
         ("applications: [{name: gateway}, {name: encoder}, {name: llm, args: {dtype: bf16}}]", "dtype: is 'bf16'"),
         ("applications: [{name: gateway}, {name: encoder}, {name: llm, args: {memory_share: 2}}]",
          "memory_share: is 2"),
@@ -208,8 +208,8 @@ def test_a_replica_that_is_told_no_size_finds_it_itself(monkeypatch: pytest.Monk
     folder = tiny_llm.checkpoint()
     settings = LanguageModelSettings(checkpoint=str(folder))
     dtype = torch.bfloat16  # another than that of the file, in which the embeddings would stay
-    sizes = settings.sizes("cpu", dtype)
+    sizes = settings.replica_sizes("cpu", dtype)
     assert sizes.full_images == 16 and sizes.weights == stage_elements(folder, "llm") * dtype.itemsize
     monkeypatch.setattr(llm_settings, "device_memory", lambda device: Memory(total=GIB, free=GIB))
     with pytest.raises(InvalidInput, match="memory: cpu of .* has .* for the language model"):
-        settings.sizes("cpu", dtype)
+        settings.replica_sizes("cpu", dtype)

@@ -187,7 +187,7 @@ def test_without_results_nothing_is_drawn_and_a_foreign_file_is_refused(tmp_path
 
 
 def test_two_questions_on_one_image_drawn_from_a_checkpoint(tmp_path: pathlib.Path) -> None:
-    model = FocusModel.from_checkpoint(SHIPPED)
+    model = FocusModel(SHIPPED)
     drawn_image = focus_figure(9, model)
     save_image(tmp_path, drawn_image)
     root = ElementTree.fromstring((tmp_path / "figure-9.svg").read_bytes())

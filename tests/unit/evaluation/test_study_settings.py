@@ -9,7 +9,8 @@ from evaluation.study.runs import Study, run_config
 from evaluation.study.settings import LEAST_LAYER_BUDGET, SETTINGS, coefficients, resolved
 from evaluation.study.tables import FIGURES, TABLES, settings_of
 from services.common.errors import InvalidInput
-from training.config import RunConfig, build
+from services.common.settings import build_settings
+from training.config import RunConfig
 from training.experiments.rivals.registry import LAYER_RIVALS, MAP_RIVALS
 from training.experiments.task import ExperimentTask
 
@@ -25,7 +26,7 @@ def study(tmp_path_factory):
 @pytest.mark.parametrize("setting", [s for s in settings_of() if s.train], ids=lambda s: s.name)
 def test_a_setting_builds_into_what_it_says(study, setting):
     setting = resolved(setting, (0.2, 0.3, 0.5), 30.0) if setting.match else setting
-    run = build(RunConfig, run_config(study, setting, 0))
+    run = build_settings(RunConfig, run_config(study, setting, 0))
     task = ExperimentTask(run)
     model, stage = task.module, setting.stage
     assert (model.map_rival is not None, model.layer_rival is not None) == (

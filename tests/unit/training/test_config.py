@@ -5,12 +5,16 @@ import pathlib
 import pytest
 import torch
 
+from services.common.errors import InvalidInput
+from services.common.settings import build_settings
 from services.compute.dtypes import dtype_name
+from tests.tiny_training import tiny_run
 from training import trainer
-from training.config import ClusterConfig, ConfigError, RunConfig, build, load
+from training.config import ClusterConfig, RunConfig, load
 from training.dense_labels import DenseModel, DenseStage, labelled_batch, scale_features
 from training.experiments.task import ExperimentStage
-from training.joint_stage import JointStage, check_kinds, prune_schedule
+from training.joint_stage import JointTask
+from training.stage_settings import JointStage
 from training.trainer import parameter_groups
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[3] / "training/configs").glob("*.yaml"))
@@ -20,34 +24,34 @@ CONFIGS = sorted((pathlib.Path(__file__).parents[3] / "training/configs").glob("
 def test_shipped_configurations_load(path):
     run = load(path, ["steps=7", "cluster.workers=1", "optimizer.learning_rate=1e-4"])
     assert (run.steps, run.cluster.workers, run.optimizer.learning_rate) == (7, 1, 1e-4)
-    assert run.output and build(DenseStage if path.stem == "tiny-vision" else ExperimentStage, run.stage)
+    assert run.output and build_settings(DenseStage if path.stem == "tiny-vision" else ExperimentStage, run.stage)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"stepz": 1}, "stepz: unknown field"),
-        ({"steps": "many"}, "steps: 'many' is not of type int"),
-        ({"optimizer": {"learning_rate": "fast"}}, "optimizer.learning_rate: 'fast' is not a number"),
-        ({"cluster": {"gpus": 8}}, "cluster.gpus: unknown field"),
-        ({"steps": 0}, "steps: 0 is less than 1"),
-        ({"steps": True}, "steps: True is not of type int"),
-        ({"log_every": 0}, "log_every: 0 is less than 1"),
-        ({"optimizer": 5}, "optimizer: 5 is not a mapping"),
-        ({"optimizer": None}, "optimizer: None is not a mapping"),
-        ({"optimizer": {"learning_rate": float("nan")}}, "optimizer.learning_rate: nan is not a number"),
-        ({"optimizer": {"learning_rate": True}}, "optimizer.learning_rate: True is not a number"),
-        ({"optimizer": {"learning_rate": -1}}, "optimizer.learning_rate: -1.0 is less than 0"),
-        ({"optimizer": {"betas": 0.9}}, "optimizer.betas: 0.9 is not a list"),
-        ({"optimizer": {"betas": [0.9]}}, r"optimizer.betas: \[0.9\] has 1 entries, expected 2"),
-        ({"optimizer": {"frozen": "encoder"}}, "optimizer.frozen: 'encoder' is not a list"),
-        ({"optimizer": {"frozen": [1]}}, r"optimizer.frozen\[0\]: 1 is not of type str"),
-        ({"stage": ["a"]}, r"stage: \['a'\] is not a mapping"),
+        ({"stepz": 1}, "stepz: unknown setting"),
+        ({"steps": "many"}, "steps: is 'many', expected int"),
+        ({"optimizer": {"learning_rate": "fast"}}, "optimizer.learning_rate: is 'fast', expected float"),
+        ({"cluster": {"gpus": 8}}, "cluster.gpus: unknown setting"),
+        ({"steps": 0}, "steps: is 0, expected 1 or more"),
+        ({"steps": True}, "steps: is True, expected int"),
+        ({"log_every": 0}, "log_every: is 0, expected 1 or more"),
+        ({"optimizer": 5}, "optimizer: is 5, expected a mapping"),
+        ({"optimizer": None}, "optimizer: is None, expected a mapping"),
+        ({"optimizer": {"learning_rate": float("nan")}}, "optimizer.learning_rate: is nan, expected float"),
+        ({"optimizer": {"learning_rate": True}}, "optimizer.learning_rate: is True, expected float"),
+        ({"optimizer": {"learning_rate": -1}}, "optimizer.learning_rate: is -1, expected 0 or more"),
+        ({"optimizer": {"betas": 0.9}}, "optimizer.betas: is 0.9, expected a list"),
+        ({"optimizer": {"betas": [0.9]}}, r"optimizer.betas: is \[0.9\], expected a list of 2"),
+        ({"optimizer": {"frozen": "encoder"}}, "optimizer.frozen: is 'encoder', expected a list"),
+        ({"optimizer": {"frozen": [1]}}, r"optimizer.frozen\[0\]: is 1, expected str"),
+        ({"stage": ["a"]}, r"stage: is \['a'\], expected a mapping"),
     ],
 )
 def test_mistakes_are_named(change, message):
-    with pytest.raises(ConfigError, match=f"^{message}"):
-        build(RunConfig, {"name": "n", "steps": 1, "samples_per_worker": 1, "output": "o", **change})
+    with pytest.raises(InvalidInput, match=f"^{message}"):
+        build_settings(RunConfig, {"name": "n", "steps": 1, "samples_per_worker": 1, "output": "o", **change})
 
 
 @pytest.mark.parametrize(
@@ -61,45 +65,45 @@ def test_mistakes_are_named(change, message):
     ],
 )
 def test_a_prune_schedule_that_the_decoder_cannot_follow_is_refused(prune):
-    """Else a layer beyond the last would prune nothing without a word."""
-    with pytest.raises(ConfigError, match="is not an ascending pair in"):
-        prune_schedule(prune, layers=4)
+    """A layer beyond the last would prune nothing, without a word."""
+    with pytest.raises(InvalidInput, match=r"stage\.prune\.\w+: is .*expected an ascending pair"):
+        JointTask(tiny_run("unused", stage={"prune": prune}))
 
 
 def test_missing_field_and_bad_override_are_named():
-    with pytest.raises(ConfigError, match="output: is missing"):
-        build(RunConfig, {"name": "n", "steps": 1, "samples_per_worker": 1})
-    with pytest.raises(ConfigError, match="expected name=value"):
+    with pytest.raises(InvalidInput, match="output: is missing"):
+        build_settings(RunConfig, {"name": "n", "steps": 1, "samples_per_worker": 1})
+    with pytest.raises(InvalidInput, match="expected name=value"):
         load(CONFIGS[0], ["steps"])
-    with pytest.raises(ConfigError, match="--set steps.x=5: steps is not a mapping"):
+    with pytest.raises(InvalidInput, match="--set steps.x=5: steps is not a mapping"):
         load(CONFIGS[0], ["steps.x=5"])
 
 
 def test_an_empty_file_is_refused(tmp_path):
     (tmp_path / "run.yaml").write_text("")
-    with pytest.raises(ConfigError, match="the configuration: None is not a mapping"):
+    with pytest.raises(InvalidInput, match="name: is missing"):
         load(tmp_path / "run.yaml")
 
 
 def test_what_is_frozen_must_be_there():
     run = {"name": "n", "steps": 1, "samples_per_worker": 1, "output": "o", "optimizer": {"frozen": ["visoin_tower"]}}
-    with pytest.raises(ConfigError, match="optimizer.frozen: no parameter's name starts with 'visoin_tower'"):
-        parameter_groups(torch.nn.ModuleDict({"vision_tower": torch.nn.Linear(2, 2)}), build(RunConfig, run))
+    with pytest.raises(InvalidInput, match="optimizer.frozen: no parameter's name starts with 'visoin_tower'"):
+        parameter_groups(torch.nn.ModuleDict({"vision_tower": torch.nn.Linear(2, 2)}), build_settings(RunConfig, run))
 
 
 @pytest.mark.parametrize(
     ("weights", "message"),
-    [({"colur": 9}, "stage.kind_weights.colur: posters asks number"), ({"count": 0}, "count: 0.0 is not positive")],
+    [({"colur": 9}, "stage.kind_weights.colur: posters asks number"), ({"count": 0}, "count: is 0, expected above 0")],
 )
 def test_a_weight_of_a_kind_that_nobody_asks_is_refused(weights, message):
-    with pytest.raises(ConfigError, match=message):
-        check_kinds(build(JointStage, {"data": "posters", "kind_weights": weights}))
+    with pytest.raises(InvalidInput, match=message):
+        build_settings(JointStage, {"data": "posters", "kind_weights": weights}, "stage.")
 
 
 def test_own_data_is_found_from_any_folder():
     run = {"name": "n", "steps": 1, "samples_per_worker": 1, "output": "o"}
     found = {
-        data: trainer._absolute(build(RunConfig, {**run, "stage": {"data": data}})).stage["data"]
+        data: trainer._absolute(build_settings(RunConfig, {**run, "stage": {"data": data}})).stage["data"]
         for data in ("posters", "d.json", "~/d.json", "/data/d")
     }
     here, home = pathlib.Path.cwd(), pathlib.Path.home()
@@ -109,10 +113,12 @@ def test_own_data_is_found_from_any_folder():
 def test_a_run_of_other_settings_is_not_gone_on_with():
     def made_of(**changes):
         run = {"name": "n", "steps": 1, "samples_per_worker": 1, "output": "o", **changes}
-        return trainer.what_it_is_made_of(build(RunConfig, run))
+        return trainer.what_it_is_made_of(build_settings(RunConfig, run))
 
     trainer.check_resumed("n", made_of(), made_of(steps=9, output="elsewhere"))
-    with pytest.raises(ConfigError, match="has the name 'n': seed was 0, is 1; stage was {}, is {'data': 'mine.json'}"):
+    with pytest.raises(
+        InvalidInput, match="has the name 'n': seed was 0, is 1; stage was {}, is {'data': 'mine.json'}"
+    ):
         trainer.check_resumed("n", made_of(), made_of(seed=1, stage={"data": "mine.json"}))
 
 
@@ -137,7 +143,7 @@ def test_selector_and_encoder_rest_after_steps_of_their_own(selector_steps, enco
     )
     optimizer = {"selector_steps": selector_steps, "encoder_steps": encoder_steps}
     run = {"name": "n", "steps": 1, "samples_per_worker": 1, "output": "o", "optimizer": optimizer}
-    groups = parameter_groups(module, build(RunConfig, run))
+    groups = parameter_groups(module, build_settings(RunConfig, run))
     learns_for = {id(parameter): group["learns_for"] for group in groups for parameter in group["params"]}
     assert tuple(learns_for[id(parameter)] for parameter in module.parameters()) == expected
 
@@ -149,7 +155,7 @@ def test_selector_and_vision_tower_have_learning_rates_of_their_own():
     optimizer = {"learning_rate": 1.0, "weight_decay": 0.5, "selector_lr_scale": 4, "vision_lr_scale": 0.2}
     run = {"name": "n", "steps": 1, "samples_per_worker": 1, "output": "o"}
     run["optimizer"] = {**optimizer, "frozen": ["projector"]}
-    groups = parameter_groups(module, build(RunConfig, run))
+    groups = parameter_groups(module, build_settings(RunConfig, run))
     rate = {id(parameter): (group["lr"], group["weight_decay"]) for group in groups for parameter in group["params"]}
     named = {name: rate.get(id(parameter)) for name, parameter in module.named_parameters()}
     assert named == {
@@ -166,9 +172,9 @@ def test_selector_and_vision_tower_have_learning_rates_of_their_own():
 
 def test_a_dtype_that_training_has_not_is_refused_by_name():
     run = {"name": "n", "steps": 1, "samples_per_worker": 1, "output": "o"}
-    with pytest.raises(ConfigError, match="cluster.dtype: 'float16' is not one of auto, bfloat16, float32"):
-        build(RunConfig, {**run, "cluster": {"dtype": "float16"}})
-    assert build(RunConfig, {**run, "cluster": {"dtype": "float32"}}).cluster.dtype == "float32"
+    with pytest.raises(InvalidInput, match="cluster.dtype: is 'float16', expected one of auto, bfloat16, float32"):
+        build_settings(RunConfig, {**run, "cluster": {"dtype": "float16"}})
+    assert build_settings(RunConfig, {**run, "cluster": {"dtype": "float32"}}).cluster.dtype == "float32"
 
 
 PROCESSORS = {(True, True): "bfloat16", (True, False): "float32", (False, True): "float32"}
@@ -176,7 +182,7 @@ PROCESSORS = {(True, True): "bfloat16", (True, False): "float32", (False, True):
 
 
 def _agree(_: int, rank: int, store: str, found: str) -> None:
-    """One worker."""
+    """Runs as one worker."""
     torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
     names = []
     for processors in PROCESSORS:

@@ -7,9 +7,9 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from services.checkpoint.config import FocusLlavaConfig
+from services.common.errors import InvalidInput
 from services.llm.prompt import PromptRenderer
 from tests.tiny_checkpoints import FAMILIES, make_random_checkpoint
-from training.config import ConfigError
 from training.data.branches import BranchBuilder, Exchange
 from training.data.conversations import ConversationBatches, read_exchanges
 
@@ -82,14 +82,14 @@ SAID = {"from": "gpt", "value": "!"}
     ],
 )
 def test_a_broken_entry_is_named(entry, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(InvalidInput, match=message):
         read_exchanges(entry, 4)
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "nonsense"])
 def test_a_file_that_is_no_list_is_named(builder, tmp_path, text):
     (tmp_path / "data.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"stage.data: .*data.json"):
+    with pytest.raises(InvalidInput, match=r"stage.data: .*data.json"):
         ConversationBatches(builder.config, builder, tmp_path / "data.json", seed=0, images=1)
 
 
@@ -98,11 +98,11 @@ def test_what_the_context_cannot_hold_is_named(builder, tmp_path):
     turns = [ASKED, SAID, ASKED, {"from": "gpt", "value": "word " * 5000}]
     (tmp_path / "data.json").write_text(json.dumps([{"image": "0.png", "conversations": turns}]))
     batches = ConversationBatches(builder.config, builder, tmp_path / "data.json", seed=0, images=1)
-    with pytest.raises(ConfigError, match=r"stage.data\[0\].conversations\[2\]: \d+ tokens .* context is 4096"):
+    with pytest.raises(InvalidInput, match=r"stage.data\[0\].conversations\[2\]: \d+ tokens .* context is 4096"):
         batches.sample(0)
     Image.new("RGB", (4000, 41)).save(tmp_path / "0.png")
-    with pytest.raises(ConfigError, match=r"stage.data\[0\].image: .*0.png is 4000 x 41 pixels, too narrow"):
+    with pytest.raises(InvalidInput, match=r"stage.data\[0\].image: .*0.png is 4000 x 41 pixels, too narrow"):
         batches.sample(0)
     (tmp_path / "0.png").write_bytes(b"nothing")
-    with pytest.raises(ConfigError, match=r"stage.data\[0\].image"):
+    with pytest.raises(InvalidInput, match=r"stage.data\[0\].image"):
         batches.sample(0)

@@ -6,19 +6,19 @@ import pytest
 import torch
 
 from services.checkpoint.store import load_stage
+from services.common.errors import InvalidInput
 from services.encoder.model import EncoderModel
 from tests.tiny_training import tiny_run
-from training.config import ConfigError
 from training.joint_stage import JointTask
 
 SHARE, AFTER = 0.5, 4
 REGION = 16
-"""Tokens of a whole one."""
+"""Tokens of a whole region."""
 
 
 def task_of(folder, **hold):
     torch.manual_seed(5)
-    stage = {"data": "posters", "prune": {}, "hold": hold, "loss": {"balance": 0.5}}
+    stage = {"data": "posters", "prune": None, "hold": hold or None, "loss": {"balance": 0.5}}
     task = JointTask(tiny_run(str(folder / "out"), stage=stage))
     # A selector that tells regions apart, for one at its start sends all to the same branch.
     torch.nn.init.normal_(task.module.encoder.vision_guided_sampler.selector.linear.weight)
@@ -74,7 +74,7 @@ def test_the_share_may_fall_to_it_step_by_step(tmp_path):
 
 @pytest.mark.parametrize("selector_steps", [0, AFTER])
 def test_the_task_goes_on_teaching_it_unless_it_rests(tmp_path, selector_steps):
-    """At rest its gradient is there for ZeRO, and its learning rate is zero."""
+    """A selector at rest has a gradient, for ZeRO, and a learning rate of zero."""
     joint, batch = (task := task_of(tmp_path, share=SHARE, after=AFTER)).module.train(), task.batch(0, 0, 1)
     joint.selector_steps = selector_steps
     joint(batch, AFTER)[0].backward()
@@ -87,7 +87,7 @@ def test_regions_keep_their_order_and_chances_are_moved_alike(tmp_path):
     with torch.no_grad():
         free, held = (joint.encode(samples, random.Random(0), share=share) for share in (None, SHARE))
     log_MK = [torch.cat([image.sampled.probs_MK for image in images]).log() for images in (free, held)]
-    # Of a region's log-odds between neighbouring branches, two halvings of each side apart: one number for all.
+    # All regions' log-odds between neighbouring branches, two halvings of each side apart, have moved by one number.
     moved = [(log[:, k] - log[:, k + 1]) for k in (0, 1) for log in log_MK]
     finer_M = torch.cat((moved[1] - moved[0], moved[3] - moved[2]))
     torch.testing.assert_close(finer_M, finer_M[:1].expand_as(finer_M), rtol=1e-3, atol=1e-3)
@@ -115,19 +115,19 @@ def test_nothing_is_held_without_the_setting(tmp_path):
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
-        ({"hold": {"share": 0}}, r"stage\.hold\.share: 0\.0 is not in \[0\.0625, 1\]"),
-        ({"hold": {"share": 0.06}}, r"stage\.hold\.share: 0\.06 is not in"),
-        ({"hold": {"share": 1.5}}, r"stage\.hold\.share: 1\.5"),
-        ({"hold": {"share": float("nan")}}, r"stage\.hold\.share: nan"),
+        ({"hold": {"share": 0}}, r"stage\.hold\.share: is 0, expected \(0, 1\]"),
+        ({"hold": {"share": 0.06}}, r"stage\.hold\.share: is 0\.06, expected \[0\.0625, 1\]"),
+        ({"hold": {"share": 1.5}}, r"stage\.hold\.share: is 1\.5"),
+        ({"hold": {"share": float("nan")}}, r"stage\.hold\.share: is nan"),
         ({"hold": {"after": 3}}, r"stage\.hold\.share: is missing"),
         (
             {"hold": {"share": 0.5, "after": 3, "falls_from": 3}},
-            r"stage\.hold\.falls_from: 3 is not a step before after",
+            r"stage\.hold\.falls_from: is 3, expected a step before after",
         ),
-        ({"hold": {"share": 0.5, "after": -1}}, r"stage\.hold\.after: -1"),
+        ({"hold": {"share": 0.5, "after": -1}}, r"stage\.hold\.after: is -1"),
         ({"hold": {"share": 0.5}, "vision_sampler": False}, "set vision_sampler: true"),
     ],
 )
 def test_mistakes_are_named(tmp_path, stage, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(InvalidInput, match=message):
         JointTask(tiny_run(str(tmp_path), stage=stage))

@@ -8,8 +8,8 @@ import re
 import numpy as np
 import pytest
 
+from services.common.errors import InvalidInput
 from tests.tiny_training import tiny_run
-from training.config import ConfigError
 from training.data.questions import QuestionAnswer, questions
 from training.data.rendering import render
 from training.data.scenes import Card, Scene, Shape, sample_scene
@@ -52,13 +52,13 @@ def test_a_curriculum_can_ask_for_a_panel():
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
-        ({"data": "posters", "curriculum": {"panel": "map"}}, "curriculum.panel: 'map'"),
+        ({"data": "posters", "curriculum": {"panel": "map"}}, "curriculum.panel: is 'map'"),
         ({"data": "scenes", "curriculum": {"panel": "table"}}, "with data 'scenes'"),
         ({"data": "posters", "curriculum": {"panel": "table", "max_tiles": 2}}, "curriculum.max_tiles: is 2"),
     ],
 )
 def test_a_panel_that_no_small_image_has_is_refused(stage, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(InvalidInput, match=message):
         JointTask(tiny_run("unused", stage=stage))
 
 

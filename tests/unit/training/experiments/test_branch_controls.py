@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
+from services.common.errors import InvalidInput
 from tests.tiny_training import tiny_run
-from training.config import ConfigError
 from training.data.poster_boxes import content_boxes
 from training.data.posters import poster_at
 from training.experiments.branch_controls import BranchControl, regions_touched
@@ -17,7 +17,7 @@ SAMPLER = {"base_grid": [8, 8], "selector_input": "region", "probability_gate": 
 
 def task_of(folder, **control):
     torch.manual_seed(5)
-    stage = {"data": "posters", "prune": {}, "branch_control": control, "loss": {"balance": 0.0}}
+    stage = {"data": "posters", "prune": None, "branch_control": control or None, "loss": {"balance": 0.0}}
     task = ExperimentTask(tiny_run(str(folder), stage=stage))
     # A selector that tells regions apart, for one at its start sends all to the same branch.
     torch.nn.init.normal_(task.module.encoder.vision_guided_sampler.selector.linear.weight)
@@ -104,21 +104,21 @@ def test_the_balance_loss_trains_a_selector_without_task_gradient(tmp_path):
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
-        ({"branch_control": {"name": "lucky"}}, "branch_control.name: 'lucky'"),
+        ({"branch_control": {"name": "lucky"}}, "stage.branch_control.name: is 'lucky', expected one of random"),
         ({"branch_control": {"name": "random", "shares": [0.5, 0.5]}}, "has 2 values for 3 branches"),
         ({"branch_control": {"name": "random"}}, "branch_control.shares"),
-        ({"branch_control": {"name": "uniform", "branch": 3}}, "branch_control.branch: 3"),
+        ({"branch_control": {"name": "uniform", "branch": 3}}, "stage.branch_control.branch: is 3"),
         ({"branch_control": {"name": "permuted"}}, "for evaluation"),
         ({"branch_control": {"name": "oracle"}, "vision_sampler": False}, "set vision_sampler: true"),
-        ({"hold": {"share": 0.5}, "branch_control": {"name": "oracle"}}, "leave branch_control empty"),
+        ({"hold": {"share": 0.5}, "branch_control": {"name": "oracle"}}, "leave branch_control out"),
         ({"map_rival": {"name": "random"}}, "set vision_sampler: false"),
         ({"map_rival": {"name": "best"}, "vision_sampler": False}, "stage.map_rival: rival: is 'best'"),
-        ({"layer_rival": {"name": "fastv", "budget": 0.6}}, "leave prune empty"),
-        ({"layer_rival": {"name": "fastv", "budget": 0.1}, "prune": {}}, "stage.layer_rival: budget: is 0.1"),
+        ({"layer_rival": {"name": "fastv", "budget": 0.6}}, "leave prune out"),
+        ({"layer_rival": {"name": "fastv", "budget": 0.1}, "prune": None}, "stage.layer_rival: budget: is 0.1"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named(tmp_path, stage, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(InvalidInput, match=message):
         ExperimentTask(tiny_run(str(tmp_path), stage=stage))
 
 

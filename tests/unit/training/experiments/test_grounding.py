@@ -5,13 +5,14 @@ import math
 import pytest
 import torch
 
+from services.common.errors import InvalidInput
+from services.common.settings import build_settings
 from services.common.types import ImageTiles
 from services.encoder.model import EncodedImage
 from tests.tiny_training import tiny_run
 from training import layout
-from training.config import ConfigError, build
 from training.experiments.grounding import Evidence, evidence_tokens, grounding_loss, reading_loss
-from training.experiments.task import ExperimentStage, ExperimentTask, grounding
+from training.experiments.task import ExperimentStage, ExperimentTask
 from training.layout import Branch, Sample, attention_mask, branched_attention, pack_text, positions
 
 WORDS, VISUAL = 2, 5
@@ -114,19 +115,19 @@ def test_branched_attention_is_attention_with_the_whole_mask(monkeypatch):
         ({"prune": {"layers": [1, 2]}}, "stage.grounding: needs all visual tokens"),
         ({"vision_sampler": True}, "stage.grounding: needs all visual tokens"),
         ({"map_rival": {"name": "random"}}, "stage.grounding: needs all visual tokens"),
-        ({"grounding": {"weight": 0.6}}, "stage.grounding: needs layers or reading_layers"),
+        ({"grounding": {"weight": 0.6}}, r"stage.grounding.layers: is \(\), expected one or more, or reading_layers"),
         ({"grounding": {"layers": [1]}}, "stage.grounding.weight: is missing"),
     ],
 )
 def test_a_loss_that_has_nothing_to_look_for_is_refused(stage, message):
     base = {"data": "posters", "vision_sampler": False, "grounding": {"weight": 0.6, "layers": [1]}}
-    assert grounding(build(ExperimentStage, base)).taught_layers == {1}
-    with pytest.raises(ConfigError, match=message):
-        grounding(build(ExperimentStage, {**base, **stage}))
+    assert build_settings(ExperimentStage, base, "stage.").grounding.taught_layers == {1}
+    with pytest.raises(InvalidInput, match=message):
+        build_settings(ExperimentStage, {**base, **stage}, "stage.")
 
 
 def test_the_loss_joins_the_language_loss(tmp_path):
-    stage = {"vision_sampler": False, "prune": {}}
+    stage = {"vision_sampler": False, "prune": None}
     lesson = {"weight": 0.5, "layers": [2], "reading_layers": [1]}
     losses = {}
     for name, changes in (("plain", {}), ("taught", {"grounding": lesson})):

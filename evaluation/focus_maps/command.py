@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import sys
 from typing import Any
 
 import click
 
-from focusllava.extras import find_checkpoint, part
-from focusllava.messages import ImageSource, read_image
-
-
-def no_file(context: click.Context, parameter: click.Parameter, question: str) -> str:
-    """A QUESTION that is the path of a file is the last image of a command without its question."""
-    if question == "-" or os.path.isfile(question):
-        raise click.UsageError(f"QUESTION is missing: the last argument, {question!r}, names an image")
-    return question
+from focusllava.messages import ImageSource, Settings, read_image
+from focusllava.options import no_file, sampler_options
 
 
 @click.command()
@@ -37,10 +29,7 @@ def no_file(context: click.Context, parameter: click.Parameter, question: str) -
     show_default=True,
     help="The drawing (.png); the numbers go beside it (.json). Both are overwritten.",
 )
-@click.option("--threshold", type=float, help="gamma of Eq. 9, in (0, 1]; 1 keeps every visual token.")
-@click.option("--keep-ratio", type=float, help="Keep this share of visual tokens instead of by threshold, in (0, 1].")
-@click.option("--no-vision-sampler", is_flag=True, help="Leave the vision-guided sampler out.")
-@click.option("--no-text-sampler", is_flag=True, help="Leave the text-guided sampler out.")
+@sampler_options
 @click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True, help="Most tokens to generate.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 def explain(
@@ -48,28 +37,22 @@ def explain(
     question: str,
     checkpoint: str | None,
     output: pathlib.Path,
-    threshold: float | None,
-    keep_ratio: float | None,
     no_vision_sampler: bool,
     no_text_sampler: bool,
-    max_tokens: int,
     as_json: bool,
+    **given: Any,
 ) -> None:
     """Draw which visual tokens of IMAGE were chosen to answer QUESTION: scale map, kept tokens, importance by layer.
 
     Needs no server: both stages of the checkpoint run in this process (the [serve] extra). IMAGE "-" is standard input.
     """
+    from evaluation.focus_maps.report import explain as draw
+
     sources: list[ImageSource] = [sys.stdin.buffer if image == "-" else image for image in images]
     files = [(name, read_image(source)) for name, source in zip(images, sources, strict=True)]
-    report = part("evaluation.focus_maps.report", "serve").explain(
-        find_checkpoint(checkpoint),
-        files,
-        question,
-        output,
-        vision_sampler=not no_vision_sampler,
-        prune={"threshold": threshold, "keep_ratio": keep_ratio, "enabled": not no_text_sampler},
-        max_tokens=max_tokens,
-    )
+    settings: Settings = {"vision_sampler": not no_vision_sampler, "text_sampler": not no_text_sampler}
+    settings.update(given)  # type: ignore[typeddict-item]
+    report = draw(checkpoint, files, question, output, **settings)
     summary: dict[str, Any] = {
         "text": report["answer"],
         "visual_tokens": report["visual_tokens"],
