@@ -60,12 +60,6 @@ class Timeline:
             return math.nan
         return (self.token_times[-1] - self.token_times[0]) / (len(self.token_times) - 1)
 
-    @property
-    def longest_gap_s(self) -> float:
-        """Longest wait between two tokens; NaN for an answer of one token."""
-        gaps = [later - earlier for earlier, later in zip(self.token_times, self.token_times[1:], strict=False)]
-        return max(gaps, default=math.nan)
-
 
 def closed_loop(peer: Peer, requests: Sequence[int], concurrency: int) -> tuple[float, list[Timeline]]:
     """Keeps `concurrency` requests in flight until all are answered; returns seconds in all and each one's timeline."""

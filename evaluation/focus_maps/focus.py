@@ -70,17 +70,6 @@ class Focus:
         """One image's part of something that has an entry a visual token, along the last dimension."""
         return values_N.split([len(picture.layout) for picture in self.pictures], dim=-1)[index]
 
-    def importance_by_kind(self, layer: int) -> dict[str, float]:
-        """Shares of the summed importance before `layer` (1..L-1) on grid tiles, base tile and newlines, over all
-        images."""
-        importance_N = self.importance_KN[layer - 1].double()
-        shares = dict.fromkeys(("map", "base", "newline"), 0.0)
-        for index, picture in enumerate(self.pictures):
-            part, where = self.of_picture(importance_N, index), picture.layout
-            for kind, mask_N in (("map", where.is_map_N), ("base", where.is_base_N), ("newline", where.is_newline_N)):
-                shares[kind] += float(part[mask_N].sum() / importance_N.sum())
-        return shares
-
 
 class FocusModel:
     """Both stages of one checkpoint. `encode` once an image, `ask` once a question."""
