@@ -110,7 +110,13 @@ class AsyncEngine:
             if self._closing:
                 raise _shutting_down()
             taken = threads.submit(work, *given, **named)
-        return await asyncio.wrap_future(taken)
+        try:
+            return await asyncio.wrap_future(taken)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise _shutting_down() from None  # nobody cancelled the caller: `close` cancelled what waited for a thread
 
     def stats(self) -> EngineStats:
         return self.engine.stats()

@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import json
 import random
 from dataclasses import dataclass, field
 
@@ -12,7 +11,6 @@ from PIL import Image
 from transformers import AutoModelForCausalLM
 
 from services.checkpoint.config import FocusLlavaConfig, TextSamplerConfig, VisionSamplerConfig
-from services.checkpoint.import_llava_next import import_llava_next
 from services.common.errors import InvalidInput
 from services.common.types import (
     ChatTurn,
@@ -28,8 +26,8 @@ from services.encoder.pipeline import EncoderPipeline
 from services.llm.engine import Engine
 from services.llm.prompt import PromptRenderer
 from tests.llm_reference import causal_mask, naive_kept
-from tests.tiny_checkpoints import make_hub_checkpoint, make_random_checkpoint
-from tests.tiny_training import MODEL, tiny_run
+from tests.tiny_checkpoints import make_random_checkpoint
+from tests.tiny_training import MODEL, tiny_run, train_imported
 from tests.unit.sampler import oracles as oracle
 from training.data.branches import BranchBuilder, Exchange
 from training.data.questions import questions
@@ -280,34 +278,7 @@ def test_users_words_choose_and_an_answer_never_does(task, instruction):
 @pytest.mark.parametrize("text", [True, False])
 def test_what_was_trained_on_an_imported_checkpoint_is_on_in_its_export_and_served(tmp_path, vision, text):
     """An import has the vision-guided sampler off, for its selector is new."""
-    import_llava_next(make_hub_checkpoint(tmp_path / "hub"), tmp_path / "imported")
-    config = FocusLlavaConfig.load(tmp_path / "imported")
-    switched = dataclasses.replace(config, text_sampler=dataclasses.replace(config.text_sampler, enabled=False))
-    switched.save(tmp_path / "imported")
-    entries = []
-    for index, size_wh in enumerate(((56, 40), (80, 30), (90, 90))):
-        (tmp_path / f"{index}.png").write_bytes(picture(index, size_wh))
-        turns = [
-            {"from": "human", "value": "<image>\nWhat number is on the red card?"},
-            {"from": "gpt", "value": "Six"},
-        ]
-        entries.append({"image": f"{index}.png", "conversations": turns})
-    (tmp_path / "data.json").write_text(json.dumps(entries))
-    stage = {
-        "vision_sampler": vision,
-        "prune": {"layers": [2, 2], "thresholds": [0.6, 0.6]} if text else {},
-        "data": str(tmp_path / "data.json"),
-        # Coarse branches are to be chosen, which a selector of two steps would not.
-        "model": {"vision_sampler": {"branches": [[2, 2], [4, 4]], "balance_coefficients": [1.0, 1.0]}},
-    }
-    joint_run = JointTask(tiny_run(str(tmp_path / "out"), stage=stage, init_from=str(tmp_path / "imported")))
-    optimizer = torch.optim.SGD([p for p in joint_run.module.parameters() if p.requires_grad], lr=1e-3)
-    for step in range(2):
-        optimizer.zero_grad()
-        loss, _ = joint_run.module(joint_run.batch(step, 0, 1), step)
-        loss.backward()
-        optimizer.step()
-    joint_run.export(tmp_path / "out")
+    train_imported(tmp_path, vision=vision, text=text)
     exported = FocusLlavaConfig.load(tmp_path / "out")
     assert (exported.vision_sampler.enabled, exported.text_sampler.enabled) == (vision, text)
 

@@ -245,6 +245,34 @@ async def test_close_ends_streams_joins_and_refuses_what_comes_later() -> None:
             await answer(engine, late)
 
 
+async def test_close_ends_what_waits_to_be_compiled(monkeypatch) -> None:
+    """One constraint is being compiled, another waits for the thread, and a third has been cancelled by its caller."""
+    engine = AsyncEngine(tiny_llm.engine())
+    grammars = engine.engine.grammars
+    compiling, goes_on, compile_ = threading.Event(), threading.Event(), grammars._compile
+
+    def slowly(constraint: Constraint) -> Any:
+        compiling.set()
+        goes_on.wait(20)
+        return compile_(constraint)
+
+    monkeypatch.setattr(grammars, "_compile", slowly)
+    constraints = [Constraint(kind="regex", text=letter) for letter in "abc"]
+    requests = [tiny_llm.request(engine.engine, c.text, max_tokens=5, constraint=c) for c in constraints]
+    first, second, third = (asyncio.create_task(answer(engine, request)) for request in requests)
+    await asyncio.to_thread(compiling.wait, 20)
+    third.cancel()
+    closing = asyncio.create_task(asyncio.to_thread(engine.close))
+    with pytest.raises(StageUnavailable):
+        await asyncio.wait_for(second, 20)
+    goes_on.set()
+    await closing
+    with pytest.raises(StageUnavailable):
+        await first
+    with pytest.raises(asyncio.CancelledError):
+        await third
+
+
 async def test_cancel_storm() -> None:
     async with running(max_running=4) as engine:
 
