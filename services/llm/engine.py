@@ -15,11 +15,11 @@ from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.store import fingerprint
 from services.common.errors import InvalidInput
 from services.common.types import (
-    ChatTurn,
     CompressedVisualTokens,
     FinishedEvent,
     GenerateRequest,
     ImagePart,
+    PromptTurn,
     SampledToken,
     SamplingParams,
     TextPart,
@@ -27,17 +27,17 @@ from services.common.types import (
     Usage,
 )
 from services.compute.dtypes import dtype_of_stored
+from services.grammar.grammars import Grammars
 from services.llm.engine_config import EngineConfig
 from services.llm.engine_stats import EngineStats, Event, StepFailed
-from services.llm.grammars import Grammars
 from services.llm.intake import Intake
 from services.llm.kv_cache import KVCache
 from services.llm.model import Decoder
 from services.llm.model_runner import ModelRunner
-from services.llm.prompt import PromptRenderer
 from services.llm.sampling import sample
 from services.llm.scheduler import Scheduler, Step
 from services.llm.sequence import Sequence, SequenceState
+from services.text.prompt import PromptRenderer
 
 
 class Engine:
@@ -127,7 +127,7 @@ class Engine:
             content_hash="",
             model_fingerprint=self.fingerprint,
         )
-        turn = ChatTurn(role="user", parts=(ImagePart(image=0), TextPart(text="Hello")))
+        turn = PromptTurn(role="user", parts=(ImagePart(image=0), TextPart(text="Hello")))
         for name, tokens, temperature in (("first", 3, 0.0), ("second", 2, 1.0)):
             sampling = SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=temperature)
             self.submit(GenerateRequest(request_id=name, turns=(turn,), images=(image,), sampling=sampling))

@@ -14,14 +14,14 @@ from services.common.errors import InvalidInput, TooLarge, WrongFingerprint
 from services.common.ranges import check_prune, check_sampling
 from services.common.types import GenerateRequest
 from services.compute.dtypes import all_finite, dtype_name
-from services.llm.detokenizer import Detokenizer
-from services.llm.grammars import Grammars
+from services.grammar.grammars import Grammars
 from services.llm.kv_cache import KVCache
 from services.llm.model import Decoder
 from services.llm.prefix import block_keys
-from services.llm.prompt import Prompt, PromptRenderer
 from services.llm.sampling import new_generator
 from services.llm.sequence import Sequence
+from services.text.detokenizer import Detokenizer
+from services.text.prompt import Prompt, PromptRenderer
 
 
 class Intake:

@@ -59,8 +59,8 @@ def test_positions_go_on_from_the_original_prompt_length() -> None:
     sequence = engine._sequences["r"]
     engine.step()
     engine.step()
-    assert sequence.next_position == sequence.prompt_len + 1 == sequence.kv_lens[0]
-    assert sequence.kv_lens[1] == sequence.kept_prompt_len + 1 < sequence.kv_lens[0]
+    assert sequence.kv_lens[0] == sequence.prompt_len + 1
+    assert sequence.kv_lens[1] == sequence.prompt_len - sequence.removed + 1 < sequence.kv_lens[0]
 
 
 def test_the_youngest_gives_way_keeps_its_decision_and_gives_the_same_answer() -> None:
