@@ -118,7 +118,7 @@ class Grammars:
                 else:
                     masks_nW[row, token // 32] = 1 << token % 32
             self._fill([(guides[row].matcher, row) for row in rows], masks_nW)
-            any_n: npt.NDArray[np.bool_] = masks_nW[rows].any(axis=1)
+            any_n: npt.NDArray[np.bool_] = np.any(masks_nW[rows], axis=1)
             for row, allows_any in zip(rows, any_n.tolist(), strict=True):
                 guide = guides[row]
                 if allows_any and not guide.matcher.is_error():
