@@ -100,7 +100,7 @@ class SamplingParams:
     """How the next token is drawn; the defaults are greedy decoding.
 
     In this order: logit_bias, penalties, constraint and min_tokens, temperature, top_k, top_p, min_p
-    (`services/llm/sampling.py`); ranges in `services/common/ranges.py`.
+    (`services/llm/kernels/sampling.py`); ranges in `services/common/ranges.py`.
     """
 
     max_tokens: int = 256

@@ -211,7 +211,7 @@ def test_a_storm_of_1000_aborts_leaves_the_pool_as_it_was(prefix_reuse: bool) ->
     engine.check_integrity()
     stats = engine.stats()
     assert stats.kv_pages_used == stats.running == stats.waiting == 0
-    assert engine.cache.free_pages + stats.kv_pages_cached == stats.kv_pages_total
+    assert engine.cache.pool.free_pages + stats.kv_pages_cached == stats.kv_pages_total
     assert bool(stats.kv_pages_cached) == prefix_reuse
     # All of it can be had again.
     assert_runs_alone_with_the_whole_pool(engine, 600)
