@@ -35,12 +35,12 @@ from benchmarks.stages import FULL_TOKENS, SETTINGS, question, random_visual_tok
 from benchmarks.workload import QUESTION
 from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.store import fingerprint
-from services.common.types import ChatTurn, GenerateRequest, SamplingParams, TextPart, TokenEvent
+from services.common.types import GenerateRequest, PromptTurn, SamplingParams, TextPart, TokenEvent
 from services.compute.dtypes import choose_dtype, dtype_name
 from services.llm.engine import Engine
 from services.llm.engine_config import EngineConfig
 from services.llm.model import Decoder
-from services.llm.prompt import PromptRenderer
+from services.text.prompt import PromptRenderer
 
 NO_BUDGET = 10**9
 BEFORE = 16
@@ -72,7 +72,7 @@ class Arrival:
         streams = [f"stream-{seed}-{index}" for index in range(self.running)]
         times: dict[str, list[float]] = {name: [] for name in (*streams, "arrival")}
         for name in streams:
-            turns = (ChatTurn(role="user", parts=(TextPart(text=QUESTION),)),)
+            turns = (PromptTurn(role="user", parts=(TextPart(text=QUESTION),)),)
             # Ended by abort, after the arrival's first tokens.
             sampling = SamplingParams(max_tokens=4096, ignore_eos=True)
             engine.submit(GenerateRequest(request_id=name, turns=turns, sampling=sampling))

@@ -20,10 +20,10 @@ import torch
 from benchmarks.measure import RESULTS, ROOT, machine, median, print_table, take_turns, write_results
 from benchmarks.stages import events
 from services.common.types import (
-    ChatTurn,
     FinishedEvent,
     GenerateRequest,
     ImagePart,
+    PromptTurn,
     PruneParams,
     SamplingParams,
     TextPart,
@@ -65,7 +65,7 @@ def run_once(model: LocalModel, image: bytes, question: str, setting: str, token
     encoded = time.perf_counter()
     request = GenerateRequest(
         request_id="bench",
-        turns=(ChatTurn(role="user", parts=(ImagePart(image=0), TextPart(text=question))),),
+        turns=(PromptTurn(role="user", parts=(ImagePart(image=0), TextPart(text=question))),),
         images=(visual_tokens,),
         sampling=SamplingParams(max_tokens=tokens, ignore_eos=True),
         prune=PruneParams(enabled=text),

@@ -13,10 +13,10 @@ from benchmarks.workload import QUESTION, jpeg
 from focusllava import user
 from focusllava.messages import Usage
 from services.common.types import (
-    ChatTurn,
     CompressedVisualTokens,
     GenerateRequest,
     ImagePart,
+    PromptTurn,
     PruneParams,
     SamplingParams,
     TextPart,
@@ -56,7 +56,7 @@ def question(request_id: str, image: CompressedVisualTokens, setting: Setting, n
     prune = PruneParams(keep_ratio=setting.text_keep) if setting.text_keep else PruneParams(enabled=False)
     return GenerateRequest(
         request_id=request_id,
-        turns=(ChatTurn(role="user", parts=(ImagePart(image=0), TextPart(text=QUESTION))),),
+        turns=(PromptTurn(role="user", parts=(ImagePart(image=0), TextPart(text=QUESTION))),),
         images=(image,),
         sampling=SamplingParams(max_tokens=new_tokens, ignore_eos=True),
         prune=prune,

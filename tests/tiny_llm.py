@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM
 from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.store import LLM_PREFIX, load_stage
 from services.common.types import (
-    ChatTurn,
     CompressedVisualTokens,
     FinishedEvent,
     GenerateRequest,
     ImagePart,
+    PromptTurn,
     PruneParams,
     SamplingParams,
     TextPart,
@@ -106,7 +106,7 @@ def request(
     parts = (*(ImagePart(image=index) for index in range(len(images))), TextPart(text=question))
     return GenerateRequest(
         request_id=request_id,
-        turns=(ChatTurn(role="user", parts=parts),),
+        turns=(PromptTurn(role="user", parts=parts),),
         images=tuple(image(target.fingerprint, count, 100 * image_seed + index) for index, count in enumerate(images)),
         sampling=SamplingParams(**sampling),
         prune=PruneParams(threshold=threshold, keep_ratio=keep_ratio, enabled=prune),

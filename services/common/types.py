@@ -100,7 +100,7 @@ class SamplingParams:
     """How the next token is drawn; the defaults are greedy decoding.
 
     In this order: logit_bias, penalties, constraint and min_tokens, temperature, top_k, top_p, min_p
-    (`services/llm/sampling.py`); ranges in `services/common/ranges.py`.
+    (`services/llm/kernels/sampling.py`); ranges in `services/common/ranges.py`.
     """
 
     max_tokens: int = 256
@@ -195,8 +195,8 @@ class ImagePart:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatTurn:
-    """One message. role is "system", "user" or "assistant"; images only in user turns."""
+class PromptTurn:
+    """One message of a conversation. role is "system", "user" or "assistant"; images only in user turns."""
 
     role: str
     parts: tuple[TextPart | ImagePart, ...]
@@ -207,7 +207,7 @@ class GenerateRequest:
     """What the LLM stage is asked: turns, or a raw prompt."""
 
     request_id: str
-    turns: tuple[ChatTurn, ...] = ()
+    turns: tuple[PromptTurn, ...] = ()
     images: tuple[CompressedVisualTokens, ...] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
     prune: PruneParams = field(default_factory=PruneParams)

@@ -23,7 +23,7 @@ from services.compute.replica import GrpcOnly, Reporter
 from services.llm.async_engine import AsyncEngine
 from services.llm.engine import Engine
 from services.llm.settings import LanguageModelSettings
-from services.llm.token_texts import TokenTexts
+from services.text.token_texts import TokenTexts
 
 logger = logging.getLogger("ray.serve")
 

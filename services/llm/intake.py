@@ -6,6 +6,7 @@ Legend: N visual tokens, D width.
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 import torch
 
@@ -14,31 +15,26 @@ from services.common.errors import InvalidInput, TooLarge, WrongFingerprint
 from services.common.ranges import check_prune, check_sampling
 from services.common.types import GenerateRequest
 from services.compute.dtypes import all_finite, dtype_name
-from services.llm.detokenizer import Detokenizer
-from services.llm.grammars import Grammars
+from services.grammar.grammars import Grammars
+from services.llm.kernels.sampling import new_generator
 from services.llm.kv_cache import KVCache
 from services.llm.model import Decoder
 from services.llm.prefix import block_keys
-from services.llm.prompt import Prompt, PromptRenderer
-from services.llm.sampling import new_generator
 from services.llm.sequence import Sequence
+from services.text.detokenizer import Detokenizer
+from services.text.prompt import Prompt, PromptRenderer
 
 
+@dataclass(frozen=True)
 class Intake:
     """Checks requests for one engine and changes nothing of it. Thread-safe."""
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        renderer: PromptRenderer,
-        config: FocusLlavaConfig,
-        model_fingerprint: str,
-        cache: KVCache,
-        grammars: Grammars,
-    ):
-        self.decoder, self.renderer, self.config, self.cache = decoder, renderer, config, cache
-        self.grammars = grammars
-        self.fingerprint = model_fingerprint
+    decoder: Decoder
+    renderer: PromptRenderer
+    config: FocusLlavaConfig
+    fingerprint: str
+    cache: KVCache
+    grammars: Grammars
 
     def sequence(self, request: GenerateRequest) -> Sequence:
         """Raises InvalidInput naming the field, WrongFingerprint for another checkpoint's tokens, or TooLarge."""

@@ -21,7 +21,7 @@ import torch
 from services.common.types import PruneDecision
 from services.llm.attention import DecodeBatch, PackedStep
 from services.llm.kernels import choose_kernels
-from services.llm.kernels.decode_graphs import Capture, DecodeGraphs, DecodePass, cuda_capture
+from services.llm.kernels.decode_graphs import Capture, DecodeGraphs, cuda_capture
 from services.llm.kv_cache import LOWER, UPPER, KVCache
 from services.llm.model import Decoder, Rotary
 from services.llm.scheduler import Chunk, Step
@@ -47,24 +47,21 @@ class ModelRunner:
         self.decoder, self.cache, self.prune_layer = decoder, cache, prune_layer
         self.kernels = choose_kernels(decoder.device, decoder.dtype)
         self._batch = DecodeBatch(cache)
-        self._decode: DecodePass = self._whole_pass
+        self.graphs: DecodeGraphs | None = None
         if decoder.device.type == "cuda":  # GPU only
             self.use_graphs(cuda_capture())
 
-    @property
-    def has_graphs(self) -> bool:
-        return isinstance(self._decode, DecodeGraphs)
-
     def use_graphs(self, capture: Capture) -> None:
         """Has steps that only decode recorded from now on, once a shape, then replayed."""
-        self._decode = DecodeGraphs(self._whole_pass, capture, null_row=self.cache.null_row)
+        self.graphs = DecodeGraphs(self._whole_pass, capture, null_row=self.cache.null_row)
 
-    def record_graphs(self, most: int) -> None:
-        """Records now what up to `most` sequences of any length will replay. Only where there are graphs."""
-        assert isinstance(self._decode, DecodeGraphs)
-        blocks = self._batch.most_blocks(self.decoder.context)
-        layers = [group.num_layers for group in self.cache.groups]
-        self._decode.record(most, blocks, layers, self.cache.key.device)
+    def record_graphs(self, most: int) -> bool:
+        """Records now what up to `most` sequences of any length will replay; False where there are no graphs."""
+        if self.graphs is not None:
+            blocks = self._batch.most_blocks(self.decoder.context)
+            layers = [group.num_layers for group in self.cache.groups]
+            self.graphs.record(most, blocks, layers, self.cache.key.device)
+        return self.graphs is not None
 
     def run(self, step: Step, extend: Callable[[Step], None]) -> tuple[torch.Tensor, list[Sequence]]:
         """Returns logits [m, V] and their m sequences: all that decode or end their prefill.
@@ -80,7 +77,7 @@ class ModelRunner:
         """A step that only decodes: logits [n, V]."""
         numbers_3n = _decoding(step).to(self.decoder.device)
         rows = self._batch.rows([s.request_id for s in step.decode])
-        logits_nV = self._decode(numbers_3n[0], numbers_3n[1:], rows)
+        logits_nV = (self.graphs or self._whole_pass)(numbers_3n[0], numbers_3n[1:], rows)
         for sequence in step.decode:
             sequence.kv_lens = [length + 1 for length in sequence.kv_lens]
         return logits_nV

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import torch
 
 from services.common.types import GenerateRequest, PruneDecision
-from services.llm.detokenizer import Detokenizer
-from services.llm.guide import Guide
-from services.llm.prompt import Prompt
+from services.grammar.guide import Guide
 from services.sampler.text_guided import kept_by_ratio
+from services.text.detokenizer import Detokenizer
+from services.text.prompt import Prompt
 
 
 class SequenceState(enum.Enum):

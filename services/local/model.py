@@ -32,10 +32,10 @@ from services.encoder.pipeline import EncoderPipeline
 from services.llm.engine import Engine
 from services.llm.engine_stats import StepFailed
 from services.llm.settings import LanguageModelSettings
-from services.llm.token_texts import TokenTexts
 from services.local.images import ImageEncoder
 from services.local.request import AskedImage, AskedRequest, read_request, services_errors
 from services.local.stream import LocalAnswer, LocalStream
+from services.text.token_texts import TokenTexts
 
 
 class LocalModel:

@@ -26,7 +26,7 @@ def alone(family: str, requests: Sequence[GenerateRequest]) -> Answers:
         while plain.has_work():
             events += plain.step()
         answers.update(tiny_llm.collect(events))
-        assert plain.cache.free_pages == plain.cache.num_pages
+        assert plain.cache.pool.free_pages == plain.cache.num_pages
     plain.check_integrity()
     assert plain.stats().prefill_passes == len(requests)
     return answers

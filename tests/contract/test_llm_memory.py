@@ -59,8 +59,8 @@ def test_positions_go_on_from_the_original_prompt_length() -> None:
     sequence = engine._sequences["r"]
     engine.step()
     engine.step()
-    assert sequence.next_position == sequence.prompt_len + 1 == sequence.kv_lens[0]
-    assert sequence.kv_lens[1] == sequence.kept_prompt_len + 1 < sequence.kv_lens[0]
+    assert sequence.kv_lens[0] == sequence.prompt_len + 1
+    assert sequence.kv_lens[1] == sequence.prompt_len - sequence.removed + 1 < sequence.kv_lens[0]
 
 
 def test_the_youngest_gives_way_keeps_its_decision_and_gives_the_same_answer() -> None:
@@ -211,7 +211,7 @@ def test_a_storm_of_1000_aborts_leaves_the_pool_as_it_was(prefix_reuse: bool) ->
     engine.check_integrity()
     stats = engine.stats()
     assert stats.kv_pages_used == stats.running == stats.waiting == 0
-    assert engine.cache.free_pages + stats.kv_pages_cached == stats.kv_pages_total
+    assert engine.cache.pool.free_pages + stats.kv_pages_cached == stats.kv_pages_total
     assert bool(stats.kv_pages_cached) == prefix_reuse
     # All of it can be had again.
     assert_runs_alone_with_the_whole_pool(engine, 600)

@@ -13,18 +13,18 @@ from transformers import AutoModelForCausalLM
 from services.checkpoint.config import FocusLlavaConfig, TextSamplerConfig, VisionSamplerConfig
 from services.common.errors import InvalidInput
 from services.common.types import (
-    ChatTurn,
     CompressedVisualTokens,
     FinishedEvent,
     GenerateRequest,
     ImagePart,
+    PromptTurn,
     PruneParams,
     SamplingParams,
     TextPart,
 )
 from services.encoder.pipeline import EncoderPipeline
 from services.llm.engine import Engine
-from services.llm.prompt import PromptRenderer
+from services.text.prompt import PromptRenderer
 from tests.llm_reference import causal_mask, naive_kept
 from tests.tiny_checkpoints import make_random_checkpoint
 from tests.tiny_training import MODEL, tiny_run, train_imported
@@ -99,7 +99,7 @@ def test_the_served_first_token_is_the_trained_one(kind, pruned, request):
         hidden = hidden_of(joint, [sample], pruned)
         for q, (branch, question) in enumerate(zip(sample.branches, asked, strict=True)):
             expected = int(joint.language_model.lm_head(hidden[0, q, branch.answer_start - 1]).argmax())
-            turn = ChatTurn(role="user", parts=(ImagePart(image=0), TextPart(text=question.question)))
+            turn = PromptTurn(role="user", parts=(ImagePart(image=0), TextPart(text=question.question)))
             engine.submit(
                 GenerateRequest(
                     request_id="r",
@@ -287,7 +287,7 @@ def test_what_was_trained_on_an_imported_checkpoint_is_on_in_its_export_and_serv
     engine = Engine.from_checkpoint(tmp_path / "out", dtype=torch.float32, kv_cache_bytes=1 << 23)
     (tokens,) = pipeline.encode([pipeline.prepare(picture(5, (56, 56)))], [True])
     assert (len(tokens.tokens_ND) < tokens.uncompressed_tokens == 88) == vision
-    turn = ChatTurn(role="user", parts=(ImagePart(image=0), TextPart(text="What number is on the red card?")))
+    turn = PromptTurn(role="user", parts=(ImagePart(image=0), TextPart(text="What number is on the red card?")))
     engine.submit(
         GenerateRequest(request_id="r", turns=(turn,), images=(tokens,), sampling=SamplingParams(max_tokens=2))
     )
@@ -372,7 +372,7 @@ def test_serving_emits_and_reports_what_the_loops_say(tmp_path, base_tile, prune
         uncompressed += tokens.uncompressed_tokens
 
     parts = (ImagePart(image=0), ImagePart(image=1), TextPart(text="Which word is written above?"))
-    turns = (ChatTurn(role="user", parts=parts),)
+    turns = (PromptTurn(role="user", parts=parts),)
     sampling = SamplingParams(max_tokens=1, ignore_eos=True)
     engine.submit(GenerateRequest(request_id="r", turns=turns, images=tuple(encoded), sampling=sampling))
     events = []

@@ -11,10 +11,10 @@ from focusllava.v1 import llm_pb2
 from services.common.errors import InvalidInput, WrongFingerprint
 from services.common.ranges import check_prune, check_sampling
 from services.common.types import (
-    ChatTurn,
     Constraint,
     GenerateRequest,
     ImagePart,
+    PromptTurn,
     PruneParams,
     SamplingParams,
     TextPart,
@@ -93,7 +93,7 @@ def _shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def turns_to_proto(turns: Sequence[ChatTurn]) -> list[llm_pb2.PromptTurn]:
+def turns_to_proto(turns: Sequence[PromptTurn]) -> list[llm_pb2.PromptTurn]:
     return [
         llm_pb2.PromptTurn(
             role=_ROLE_VALUES[turn.role],
@@ -110,7 +110,7 @@ def turns_to_proto(turns: Sequence[ChatTurn]) -> list[llm_pb2.PromptTurn]:
 
 def turns_from_proto(
     messages: Sequence[llm_pb2.PromptTurn], num_images: int, field: str = "turns"
-) -> tuple[ChatTurn, ...]:
+) -> tuple[PromptTurn, ...]:
     """Raises InvalidInput: no turns, a role or part that is not set, an image index that names no image."""
     if not messages:
         raise InvalidInput("is empty, expected at least one turn", field=field)
@@ -129,7 +129,7 @@ def turns_from_proto(
             else:
                 found = f"names image {part.image_index} of {num_images}" if kind else "is neither text nor image_index"
                 raise InvalidInput(found, field=f"{where}.parts[{number}]")
-        turns.append(ChatTurn(role=_ROLES[message.role], parts=tuple(parts)))
+        turns.append(PromptTurn(role=_ROLES[message.role], parts=tuple(parts)))
     return tuple(turns)
 
 

@@ -11,11 +11,11 @@ from focusllava.v1 import error_pb2, llm_pb2
 from services.common import wire
 from services.common.errors import Code, FocusError, InvalidInput, TooLarge, WrongFingerprint
 from services.common.types import (
-    ChatTurn,
     Constraint,
     FinishedEvent,
     GenerateRequest,
     ImagePart,
+    PromptTurn,
     PruneParams,
     SamplingParams,
     TextPart,
@@ -53,10 +53,10 @@ def generate_request(**changes: object) -> GenerateRequest:
     request = GenerateRequest(
         request_id="r-1",
         turns=(
-            ChatTurn(role="system", parts=(TextPart(text="Be brief."),)),
-            ChatTurn(role="user", parts=(ImagePart(image=0), TextPart(text="What? 你好"))),
-            ChatTurn(role="assistant", parts=(TextPart(text=""),)),
-            ChatTurn(role="user", parts=(ImagePart(image=1), TextPart(text="And this?"))),
+            PromptTurn(role="system", parts=(TextPart(text="Be brief."),)),
+            PromptTurn(role="user", parts=(ImagePart(image=0), TextPart(text="What? 你好"))),
+            PromptTurn(role="assistant", parts=(TextPart(text=""),)),
+            PromptTurn(role="user", parts=(ImagePart(image=1), TextPart(text="And this?"))),
         ),
         images=(visual_tokens(), visual_tokens(branch_ids_M=torch.empty(0, dtype=torch.uint8), notes=())),
         sampling=SAMPLING,

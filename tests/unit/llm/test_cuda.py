@@ -18,7 +18,7 @@ from services.common.types import TokenEvent, TokenLogprob
 from services.compute import linear
 from services.compute.merged_linear import MergedLinear
 from services.llm import model
-from services.llm.kernels.reference import ReferenceKernels
+from services.llm.kernels.reference_attention import ReferenceKernels
 from services.sampler.text_guided import apply_rotary
 from tests import gpu, tiny_llm
 from tests.fakes.graph_recorder import Recorder
@@ -50,7 +50,7 @@ def test_prefill_calls_torchs_flash_attention_as_it_is_declared() -> None:
     from torch.nn.attention.varlen import varlen_attn
 
     pytest.importorskip("triton", reason=gpu.NO_TRITON)
-    from services.llm.kernels.cuda import CudaKernels, segment_starts
+    from services.llm.kernels.cuda_attention import CudaKernels, segment_starts
 
     query, key, value = (torch.empty(11, heads, 16, dtype=torch.bfloat16, device="meta") for heads in (4, 2, 2))
     out = CudaKernels(varlen_attn).prefill(query[:7], key, value, (4, 3), (8, 3), 0.25)

@@ -20,11 +20,11 @@ from focusllava.messages import Settings, read_image
 from services.common.errors import InternalError, InvalidInput, StageUnavailable, TooLarge
 from services.common.media import MediaLimits
 from services.common.types import (
-    ChatTurn,
     FinishedEvent,
     GenerateRequest,
     ImageOptions,
     ImagePart,
+    PromptTurn,
     PruneParams,
     SamplingParams,
     TextPart,
@@ -87,7 +87,7 @@ def test_an_answer_is_that_of_the_two_stages(model: LocalModel) -> None:
         answer = model.ask(SAMPLE, RED, detail=detail, **settings)
         options = ImageOptions(detail="low" if detail else "high")
         (tokens,) = pipeline.encode([pipeline.prepare(SAMPLE.read_bytes(), vision, options)], [vision])
-        turn = ChatTurn(role="user", parts=(ImagePart(image=0), TextPart(text=RED)))
+        turn = PromptTurn(role="user", parts=(ImagePart(image=0), TextPart(text=RED)))
         request = GenerateRequest(request_id="r", turns=(turn,), images=(tokens,), sampling=sampling, prune=prune)
         sequence = engine.prepare(request)
         engine.enqueue(sequence)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from services.common.types import SamplingParams
-from services.llm.closing import MOST_STEPS, Closing
+from services.grammar.closing import MOST_STEPS, Closing
 
 SPARE_TOKENS = 8
 """An answer that nears max_tokens goes to its constraint's end when so many are left beside it, or an eighth of all."""

@@ -26,9 +26,9 @@ import numpy.typing as npt
 
 from services.common.errors import InvalidInput
 from services.common.types import Constraint, SamplingParams
-from services.llm.closing import Closing
-from services.llm.grammar_process import limits
-from services.llm.guide import Guide, Start
+from services.grammar.closing import Closing
+from services.grammar.guide import Guide, Start
+from services.grammar.process import limits
 
 logger = logging.getLogger(__name__)
 
@@ -231,7 +231,7 @@ class Grammars:
     def _running_process(self) -> subprocess.Popen[str]:
         if self._process is None or self._process.poll() is not None:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "services.llm.grammar_process"],
+                [sys.executable, "-m", "services.grammar.process"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
