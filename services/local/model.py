@@ -62,8 +62,8 @@ class LocalModel:
 
         device: "auto", "cpu", "cuda" or another device of torch; dtype: "auto", "float32", "bfloat16" or "float16";
         media: limits of images; wait_for_images: False lets running answers go on while an image is decoded, as a
-        server does, so that timing decides which requests make a batch; engine: other fields of LanguageModelSettings, such as kv_cache_bytes. Sizes that are
-        not given follow from the checkpoint and the memory, as in serving.
+        server does, so that timing decides which requests make a batch; engine: other fields of LanguageModelSettings,
+        such as kv_cache_bytes. Sizes that are not given follow from the checkpoint and the memory, as in serving.
 
         Raises InvalidInput naming the field.
         """
