@@ -65,7 +65,7 @@ def lies_in_panels(onednn: OneDnnLinear, linear: nn.Linear) -> bool:
 
 
 def _panels(linear: nn.Linear) -> Iterator[torch.Tensor]:
-    """Yields the panels [K / p, up to 32, p] one at a time, so that a large head does not lie in memory a third time."""
+    """Yields the panels [K / p, up to 32, p] one at a time: a large head must not lie in memory a third time."""
     p = 4 // linear.weight.element_size()
     for rows_NK in linear.weight.detach().split(PANEL):
         yield rows_NK.unflatten(1, (-1, p)).transpose(0, 1)

@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerFast
 
 from services.common.errors import InvalidInput
 from services.common.types import Constraint, SamplingParams
+from services.grammar import grammars as grammars_module
 from services.grammar.grammars import Grammars
 from services.grammar.guide import Guide
-from services.llm import grammars as grammars_module
 from tests.tiny_checkpoints import make_tokenizer
 
 TOKENIZER = make_tokenizer("llama")
