@@ -272,7 +272,7 @@ def test_the_latest_visual_tokens_are_kept_within_bounds(model: LocalModel, monk
     encoder = ImageEncoder(model.pipeline, max_tiles=20)
     files = [read_image(picture(seed)) for seed in range(4)]
     images = [AskedImage(data=file, vision_sampler=True, options=ImageOptions()) for file in files]
-    one = encoder.encode(images[:1])[0].tokens_ND.nbytes + len(files[0])
+    one = encoder.encode(images[:1])[0][0].tokens_ND.nbytes + len(files[0])
     monkeypatch.setattr("services.local.images.KEPT_BYTES", int(2.5 * one))
     encoder.encode(images[1:3])
     encoder.encode(images[1:2])
