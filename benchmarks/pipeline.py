@@ -23,7 +23,7 @@ from services.common.types import (
     FinishedEvent,
     GenerateRequest,
     ImagePart,
-    PruneParams,
+    SamplerSettings,
     SamplingParams,
     TextPart,
     TokenEvent,
@@ -69,7 +69,7 @@ def run_once(encoder: EncoderPipeline, engine: Engine, image: bytes, question: s
             turns=(ChatTurn(role="user", parts=(ImagePart(image=0), TextPart(text=question))),),
             images=(visual_tokens,),
             sampling=SamplingParams(max_tokens=tokens, ignore_eos=True),
-            prune=PruneParams(enabled=text),
+            samplers=SamplerSettings(text_sampler=text),
         )
     )
     first = ended = 0.0

@@ -27,14 +27,14 @@ from evaluation.scenes import (
     training_questions,
 )
 from services.common.errors import InvalidInput
-from services.common.ranges import check_prune
+from services.common.ranges import check_samplers
 from services.common.types import (
     ChatTurn,
     CompressedVisualTokens,
     FinishedEvent,
     GenerateRequest,
     ImagePart,
-    PruneParams,
+    SamplerSettings,
     SamplingParams,
     TextPart,
     TokenEvent,
@@ -81,7 +81,7 @@ def answer(engine: Engine, tokens: CompressedVisualTokens, asked: Sequence[Quest
                 turns=(ChatTurn(role="user", parts=words),),
                 images=(tokens,),
                 sampling=SamplingParams(max_tokens=8),
-                prune=PruneParams(enabled=text, threshold=threshold),
+                samplers=SamplerSettings(text_sampler=text, threshold=threshold),
             )
         )
     while engine.has_work():
@@ -182,7 +182,7 @@ def main() -> None:
     dtype = choose_dtype(arguments.dtype, arguments.device)
     place: dict[str, Any] = {"dtype": dtype, "device": arguments.device}
     try:
-        check_prune(PruneParams(enabled=True, threshold=arguments.threshold))
+        check_samplers(SamplerSettings(text_sampler=True, threshold=arguments.threshold))
         pipeline = EncoderPipeline.from_checkpoint(arguments.checkpoint, **place)
         engine = Engine.from_checkpoint(arguments.checkpoint, **place, kv_cache_bytes=1 << 29)
     except InvalidInput as error:

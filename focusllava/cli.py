@@ -24,6 +24,7 @@ from focusllava.explain import explain, no_file
 from focusllava.extras import part
 from focusllava.messages import Settings
 from focusllava.serve import serve
+from focusllava.setting_options import setting_options
 
 PROGRAM = "focusllava"
 EPILOG = """\b
@@ -92,10 +93,6 @@ cli.add_command(serve)
 @cli.command()
 @click.argument("images", metavar="[IMAGE]...", nargs=-1, type=click.Path(allow_dash=True))
 @click.argument("question", callback=no_file)
-@click.option("--threshold", type=float, help="gamma of Eq. 9, in (0, 1]; 1 keeps every visual token.")
-@click.option("--keep-ratio", type=float, help="Keep this share of visual tokens instead of by threshold, in (0, 1].")
-@click.option("--no-vision-sampler", is_flag=True, help="Leave the vision-guided sampler out.")
-@click.option("--no-text-sampler", is_flag=True, help="Leave the text-guided sampler out.")
 @click.option(
     "--detail",
     type=click.Choice(["low", "high", "auto"]),
@@ -106,18 +103,7 @@ cli.add_command(serve)
     default=None,
     help="Whether large JPEGs may be decoded at reduced scale; without it, as the served checkpoint says.",
 )
-@click.option("--max-tokens", type=int, help="Most tokens to generate.")
-@click.option("--temperature", type=float, help="In [0, 2]; 0 is greedy.")
-@click.option("--top-k", type=int, help="Draw from so many of the likeliest tokens; 0 is all.")
-@click.option("--top-p", type=float, help="Nucleus, in (0, 1].")
-@click.option("--min-p", type=float, help="Leave out tokens below this share of the likeliest one, in [0, 1].")
-@click.option("--repetition-penalty", type=float, help="For tokens of prompt and answer, in (0, 2]; 1 is none.")
-@click.option("--presence-penalty", type=float, help="For each token of the answer, in [-2, 2].")
-@click.option("--frequency-penalty", type=float, help="For each time that a token is in the answer, in [-2, 2].")
-@click.option("--seed", type=int, help="Makes draws repeatable.")
-@click.option("--logprobs", type=int, help="Report each token's log probability and so many alternatives, 0 to 20.")
-@click.option("--stop", multiple=True, help="The answer ends before this; may be repeated.")
-@click.option("--min-tokens", type=int, help="Fewest tokens to generate.")
+@setting_options(Settings)
 @constraint_options
 @_as_json
 @_address
@@ -130,8 +116,6 @@ def ask(
     question: str,
     detail: str | None,
     reduced_jpeg: bool | None,
-    no_vision_sampler: bool,
-    no_text_sampler: bool,
     as_json: bool,
     address: str,
     timeout: float,
@@ -144,8 +128,7 @@ def ask(
 
     The answer streams to standard output, its accounting to standard error.
     """
-    settings: Settings = {"vision_sampler": not no_vision_sampler, "text_sampler": not no_text_sampler}
-    settings.update({name: value for name, value in given.items() if value not in (None, ())})  # type: ignore[typeddict-item]
+    settings: Settings = {name: value for name, value in given.items() if value not in (None, ())}  # type: ignore[assignment]
     sources: list[ImageSource] = [sys.stdin.buffer if image == "-" else image for image in images]
     credentials, retry = _credentials(tls, tls_ca), RetryPolicy(on_wait=_say_once())
     with FocusClient(address, timeout_s=timeout, token=token, credentials=credentials, retry=retry) as client:

@@ -11,7 +11,8 @@ from typing import Any
 import click
 
 from focusllava.extras import find_checkpoint, part
-from focusllava.messages import ImageSource, read_image
+from focusllava.messages import ImageSource, SamplerSettings, read_image
+from focusllava.setting_options import setting_options
 
 
 def no_file(context: click.Context, parameter: click.Parameter, question: str) -> str:
@@ -37,10 +38,7 @@ def no_file(context: click.Context, parameter: click.Parameter, question: str) -
     show_default=True,
     help="The drawing (.png); the numbers go beside it (.json). Both are overwritten.",
 )
-@click.option("--threshold", type=float, help="gamma of Eq. 9, in (0, 1]; 1 keeps every visual token.")
-@click.option("--keep-ratio", type=float, help="Keep this share of visual tokens instead of by threshold, in (0, 1].")
-@click.option("--no-vision-sampler", is_flag=True, help="Leave the vision-guided sampler out.")
-@click.option("--no-text-sampler", is_flag=True, help="Leave the text-guided sampler out.")
+@setting_options(SamplerSettings)
 @click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True, help="Most tokens to generate.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 def explain(
@@ -48,12 +46,9 @@ def explain(
     question: str,
     checkpoint: str | None,
     output: pathlib.Path,
-    threshold: float | None,
-    keep_ratio: float | None,
-    no_vision_sampler: bool,
-    no_text_sampler: bool,
     max_tokens: int,
     as_json: bool,
+    **samplers: Any,
 ) -> None:
     """Draw which visual tokens of IMAGE were chosen to answer QUESTION: scale map, kept tokens, importance by layer.
 
@@ -66,8 +61,7 @@ def explain(
         files,
         question,
         output,
-        vision_sampler=not no_vision_sampler,
-        prune={"threshold": threshold, "keep_ratio": keep_ratio, "enabled": not no_text_sampler},
+        samplers={name: value for name, value in samplers.items() if value is not None},
         max_tokens=max_tokens,
     )
     summary: dict[str, Any] = {

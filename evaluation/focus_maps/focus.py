@@ -25,7 +25,7 @@ from services.common.types import (
     GenerateRequest,
     ImagePart,
     PruneDecision,
-    PruneParams,
+    SamplerSettings,
     SamplingParams,
     TextPart,
     TokenEvent,
@@ -152,7 +152,7 @@ class FocusModel:
         pictures: Sequence[EncodedPicture],
         question: str,
         *,
-        prune: PruneParams | None = None,
+        samplers: SamplerSettings | None = None,
         max_tokens: int = 64,
     ) -> Focus:
         """A greedy answer to a question about one or several images, and what it was read from.
@@ -173,7 +173,7 @@ class FocusModel:
                 turns=(ChatTurn(role="user", parts=parts),),
                 images=tuple(picture.tokens for picture in pictures),
                 sampling=SamplingParams(max_tokens=max_tokens),
-                prune=prune or PruneParams(),
+                samplers=samplers or SamplerSettings(),
             )
         )
         importance_KN = importance_by_layer(self.engine, sequence)

@@ -39,7 +39,7 @@ import torch
 from evaluation.focus_maps.focus import Focus, FocusModel
 from evaluation.focus_maps.page import page
 from services.common.errors import InvalidInput
-from services.common.types import PruneParams
+from services.common.types import SamplerSettings
 
 FORMAT_VERSION = 1
 
@@ -50,21 +50,21 @@ def explain(
     question: str,
     output: pathlib.Path,
     *,
-    vision_sampler: bool = True,
-    prune: dict[str, Any] | None = None,
+    samplers: dict[str, Any] | None = None,
     max_tokens: int = 64,
 ) -> dict[str, Any]:
     """Asks one checkpoint about images (name and file of each) and writes `output` (.png) and a .json beside it.
 
-    prune: fields of PruneParams. Returns the report. Raises InvalidInput where an argument is of no use.
+    samplers: fields of SamplerSettings. Returns the report. Raises InvalidInput where an argument is of no use.
     """
     if output.suffix.lower() != ".png":
         raise InvalidInput(f"is {str(output)!r}, expected a name that ends in .png", field="output")
     if not output.parent.is_dir():
         raise InvalidInput(f"is {str(output)!r}, which lies in no folder that exists", field="output")
     model = FocusModel.from_checkpoint(checkpoint)
-    pictures = [model.encode(file, vision_sampler=vision_sampler) for _, file in images]
-    focus = model.ask(pictures, question, prune=PruneParams(**prune or {}), max_tokens=max_tokens)
+    settings = SamplerSettings(**samplers or {})
+    pictures = [model.encode(file, vision_sampler=settings.vision_sampler) for _, file in images]
+    focus = model.ask(pictures, question, samplers=settings, max_tokens=max_tokens)
     made = report(focus, [name for name, _ in images])
     page(focus).save(output, "PNG")
     output.with_suffix(".json").write_text(json.dumps(made, ensure_ascii=False) + "\n", encoding="utf8")

@@ -22,7 +22,7 @@ from services.common.types import (
     FinishedEvent,
     GenerateRequest,
     ImagePart,
-    PruneParams,
+    SamplerSettings,
     TextPart,
     TokenEvent,
 )
@@ -32,14 +32,6 @@ from services.llm.engine_stats import StepFailed
 
 LOCAL_LIMITS = MediaLimits(max_bytes=256 * 2**20)
 """A picture that a task has decoded comes as PNG, several times its JPEG's size."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Samplers:
-    """The paper's samplers that are on, and how they are set."""
-
-    vision: bool = True
-    prune: PruneParams = PruneParams()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +57,7 @@ class Answering(Protocol):
 class InProcess:
     """Encoder pipeline and engine in this process. An image that comes again in the next batch is not encoded again."""
 
-    def __init__(self, pipeline: EncoderPipeline, engine: Engine, samplers: Samplers):
+    def __init__(self, pipeline: EncoderPipeline, engine: Engine, samplers: SamplerSettings):
         self._pipeline, self._engine, self._samplers = pipeline, engine, samplers
         self._encoded: dict[str, CompressedVisualTokens] = {}
 
@@ -99,7 +91,7 @@ class InProcess:
                         fresh[key] = self._pipeline.prepare(image)
         if fresh:
             with _named(*batch):
-                tokens = self._pipeline.encode(list(fresh.values()), [self._samplers.vision] * len(fresh))
+                tokens = self._pipeline.encode(list(fresh.values()), [self._samplers.vision_sampler] * len(fresh))
             encoded |= dict(zip(fresh, tokens, strict=True))
         self._encoded = encoded
         return encoded
@@ -123,7 +115,7 @@ class InProcess:
             turns=tuple(turns),
             images=tuple(images),
             sampling=question.sampling,
-            prune=self._samplers.prune,
+            samplers=self._samplers,
         )
 
     def _run(self, batch: Sequence[Question]) -> list[Reply]:
@@ -156,7 +148,7 @@ class InProcess:
 class Served:
     """The public gRPC API at an address; a batch's questions are in flight together."""
 
-    def __init__(self, address: str, samplers: Samplers, *, timeout_s: float | None, token: str | None):
+    def __init__(self, address: str, samplers: SamplerSettings, *, timeout_s: float | None, token: str | None):
         self._client = FocusClient(address, timeout_s=timeout_s, token=token)
         self._samplers = samplers
 
@@ -187,7 +179,7 @@ class Served:
         )
 
     def _settings(self, question: Question) -> Settings:
-        sampling, prune = question.sampling, self._samplers.prune
+        sampling = question.sampling
         return Settings(
             max_tokens=sampling.max_tokens,
             temperature=sampling.temperature,
@@ -196,10 +188,7 @@ class Served:
             repetition_penalty=sampling.repetition_penalty,
             seed=sampling.seed,
             stop=sampling.stop,
-            threshold=prune.threshold,
-            keep_ratio=prune.keep_ratio,
-            vision_sampler=self._samplers.vision,
-            text_sampler=prune.enabled,
+            **vars(self._samplers),  # type: ignore[typeddict-item]  # they bear the same names
         )
 
 

@@ -13,11 +13,11 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics  # type: ignore
 from lmms_eval.protocol import ChatMessages  # type: ignore[import-not-found]
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from evaluation.lmms_eval_plugin.answering import LOCAL_LIMITS, Answering, InProcess, Reply, Samplers, Served
+from evaluation.lmms_eval_plugin.answering import LOCAL_LIMITS, Answering, InProcess, Reply, Served
 from evaluation.lmms_eval_plugin.questions import Question, RequestFailed, sampling_settings, turns
 from services.common.errors import InvalidInput
-from services.common.ranges import check_prune
-from services.common.types import PruneParams
+from services.common.ranges import check_samplers
+from services.common.types import SamplerSettings
 from services.compute.dtypes import Dtype, choose_dtype
 from services.encoder.pipeline import EncoderPipeline
 from services.llm.engine import Engine
@@ -65,10 +65,14 @@ class FocusLlava(lmms):
             raise InvalidInput(f"is {batch_size!r}, expected a number of questions", field="batch_size")
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise InvalidInput("is above 1: run one process; for several GPUs evaluate a gateway", field="WORLD_SIZE")
-        prune = PruneParams(threshold=threshold, keep_ratio=keep_ratio, enabled=_flag("text_sampler", text_sampler))
-        check_prune(prune, field="model_args")
+        samplers = SamplerSettings(
+            vision_sampler=_flag("vision_sampler", vision_sampler),
+            text_sampler=_flag("text_sampler", text_sampler),
+            threshold=threshold,
+            keep_ratio=keep_ratio,
+        )
+        check_samplers(samplers, field="model_args")
         self.batch_size = int(batch_size)
-        samplers = Samplers(vision=_flag("vision_sampler", vision_sampler), prune=prune)
         local = checkpoint is not None
         misplaced: dict[str, Any] = (
             {"timeout_s": timeout_s} if local else {"dtype": dtype, "kv_cache_mib": kv_cache_mib}
@@ -125,7 +129,9 @@ class FocusLlava(lmms):
             raise RequestFailed(name, error) from error
 
 
-def _in_process(checkpoint: str, samplers: Samplers, device: str, dtype: str | None, kv_cache_mib: int) -> InProcess:
+def _in_process(
+    checkpoint: str, samplers: SamplerSettings, device: str, dtype: str | None, kv_cache_mib: int
+) -> InProcess:
     if dtype is not None and dtype not in get_args(Dtype):
         raise InvalidInput(f"is {dtype!r}, expected one of {', '.join(get_args(Dtype))}", field="model_args.dtype")
     wanted = choose_dtype(dtype or "auto", device)

@@ -20,7 +20,7 @@ from evaluation.focus_maps.page import page, shown_layers
 from evaluation.focus_maps.report import explain, report
 from services.checkpoint.config import FocusLlavaConfig, TextSamplerConfig, VisionSamplerConfig
 from services.common.errors import InvalidInput
-from services.common.types import CompressedVisualTokens, ImageTiles, ProjectedFeatureMap, PruneParams
+from services.common.types import CompressedVisualTokens, ImageTiles, ProjectedFeatureMap, SamplerSettings
 from services.encoder.anyres import join_tiles, tile_image
 from services.encoder.model import EncoderModel
 from services.sampler.text_guided import keep_by_share
@@ -209,12 +209,12 @@ def random_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
 def test_importance_where_the_model_prunes_is_the_engines_own(shipped: FocusModel, random_model: Any) -> None:
     for model in (shipped, random_model[1]):
         pictures = [model.encode(png((90, 61))), model.encode(png((5, 9), seed=1)), model.encode(png((70, 200)))]
-        for chosen, prune in (
-            (pictures[:1], PruneParams()),
-            (pictures, PruneParams(threshold=0.4)),
-            (pictures[1:], PruneParams(keep_ratio=0.3)),
+        for chosen, samplers in (
+            (pictures[:1], SamplerSettings()),
+            (pictures, SamplerSettings(threshold=0.4)),
+            (pictures[1:], SamplerSettings(keep_ratio=0.3)),
         ):
-            focus = model.ask(chosen, "What number is on the red card?", prune=prune, max_tokens=3)
+            focus = model.ask(chosen, "What number is on the red card?", samplers=samplers, max_tokens=3)
             decision = focus.decision
             assert decision is not None and decision.layer == model.pipeline.config.text_sampler.layer
             assert focus.importance_KN.shape[0] == model.engine.decoder.num_layers - 1
@@ -222,7 +222,7 @@ def test_importance_where_the_model_prunes_is_the_engines_own(shipped: FocusMode
             assert focus.kept_N.nonzero().flatten().tolist() == decision.kept.tolist()
             assert 0 < focus.usage.visual_tokens_kept == len(decision.kept) < len(focus.kept_N)
             assert sum(len(picture.layout) for picture in chosen) == focus.usage.visual_tokens_sampled
-        unpruned = model.ask(chosen, "What number is on the red card?", prune=PruneParams(enabled=False))
+        unpruned = model.ask(chosen, "What number is on the red card?", samplers=SamplerSettings(text_sampler=False))
         assert unpruned.decision is None and unpruned.kept_N.all()
         assert torch.equal(unpruned.importance_KN, focus.importance_KN)
         model.engine.check_integrity()
@@ -308,7 +308,9 @@ def test_a_page_for_several_images_and_with_both_samplers_off(random_model: Any)
     assert page(focus).width == 1600
     assert shown_layers(focus) == [1, 2, 3, 4, 5] and shown_layers(focus, most=2) in ([1, 5], [2, 5])
     assert 2 in shown_layers(focus, most=2)
-    plain = model.ask([model.encode(png((90, 61)), vision_sampler=False)], "How?", prune=PruneParams(enabled=False))
+    plain = model.ask(
+        [model.encode(png((90, 61)), vision_sampler=False)], "How?", samplers=SamplerSettings(text_sampler=False)
+    )
     assert page(plain).width == 1600
     made = report(focus, ["a", "b", "c"])
     assert json.loads(json.dumps(made)) == made and made["visual_tokens"]["kept"] == len(focus.decision.kept)

@@ -12,11 +12,11 @@ import yaml
 from PIL import Image
 
 from evaluation import lmms_eval_plugin
-from evaluation.lmms_eval_plugin.answering import InProcess, Samplers, Served
+from evaluation.lmms_eval_plugin.answering import InProcess, Served
 from evaluation.lmms_eval_plugin.example import make
 from evaluation.lmms_eval_plugin.questions import Question, RequestFailed, image_file, sampling_settings, turns
 from services.common.errors import InvalidInput
-from services.common.types import PruneParams, SamplingParams
+from services.common.types import SamplerSettings, SamplingParams
 from services.encoder.pipeline import EncoderPipeline
 from services.llm.engine import Engine
 from tests.fakes.gateway import ScriptedGateway
@@ -146,11 +146,11 @@ def test_a_batch_changes_nobody_s_answer_and_encodes_an_image_once(stages, monke
     encoded = []
     encode = pipeline.encode
     monkeypatch.setattr(pipeline, "encode", lambda images, flags: encoded.append(len(images)) or encode(images, flags))
-    model = InProcess(pipeline, engine, Samplers())
+    model = InProcess(pipeline, engine, SamplerSettings())
     batched = model.answer(QUESTIONS)
     assert encoded == [2], "four questions, two distinct images"
     assert model.answer(QUESTIONS[:1]) == batched[:1] and encoded == [2], "the image of the batch before is kept"
-    alone = [InProcess(pipeline, engine, Samplers()).answer([question])[0] for question in QUESTIONS]
+    alone = [InProcess(pipeline, engine, SamplerSettings()).answer([question])[0] for question in QUESTIONS]
     assert alone == batched
     assert batched[0] == batched[3] and batched[1].visual_tokens_uncompressed == 0
     assert batched[2].visual_tokens_uncompressed > batched[0].visual_tokens_uncompressed
@@ -159,14 +159,13 @@ def test_a_batch_changes_nobody_s_answer_and_encodes_an_image_once(stages, monke
 
 def test_the_samplers_are_those_of_the_arguments(stages):
     def converted(**samplers) -> float:
-        (reply,) = InProcess(*stages, Samplers(**samplers)).answer(QUESTIONS[:1])
+        (reply,) = InProcess(*stages, SamplerSettings(**samplers)).answer(QUESTIONS[:1])
         return reply.converted_visual_tokens / reply.visual_tokens_uncompressed
 
-    off = PruneParams(enabled=False)
-    assert converted(vision=False, prune=off) == 1.0
-    vision_alone = converted(prune=off)
-    assert vision_alone < 1.0 and converted(vision=False, prune=PruneParams(keep_ratio=0.25)) < 1.0
-    assert converted(prune=PruneParams(threshold=0.3)) < converted(prune=PruneParams(threshold=0.9)) < vision_alone
+    assert converted(vision_sampler=False, text_sampler=False) == 1.0
+    vision_alone = converted(text_sampler=False)
+    assert vision_alone < 1.0 and converted(vision_sampler=False, keep_ratio=0.25) < 1.0
+    assert converted(threshold=0.3) < converted(threshold=0.9) < vision_alone
 
 
 def test_an_error_names_its_request_and_leaves_no_work_behind(stages):
@@ -177,7 +176,7 @@ def test_an_error_names_its_request_and_leaves_no_work_behind(stages):
     )
     for wrong in (damaged, beyond):
         with pytest.raises(RequestFailed, match=wrong.name) as failed:
-            InProcess(pipeline, engine, Samplers()).answer([QUESTIONS[0], wrong])
+            InProcess(pipeline, engine, SamplerSettings()).answer([QUESTIONS[0], wrong])
         assert isinstance(failed.value.__cause__, InvalidInput)
         assert not engine.has_work()
         engine.check_integrity()
@@ -199,7 +198,7 @@ def gateway():
 
 
 def test_a_gateway_is_asked_the_same(gateway):
-    samplers = Samplers(vision=False, prune=PruneParams(keep_ratio=0.25))
+    samplers = SamplerSettings(vision_sampler=False, keep_ratio=0.25)
     served = Served(gateway.address, samplers, timeout_s=10, token="secret")
     replies = served.answer([asked(picture(1), "Which?", until=["\n"]), asked("Two and two?", name="task/test/1")])
     served.close()
@@ -214,7 +213,7 @@ def test_a_gateway_is_asked_the_same(gateway):
 
 def test_a_gateway_s_refusal_is_raised_with_the_request_s_name(gateway):
     gateway.script = gateway.refusing(grpc.StatusCode.RESOURCE_EXHAUSTED, "sampling.max_tokens: is 4096")
-    served = Served(gateway.address, Samplers(), timeout_s=10, token=None)
+    served = Served(gateway.address, SamplerSettings(), timeout_s=10, token=None)
     with pytest.raises(RequestFailed, match="task/test/3: RESOURCE_EXHAUSTED: sampling.max_tokens: is 4096"):
         served.answer([asked("What?", name="task/test/3")])
     served.close()

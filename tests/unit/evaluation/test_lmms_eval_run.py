@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from evaluation.lmms_eval_plugin.answering import InProcess, Samplers
+from evaluation.lmms_eval_plugin.answering import InProcess
 from evaluation.lmms_eval_plugin.example import scenes
 from evaluation.lmms_eval_plugin.questions import Question, RequestFailed, sampling_settings, turns
 from services.common.errors import InvalidInput
+from services.common.types import SamplerSettings
 from services.encoder.pipeline import EncoderPipeline
 from services.llm.engine import Engine
 
@@ -37,7 +38,7 @@ def expected(rows) -> list[str]:
     engine = Engine.from_checkpoint(CHECKPOINT, dtype=torch.float32, kv_cache_bytes=1 << 26)
     sampling = sampling_settings({"max_new_tokens": 8, "do_sample": False, "until": ["\n\n"]})
     batch = [Question(name="", turns=turns(messages(row)), sampling=sampling) for row in rows]
-    return [reply.text.strip() for reply in InProcess(pipeline, engine, Samplers()).answer(batch)]
+    return [reply.text.strip() for reply in InProcess(pipeline, engine, SamplerSettings()).answer(batch)]
 
 
 def test_the_command_line_scores_the_stages_own_answers(tmp_path):
