@@ -18,6 +18,7 @@ from functools import partial
 import torch
 
 from benchmarks.measure import RESULTS, ROOT, machine, median, print_table, take_turns, write_results
+from benchmarks.stages import events
 from services.common.types import (
     ChatTurn,
     FinishedEvent,
@@ -29,9 +30,7 @@ from services.common.types import (
     TokenEvent,
 )
 from services.compute.dtypes import dtype_name
-from services.compute.malloc import keep_freed_memory
-from services.encoder.pipeline import EncoderPipeline
-from services.llm.engine import Engine
+from services.local.model import LocalModel
 
 SETTINGS = {"off": (False, False), "vision": (True, False), "text": (False, True), "both": (True, True)}
 """Name -> vision-guided sampler on, text-guided sampler on."""
@@ -56,30 +55,28 @@ class Run:
     kv_bytes: int
 
 
-def run_once(encoder: EncoderPipeline, engine: Engine, image: bytes, question: str, setting: str, tokens: int) -> Run:
+def run_once(model: LocalModel, image: bytes, question: str, setting: str, tokens: int) -> Run:
+    """Each stage by hand, so that each is timed by itself."""
     vision, text = SETTINGS[setting]
     began = time.perf_counter()
-    prepared = encoder.prepare(image)
+    prepared = model.pipeline.prepare(image)
     tiled = time.perf_counter()
-    (visual_tokens,) = encoder.encode([prepared], [vision])
+    (visual_tokens,) = model.pipeline.encode([prepared], [vision])
     encoded = time.perf_counter()
-    engine.submit(
-        GenerateRequest(
-            request_id="bench",
-            turns=(ChatTurn(role="user", parts=(ImagePart(image=0), TextPart(text=question))),),
-            images=(visual_tokens,),
-            sampling=SamplingParams(max_tokens=tokens, ignore_eos=True),
-            samplers=SamplerSettings(text_sampler=text),
-        )
+    request = GenerateRequest(
+        request_id="bench",
+        turns=(ChatTurn(role="user", parts=(ImagePart(image=0), TextPart(text=question))),),
+        images=(visual_tokens,),
+        sampling=SamplingParams(max_tokens=tokens, ignore_eos=True),
+        samplers=SamplerSettings(text_sampler=text),
     )
     first = ended = 0.0
     usage = None
-    while engine.has_work():
-        for _, event in engine.step():
-            if isinstance(event, TokenEvent) and not first:
-                first = time.perf_counter()
-            elif isinstance(event, FinishedEvent):
-                ended, usage = time.perf_counter(), event.usage
+    for event in events(model.engine, model.engine.prepare(request)):
+        if isinstance(event, TokenEvent) and not first:
+            first = time.perf_counter()
+        elif isinstance(event, FinishedEvent):
+            ended, usage = time.perf_counter(), event.usage
     assert usage is not None and usage.completion_tokens == tokens and first
     return Run(
         setting=setting,
@@ -123,15 +120,12 @@ def main() -> None:
         parser.error("--tokens must be 2 or more and --repeats 1 or more")
 
     torch.set_num_threads(options.threads)
-    keep_freed_memory()  # as a replica does
     print(f"bench: loading {options.checkpoint}", flush=True)
-    encoder = EncoderPipeline.from_checkpoint(options.checkpoint)
     # The same image again and again: what an earlier question left in the cache would hide the prefill.
-    engine = Engine.from_checkpoint(options.checkpoint, kv_cache_bytes=256 * 2**20, prefix_reuse=False)
+    model = LocalModel(options.checkpoint, "cpu", kv_cache_bytes=256 * 2**20, prefix_reuse=False)
     image = options.image.read_bytes()
     turns = {
-        setting: partial(run_once, encoder, engine, image, options.question, setting, options.tokens)
-        for setting in SETTINGS
+        setting: partial(run_once, model, image, options.question, setting, options.tokens) for setting in SETTINGS
     }
     runs: dict[str, list[Run]] = take_turns(turns, options.repeats, warm_up=2)
     print(f"\n{options.image.name}, medians of {options.repeats}, {options.threads} thread(s), batch 1")
@@ -139,8 +133,8 @@ def main() -> None:
     cores = sorted(os.sched_getaffinity(0))
     content = {
         "machine": {**machine(cores), "threads": options.threads},
-        "dtype": dtype_name(engine.decoder.dtype),
-        "model_fingerprint": encoder.fingerprint,
+        "dtype": dtype_name(model.engine.decoder.dtype),
+        "model_fingerprint": model.engine.fingerprint,
         "tokens": options.tokens,
         "runs": [asdict(run) for mine in runs.values() for run in mine],
     }

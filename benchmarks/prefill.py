@@ -32,7 +32,7 @@ from benchmarks.measure import (
     take_turns,
     write_results,
 )
-from benchmarks.stages import FULL_TOKENS, PAPER_VISION_KEEP, SETTINGS, question, random_visual_tokens
+from benchmarks.stages import FULL_TOKENS, PAPER_VISION_KEEP, SETTINGS, events, question, random_visual_tokens
 from services.common.types import FinishedEvent, Usage
 from services.compute.dtypes import choose_dtype, dtype_name
 from services.compute.malloc import keep_freed_memory
@@ -88,11 +88,9 @@ class Prefill:
         sequence = self.engine.prepare(question(f"{name}-{seed}", image, setting, 1))
         wait(self.decoder.device)
         began = time.perf_counter()
-        self.engine.enqueue(sequence)
-        while self.engine.has_work():
-            for _, event in self.engine.step():
-                if isinstance(event, FinishedEvent):
-                    self.usage[name] = event.usage
+        for event in events(self.engine, sequence):
+            if isinstance(event, FinishedEvent):
+                self.usage[name] = event.usage
         wait(self.decoder.device)
         return time.perf_counter() - began
 

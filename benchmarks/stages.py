@@ -1,32 +1,32 @@
-"""Our two stages in one process as a peer of the benchmarks: image bytes in, tokens out, samplers as a setting says."""
+"""Our two stages in one process as peers of the benchmarks: image bytes in, tokens out, samplers as a setting says."""
 
 from __future__ import annotations
 
 import pathlib
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from benchmarks.measure import Progress, Timeline, closed_loop
 from benchmarks.workload import QUESTION, jpeg
+from focusllava import user
+from focusllava.messages import Usage
 from services.common.types import (
     ChatTurn,
     CompressedVisualTokens,
-    FinishedEvent,
     GenerateRequest,
     ImagePart,
     SamplerSettings,
     SamplingParams,
     TextPart,
-    TokenEvent,
-    Usage,
 )
-from services.compute.malloc import keep_freed_memory
-from services.encoder.pipeline import EncoderPipeline, PreparedImage
+from services.compute.dtypes import dtype_name
 from services.llm.engine import Engine
+from services.llm.engine_stats import Event
+from services.llm.sequence import Sequence as EngineSequence
+from services.local.model import LocalModel
+from services.local.stream import LocalStream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +78,41 @@ def random_visual_tokens(engine: Engine, count: int, seed: int) -> CompressedVis
     )
 
 
+def events(engine: Engine, sequence: EngineSequence) -> Iterator[Event]:
+    """Events of one sequence that the engine has prepared, with nothing beside it."""
+    engine.enqueue(sequence)
+    while engine.has_work():
+        for _, event in engine.step():
+            yield event
+
+
+class Streams:
+    """A peer of `closed_loop`: streams of one model, advanced by its steps."""
+
+    def __init__(self, model: LocalModel, ask: Callable[[int], LocalStream]):
+        """ask: opens the stream of a request's number."""
+        self.model, self.ask = model, ask
+        self.usage: dict[int, Usage] = {}
+        self.peak_pages = 0
+        """Most pages of the KV cache in use at once."""
+        self._open: dict[int, tuple[LocalStream, int]] = {}
+
+    def add(self, request: int) -> None:
+        self._open[request] = self.ask(request), 0
+
+    def step(self) -> Iterator[Progress]:
+        self.model.step()
+        self.peak_pages = max(self.peak_pages, self.model.engine.stats().kv_pages_used)
+        for request, (stream, seen) in list(self._open.items()):
+            new = len(stream.token_ids) - seen
+            self._open[request] = stream, seen + new
+            if stream.ended:
+                self.usage[request] = stream.result().usage
+                del self._open[request]
+            if new or stream.ended:
+                yield Progress(request=request, new_tokens=new, finished=stream.ended)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Turn:
     """What one turn of `Stages.run` measured."""
@@ -90,82 +125,50 @@ class Turn:
 
 
 class Stages:
-    """Encoder and engine on one thread that alternates between them, so that they never fight over the cores.
-
-    Images are decoded and tiled on a thread of their own. Between two steps of the engine at most one batch of tiles is
-    encoded.
-    """
+    """A LocalModel that answers the workload's question about images that it has never seen."""
 
     def __init__(self, checkpoint: pathlib.Path, *, dtype: torch.dtype, device: str = "cpu",
-                 kv_cache_bytes: int, max_tiles: int = 20, size_hw: tuple[int, int] = (672, 672)):  # fmt: skip
-        if device == "cpu":
-            keep_freed_memory()  # as a replica does
-        self.encoder = EncoderPipeline.from_checkpoint(checkpoint, dtype=dtype, device=device)
+                 kv_cache_bytes: int, size_hw: tuple[int, int] = (672, 672)):  # fmt: skip
         # Every image is new: a prefix cache could only hide work that the rivals do.
-        self.engine = Engine.from_checkpoint(
-            checkpoint, dtype=dtype, device=device, kv_cache_bytes=kv_cache_bytes, prefix_reuse=False
+        self.model = LocalModel(
+            checkpoint,
+            device,
+            dtype_name(dtype),
+            wait_for_images=False,
+            kv_cache_bytes=kv_cache_bytes,
+            max_batch_tokens=8192,
+            max_running=64,
+            prefix_reuse=False,
         )
-        self.max_tiles, self.size_hw = max_tiles, size_hw
-        self._decode = ThreadPoolExecutor(1, thread_name_prefix="decode")
-        self._setting = SETTINGS["off"]
-        self._new_tokens = 0
-        self._decoding: deque[tuple[int, Future[PreparedImage]]] = deque()
-        self._usage: dict[int, Usage] = {}
-        self._peak_pages = 0
+        self.size_hw = size_hw
 
     def run(self, requests: Sequence[int], *, concurrency: int, new_tokens: int, setting: Setting) -> Turn:
         """Answers `requests`, each with an image of its own number."""
+
+        def ask(request: int) -> LocalStream:
+            return self.model.stream(
+                [user(QUESTION, images=jpeg(request, *self.size_hw))],
+                max_tokens=new_tokens,
+                ignore_eos=True,
+                vision_sampler=setting.vision,
+                text_sampler=setting.text_keep is not None,
+                keep_ratio=setting.text_keep,
+            )
+
         for request in requests:
             jpeg(request, *self.size_hw)  # made before the clock starts
-        self._setting, self._new_tokens = setting, new_tokens
-        self._usage, self._peak_pages = {}, 0
-        seconds, timelines = closed_loop(self, requests, concurrency)
-        peak = self._peak_pages * self.engine.stats().kv_block_bytes
-        return Turn(seconds=seconds, timelines=timelines, usage=self._usage, peak_kv_bytes=peak)
-
-    def add(self, request: int) -> None:
-        prepared = self._decode.submit(self.encoder.prepare, jpeg(request, *self.size_hw))
-        self._decoding.append((request, prepared))
-
-    def step(self) -> Iterator[Progress]:
-        batch = self._next_batch()
-        if batch:
-            images = self.encoder.encode([image for _, image in batch], [self._setting.vision] * len(batch))
-            for (request, _), image in zip(batch, images, strict=True):
-                self.engine.submit(question(str(request), image, self._setting, self._new_tokens))
-        events = self.engine.step()
-        stats = self.engine.stats()
-        self._peak_pages = max(self._peak_pages, stats.kv_blocks_used)
-        for request_id, event in events:
-            if isinstance(event, TokenEvent):
-                yield Progress(request=int(request_id), new_tokens=len(event.token_ids))
-            elif isinstance(event, FinishedEvent):
-                self._usage[int(request_id)] = event.usage
-                yield Progress(request=int(request_id), new_tokens=0, finished=True)
-
-    def _next_batch(self) -> list[tuple[int, PreparedImage]]:
-        """What is decoded already, in order, up to the tile budget; waits for one image when there is nothing to do."""
-        batch: list[tuple[int, PreparedImage]] = []
-        tiles = 0
-        while self._decoding:
-            request, future = self._decoding[0]
-            if not future.done() and (batch or self.engine.has_work()):
-                break
-            image = future.result()
-            tiles += len(image.tiles.pixels_T3HW)
-            if batch and tiles > self.max_tiles:
-                break
-            batch.append((request, image))
-            self._decoding.popleft()
-        return batch
+        peer = Streams(self.model, ask)
+        seconds, timelines = closed_loop(peer, requests, concurrency)
+        peak = peer.peak_pages * self.model.engine.stats().kv_page_bytes
+        return Turn(seconds=seconds, timelines=timelines, usage=peer.usage, peak_kv_bytes=peak)
 
     def close(self) -> None:
-        self._decode.shutdown()
+        self.model.close()
 
 
 def mean_usage(turns: Iterable[Turn]) -> dict[str, float]:
     """Means over all requests of what `Usage` accounts for."""
     usages = [usage for turn in turns for usage in turn.usage.values()]
     names = ("prompt_tokens", "visual_tokens_uncompressed", "visual_tokens_sampled", "visual_tokens_kept",
-             "converted_share", "kv_bytes", "kv_bytes_unpruned")  # fmt: skip
+             "converted_share_percent", "kv_bytes", "kv_unpruned_bytes")  # fmt: skip
     return {name: sum(getattr(usage, name) for usage in usages) / len(usages) for name in names}

@@ -11,16 +11,15 @@ the shipped one.
 from __future__ import annotations
 
 import argparse
-import json
+import functools
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from benchmarks.device import device_name
 from benchmarks.measure import (
-    Progress,
     add_machine_options,
     closed_loop,
     machine,
@@ -32,9 +31,10 @@ from benchmarks.measure import (
     take_turns,
     write_results,
 )
-from services.common.types import ChatTurn, Constraint, GenerateRequest, SamplingParams, TextPart, TokenEvent
-from services.compute.dtypes import choose_dtype
-from services.llm.engine import Engine
+from benchmarks.stages import Streams
+from focusllava import user
+from services.local.model import LocalModel
+from services.local.stream import LocalStream
 
 SCHEMA = {
     "type": "object",
@@ -49,26 +49,19 @@ SCHEMA = {
 }
 
 
-class Answers:
-    """One peer: the engine with a constraint or without."""
-
-    def __init__(self, engine: Engine, constraint: Constraint | None, new_tokens: int):
-        self.engine, self.constraint, self.new_tokens = engine, constraint, new_tokens
-
-    def add(self, request: int) -> None:
-        turn = ChatTurn(role="user", parts=(TextPart(text=f"Describe picture {request}."),))
-        sampling = SamplingParams(
-            max_tokens=self.new_tokens, ignore_eos=True, temperature=1.0, seed=request, constraint=self.constraint
-        )
-        self.engine.submit(GenerateRequest(request_id=str(request), turns=(turn,), sampling=sampling))
-
-    def step(self) -> Iterable[Progress]:
-        for request_id, event in self.engine.step():
-            tokens = len(event.token_ids) if isinstance(event, TokenEvent) else 0
-            yield Progress(request=int(request_id), new_tokens=tokens, finished=not isinstance(event, TokenEvent))
+def describe(model: LocalModel, schema: dict[str, Any] | None, new_tokens: int, request: int) -> LocalStream:
+    """An answer of exactly so many tokens, drawn with the request's number as its seed."""
+    return model.stream(
+        [user(f"Describe picture {request}.")],
+        max_tokens=new_tokens,
+        ignore_eos=True,
+        temperature=1.0,
+        seed=request,
+        json_schema=schema,
+    )
 
 
-def run(peer: Answers, requests: Sequence[int], concurrency: int) -> dict[str, float]:
+def run(peer: Streams, requests: Sequence[int], concurrency: int) -> dict[str, float]:
     return summary(*closed_loop(peer, requests, concurrency))
 
 
@@ -84,16 +77,17 @@ def main() -> None:
     options = parser.parse_args()
     pin(options.cores)
     torch.set_num_threads(len(options.cores))
-    engine = Engine.from_checkpoint(
+    model = LocalModel(
         options.checkpoint,
-        dtype=choose_dtype(options.dtype, options.device),
-        device=options.device,
+        options.device,
+        options.dtype,
         kv_cache_bytes=2 * 2**30,
+        max_batch_tokens=8192,
         max_running=options.concurrency,
     )
     peers = {
-        "free": Answers(engine, None, options.new_tokens),
-        "schema": Answers(engine, Constraint(kind="json_schema", text=json.dumps(SCHEMA)), options.new_tokens),
+        name: Streams(model, functools.partial(describe, model, schema, options.new_tokens))
+        for name, schema in (("free", None), ("schema", SCHEMA))
     }
     numbers = range(options.requests)
     results = take_turns(
@@ -112,13 +106,13 @@ def main() -> None:
     content = {
         "machine": machine(options.cores),
         "device": device_name(options.device),
-        "vocabulary": engine.decoder.config.vocab_size,
+        "vocabulary": model.engine.decoder.config.vocab_size,
         "concurrency": options.concurrency,
         "results": results,
         "ratio": {"median": middle, "least": least, "greatest": greatest},
     }
     write_results("structured", content, options.out or f"structured-{options.checkpoint.name}")
-    engine.grammars.close()
+    model.close()
 
 
 if __name__ == "__main__":

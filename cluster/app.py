@@ -11,7 +11,8 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 
-from cluster.checks import check_network, find_checkpoint
+from cluster.checks import check_network
+from services.checkpoint.finding import find_checkpoint
 from services.common.settings import build_settings
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib.util
-import os
 import pathlib
 import shutil
 import socket
@@ -15,8 +14,6 @@ from dataclasses import dataclass
 from services.common.errors import InvalidInput
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
-CHECKPOINT_VARIABLE = "FOCUSLLAVA_CHECKPOINT"
-DEFAULT_CHECKPOINT = REPOSITORY / "checkpoints" / "focusllava-tiny"
 DASHBOARD_PORT, METRICS_PORT, HTTP_PORT = 8265, 8080, 8000
 
 
@@ -36,20 +33,6 @@ class Ports:
     agent_grpc: int
     runtime_env: int
     http: int
-
-
-def find_checkpoint(folder: str | os.PathLike[str] | None = None) -> pathlib.Path:
-    """The folder given, or the environment's FOCUSLLAVA_CHECKPOINT, or the shipped one; absolute.
-
-    A relative path counts from the working directory, then from the repository. Raises InvalidInput when no
-    checkpoint is there.
-    """
-    given = folder or os.environ.get(CHECKPOINT_VARIABLE) or DEFAULT_CHECKPOINT
-    path = pathlib.Path(given).expanduser()
-    for place in (path.absolute(), REPOSITORY / path):
-        if (place / "config.json").is_file():
-            return place
-    raise InvalidInput(f"no config.json in {given}: name a checkpoint folder", field="checkpoint")
 
 
 def check_ray() -> None:

@@ -62,7 +62,7 @@ def show(client: FocusClient, name: str, image: bytes, question: str, second_que
 
 
 def _warm_up(client: FocusClient, image: bytes, question: str) -> None:
-    # The picture under another hash (readers ignore bytes after its end): both stages get warm, and the sample itself
+    # The same picture under another hash (readers ignore bytes after its end) warms both stages, and the sample itself
     # stays out of the cache.
     again = image + b"\0"
     client.ask(again, question, max_tokens=1).result()

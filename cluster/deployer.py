@@ -1,4 +1,4 @@
-"""The process that deploys a local cluster's applications, as whoever waits for it sees it."""
+"""Starts the process that deploys a local cluster's applications, and says how far it is."""
 
 from __future__ import annotations
 

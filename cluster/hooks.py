@@ -15,7 +15,7 @@ from cluster.loopback import keep_servers_local
 
 
 def without_client_server(parameters: Any, head: bool) -> None:
-    """Ray's client server runs what it is sent: it is not started, whatever its port."""
+    """Keeps Ray's client server from starting, whatever its port: it would run any code that it is sent."""
     parameters.ray_client_server_port = None
 
 

@@ -1,8 +1,8 @@
 """Bounds on the HTTP connections of Ray Serve's proxy, for which uvicorn and Ray have no switch.
 
-A request costs a replica one of its places only when all of it is here: half a body would hold that place, for HTTP
-and gRPC alike, until its sender goes on. Who does not go on is closed, and where connections or bodies become too many,
-those that have waited longest make room.
+A request takes one of a replica's places, which HTTP and gRPC share, only once all of it has arrived: half a body would
+hold the place until its sender goes on. A connection that stalls is closed; where connections or bodies are too many,
+those that have waited longest are closed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MOST_CONNECTIONS = 1000
 MOST_BODY_BYTES = 128 * 2**20
 """Largest body of one request; the gateway's own limit is below it and knows the field's name."""
 MOST_BODIES_BYTES = 1024 * 2**20
-"""Most bytes of all the bodies together that are on their way."""
+"""Most bytes of all bodies together that have arrived in part."""
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -37,14 +37,14 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 def bound_http() -> None:
-    """Has uvicorn servers that start from now on in this process use the bounded protocol."""
+    """Makes uvicorn servers that start in this process from now on use the bounded protocol."""
     uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{__name__}:BoundedHttp"  # type: ignore[index]
 
 
 def most_connections() -> int:
     """The bound on connections: at most half of this process' open files, for gRPC and Ray need the rest."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return MOST_CONNECTIONS if soft < 0 else min(MOST_CONNECTIONS, soft // 2)  # below 0: no limit
+    return MOST_CONNECTIONS if soft < 0 else min(MOST_CONNECTIONS, soft // 2)  # negative: no limit
 
 
 class BoundedHttp(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
@@ -53,7 +53,7 @@ class BoundedHttp(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
     waiting: ClassVar[dict[BoundedHttp, None]] = {}
     """Connections that have no whole request yet, the longest wait first."""
     body_bytes: ClassVar[int] = 0
-    """Bytes of all bodies that are not whole yet."""
+    """Bytes that have arrived of all bodies that are not whole yet."""
 
     def __init__(self, *arguments: Any, **named: Any):
         super().__init__(*arguments, **named)

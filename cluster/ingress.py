@@ -45,7 +45,7 @@ def add_services_to_server(servicer: Any, server: Any) -> None:
 
 
 def guarded(factory: Callable[..., Any]) -> Callable[..., Any]:
-    """Ray's factory of handlers, each of whose unary and server-streaming handlers is guarded; we have no others."""
+    """Wraps Ray's factory of handlers, so that unary and server-streaming ones are guarded; we have no others."""
 
     def make(service_method: str, streaming_type: Any) -> Any:
         handler = factory(service_method=service_method, streaming_type=streaming_type)
@@ -68,8 +68,8 @@ def guarded(factory: Callable[..., Any]) -> Callable[..., Any]:
                 if error := pump.exception():
                     _failed(context, service_method, error)
             finally:
-                # The client is gone, or this changes nothing. The pump waits for the replica at every other moment, so
-                # Ray hears of it; what it then logs reads the call, which ends with this handler.
+                # Without a client left, this cancels Ray's handler, which waits for the replica whenever it is not
+                # writing; else it has ended already. Its last log line reads the call, which ends with this handler.
                 pump.cancel()
                 await asyncio.wait([pump])
             clean_status(context, service_method)
@@ -80,7 +80,7 @@ def guarded(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _failed(context: Any, service_method: str, error: BaseException) -> bytes:
-    """Answers for Ray's handler that itself failed, which gRPC would tell the client in the exception's words."""
+    """Answers where Ray's own handler failed: gRPC would send the client the exception's text."""
     _log.error("%s: the proxy failed", service_method, exc_info=error)
     context.set_code(grpc.StatusCode.INTERNAL)
     context.set_details("internal error")
@@ -93,9 +93,9 @@ async def _pump(answer: AsyncIterator[Any], messages: asyncio.Queue[Any]) -> Non
 
 
 def clean_status(context: Any, service_method: str) -> None:
-    """Puts a status of ours in the place of one that Ray wrote of an exception."""
+    """Replaces a status that Ray wrote from an exception by one of ours."""
     code, details = context.code(), context.details() or ""
-    if code is not grpc.StatusCode.INTERNAL:  # Ray's others have a code that fits, and a line without internals
+    if code is not grpc.StatusCode.INTERNAL:  # Ray's other statuses have a fitting code and no internals
         return
     application = one_line(str(dict(context.invocation_metadata()).get("application", "")))[:60]
     if missing := _NO_METHOD.search(details):

@@ -12,7 +12,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextlib.contextmanager
 def signals_interrupt() -> Iterator[None]:
-    """KeyboardInterrupt inside the block at the first of SIGNALS; what follows cannot disturb the stopping.
+    """Raises KeyboardInterrupt inside the block at the first of SIGNALS; later ones cannot disturb the stopping.
 
     Main thread only. A signal that is ignored already stays so, as `nohup` asks for.
     """

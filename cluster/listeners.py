@@ -24,7 +24,7 @@ class Listener:
 
     @property
     def is_local(self) -> bool:
-        """Only this machine can connect."""
+        """Whether only this machine can connect."""
         return ipaddress.ip_address(self.address).is_loopback
 
 
@@ -49,7 +49,7 @@ def _listening(table: str) -> Iterable[tuple[str, tuple[str, int]]]:
 
 
 def _unpacked(hexadecimal: str) -> str:
-    """The kernel writes an address as words of 32 bits in its own byte order."""
+    """An address that the kernel wrote as words of 32 bits in its own byte order."""
     words = [int(hexadecimal[i : i + 8], 16) for i in range(0, len(hexadecimal), 8)]
     address = ipaddress.ip_address(struct.pack(f"={len(words)}I", *words))
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None

@@ -26,7 +26,6 @@ from cluster.checks import (
     check_host,
     check_port,
     check_ray,
-    find_checkpoint,
     free_ports,
 )
 from cluster.deployer import Deployer
@@ -35,6 +34,7 @@ from cluster.loopback import LOOPBACK
 from cluster.ray_head import ClusterState, cluster_environment, load_state, new_temp_dir, start_head, stop_head
 from cluster.serve_api import answers, application_states, request_json
 from cluster.watch import HeadDied, StartWatch, check_listeners
+from services.checkpoint.finding import find_checkpoint
 from services.common.errors import FocusError
 
 SERVE_CONFIG = pathlib.Path(__file__).with_name("serve.yaml")

@@ -100,7 +100,7 @@ def _gpus() -> tuple[Memory, ...]:  # GPU only
 def place(
     checkpoint: pathlib.Path, config_file: pathlib.Path, wishes: Wishes, devices: Devices | None = None
 ) -> Placement:
-    """Raises InvalidInput, naming the option or the field, for what could never answer one full image here."""
+    """Where the stages run, and how large. Raises InvalidInput, naming the field, where one full image is too much."""
     try:
         return _place(checkpoint, config_file, wishes, devices or Devices.here())
     except InvalidInput as error:
@@ -162,7 +162,7 @@ def _place(checkpoint: pathlib.Path, config_file: pathlib.Path, wishes: Wishes, 
 
 
 def _said(config_file: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """The applications of a Serve configuration by name. Raises InvalidInput for a file that is none."""
+    """The applications of a Serve configuration by name. Raises InvalidInput for a file that is not one."""
     try:
         raw = yaml.safe_load(config_file.read_text(encoding="utf8"))
         found = {application["name"]: application for application in raw["applications"]}
@@ -199,7 +199,7 @@ def _device(name: str, devices: Devices) -> str:
 
 
 def _budget(devices: Devices, share: float, beside: int, *, on_gpu: bool) -> tuple[int, str]:
-    """Bytes for one replica of the language model, and whose they are; beside: what others take of them."""
+    """Bytes for one replica of the language model, and where they are; beside: bytes that others take there."""
     if on_gpu:
         least = min(devices.gpus, key=lambda gpu: gpu.free)
         budget = min(int(share * least.total), least.free) - beside
@@ -211,7 +211,7 @@ def _budget(devices: Devices, share: float, beside: int, *, on_gpu: bool) -> tup
 def _options(
     application: Mapping[str, Any], name: str, replicas: int, *, on_gpu: bool, apart: bool, alone: bool
 ) -> dict[str, Any]:
-    """Options of a deployment that the file leaves open, or that this machine has not; alone: it has a single GPU."""
+    """Options of a deployment where the file sets none, or asks for a GPU too many; alone: there is one GPU."""
     deployment = next(iter(application.get("deployments") or [{}]))
     options: dict[str, Any] = {}
     if scaling := deployment.get("autoscaling_config"):

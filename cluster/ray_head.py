@@ -58,12 +58,12 @@ class ClusterState:
 
     @property
     def is_open(self) -> bool:
-        """Other machines reach the public API."""
+        """Whether other machines reach the public API."""
         return not ipaddress.ip_address(self.host).is_loopback
 
     @property
     def token_file(self) -> pathlib.Path:
-        """Holds the token that Ray asks every caller for; only its owner can read it."""
+        """The file with the token that Ray asks every caller for; only its owner can read it."""
         return pathlib.Path(self.temp_dir) / "auth_token"
 
     @property

@@ -18,7 +18,7 @@ def request_json(
     data = None if body is None else json.dumps(body).encode()
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {state.token_file.read_text()}"}
     request = urllib.request.Request(state.dashboard_url + path, data, headers, method="PUT" if data else "GET")
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy of the environment is not for us
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # ignores the environment's proxy
     with opener.open(request, timeout=timeout_s) as response:
         text = response.read()
     return json.loads(text) if text else None

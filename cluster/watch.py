@@ -20,7 +20,7 @@ class HeadDied(ClusterError):
 
 
 class StartWatch:
-    """Asked again and again while something is waited for; a start that moves on may take as long as it needs.
+    """Watches a start, asked again and again while it is waited for; one that moves on may take as long as it needs.
 
     It moves on when what it says of itself changes, or when its processes take more memory than ever before, as while
     they import or load weights.
@@ -76,7 +76,7 @@ def _shown(each: Listener) -> str:
 
 
 def _states_of_children(pid: int, program: str) -> list[str]:
-    """The kernel's letter for each child of a process that runs this program; "Z" has ended, and nobody asked how."""
+    """The kernel's letter for each child of a process that runs this program; "Z" has ended and was not waited for."""
     found = []
     for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
         try:

@@ -1,6 +1,6 @@
 """Scores of a checkpoint on the benchmark's images, by question kind: python -m evaluation.score CHECKPOINT
 
-The questions go through the served code, encoder pipeline and engine, with every combination of the samplers.
+The questions go through the served code (`services/local`), with every combination of the samplers.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import pathlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,23 +26,13 @@ from evaluation.scenes import (
     exact_match,
     training_questions,
 )
+from evaluation.scenes.scoring import GROUPS
+from focusllava import user
 from services.common.errors import InvalidInput
 from services.common.ranges import check_samplers
-from services.common.types import (
-    ChatTurn,
-    CompressedVisualTokens,
-    FinishedEvent,
-    GenerateRequest,
-    ImagePart,
-    SamplerSettings,
-    SamplingParams,
-    TextPart,
-    TokenEvent,
-    Usage,
-)
-from services.compute.dtypes import choose_dtype
-from services.encoder.pipeline import EncoderPipeline
-from services.llm.engine import Engine
+from services.common.types import SamplerSettings
+from services.local.model import LocalModel
+from services.local.stream import LocalAnswer
 from training.data.questions import QuestionAnswer
 
 COLUMNS = ("all", "fine", "coarse", *POSTER_KINDS)
@@ -67,76 +57,62 @@ SETTINGS = (
 )
 
 
-def answer(engine: Engine, tokens: CompressedVisualTokens, asked: Sequence[QuestionAnswer], text: bool,
-           threshold: float | None) -> list[tuple[str, Usage]]:  # fmt: skip
-    """Greedy answers to all questions about one image, batched by the engine."""
-    texts: dict[str, str] = {}
-    usages: dict[str, Usage] = {}
-    for number, question in enumerate(asked):
-        words = (ImagePart(image=0), TextPart(text=question.question))
-        texts[str(number)] = ""
-        engine.submit(
-            GenerateRequest(
-                request_id=str(number),
-                turns=(ChatTurn(role="user", parts=words),),
-                images=(tokens,),
-                sampling=SamplingParams(max_tokens=8),
-                samplers=SamplerSettings(text_sampler=text, threshold=threshold),
-            )
-        )
-    while engine.has_work():
-        for request_id, event in engine.step():
-            if isinstance(event, FinishedEvent):
-                usages[request_id] = event.usage
-            elif isinstance(event, TokenEvent):
-                texts[request_id] += event.text
-            else:
-                raise event
-    return [(texts[str(n)].strip(), usages[str(n)]) for n in range(len(asked))]
+def answers(
+    model: LocalModel, file: bytes, asked: Sequence[QuestionAnswer], setting: Setting, threshold: float | None = None
+) -> list[LocalAnswer]:
+    """Greedy answers to all questions about one image, in one batch."""
+    return model.generate(
+        [[user(question.question, images=file)] for question in asked],
+        max_tokens=8,
+        vision_sampler=setting.vision,
+        text_sampler=setting.text,
+        threshold=threshold,
+    )
 
 
 def score(
-    pipeline: EncoderPipeline, engine: Engine, data: HeldOut, setting: Setting, threshold: float | None = None
+    model: LocalModel,
+    data: HeldOut,
+    setting: Setting,
+    threshold: float | None = None,
+    groups: Mapping[str, Sequence[str]] = GROUPS,
+    digits: int = 1,
 ) -> dict[str, Any]:
-    """Exact match by kind, and the visual tokens that it took."""
-    asked_all: list[QuestionAnswer] = []
-    answers: list[str] = []
-    converted = uncompressed = sampled = kept = 0.0
-    branches = torch.zeros(len(pipeline.config.vision_sampler.branches), dtype=torch.long)
+    """Exact match by kind and group of kinds in percent with so many digits, and the visual tokens that it took."""
+    given: list[LocalAnswer] = []
+    branches = torch.zeros(len(model.pipeline.config.vision_sampler.branches), dtype=torch.long)
     began = time.perf_counter()
     for file, asked in data:
-        (tokens,) = pipeline.encode([pipeline.prepare(file)], [setting.vision])
+        given += answers(model, file, asked, setting, threshold)
+        (tokens,) = model.encode([file], vision_sampler=setting.vision)
         branches += torch.bincount(tokens.branch_ids_M.long(), minlength=len(branches))[: len(branches)]
-        asked_all += asked
-        for text, usage in answer(engine, tokens, asked, setting.text, threshold):
-            answers.append(text)
-            uncompressed += usage.visual_tokens_uncompressed
-            sampled += usage.visual_tokens_sampled
-            kept += usage.visual_tokens_kept
-            converted += usage.converted_visual_tokens
+    usages = [answer.usage for answer in given]
+    uncompressed = sum(usage.visual_tokens_uncompressed for usage in usages)
+    tallies = exact_match((q for _, asked in data for q in asked), (answer.text for answer in given), groups)
     return {
-        **_by_kind(exact_match(asked_all, answers)),
-        "sampled_percent": round(100 * sampled / uncompressed, 1),
-        "kept_percent": round(100 * kept / uncompressed, 1),
-        "converted_percent": round(100 * converted / uncompressed, 1),
+        **by_kind(tallies, digits),
+        "sampled_percent": round(100 * sum(usage.visual_tokens_sampled for usage in usages) / uncompressed, 1),
+        "kept_percent": round(100 * sum(usage.visual_tokens_kept for usage in usages) / uncompressed, 1),
+        "converted_percent": round(100 * sum(usage.converted_visual_tokens for usage in usages) / uncompressed, 1),
         "branch_shares": [round(float(x), 3) for x in branches / max(1, int(branches.sum()))],
         "seconds": round(time.perf_counter() - began, 1),
     }
 
 
-def baseline_scores(data: HeldOut) -> dict[str, dict[str, Any]]:
-    """What can be had without looking, counted on the training split's questions."""
-    baselines = Baselines(training_questions())
+def baseline_scores(
+    data: HeldOut, training: Iterable[QuestionAnswer], groups: Mapping[str, Sequence[str]] = GROUPS, digits: int = 1
+) -> dict[str, dict[str, Any]]:
+    """What the answers to the training split's questions are worth without looking at an image."""
+    baselines = Baselines(training)
     asked = [question for _, of_image in data for question in of_image]
-    return {
-        name: _by_kind(exact_match(asked, map(guess, asked)))
-        for name, guess in (("majority", baselines.majority), ("question only", baselines.question_only))
-    }
+    guesses = {"majority": baselines.majority, "question only": baselines.question_only}
+    return {name: by_kind(exact_match(asked, map(guess, asked), groups), digits) for name, guess in guesses.items()}
 
 
-def _by_kind(tallies: dict[str, Tally]) -> dict[str, Any]:
+def by_kind(tallies: Mapping[str, Tally], digits: int) -> dict[str, Any]:
+    """Percent with so many digits, and the number of questions, of each kind and group."""
     return {
-        "exact_percent": {name: round(tally.percent, 1) for name, tally in tallies.items()},
+        "exact_percent": {name: round(tally.percent, digits) for name, tally in tallies.items()},
         "questions": {name: tally.asked for name, tally in tallies.items()},
     }
 
@@ -179,22 +155,19 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help='"cuda" for a GPU')
     parser.add_argument("--json", type=pathlib.Path, help="also write the results here")
     arguments = parser.parse_args()
-    dtype = choose_dtype(arguments.dtype, arguments.device)
-    place: dict[str, Any] = {"dtype": dtype, "device": arguments.device}
     try:
-        check_samplers(SamplerSettings(text_sampler=True, threshold=arguments.threshold))
-        pipeline = EncoderPipeline.from_checkpoint(arguments.checkpoint, **place)
-        engine = Engine.from_checkpoint(arguments.checkpoint, **place, kv_cache_bytes=1 << 29)
+        check_samplers(SamplerSettings(threshold=arguments.threshold))
+        model = LocalModel(arguments.checkpoint, arguments.device, arguments.dtype)
     except InvalidInput as error:
         sys.exit(str(error))
     data = list(benchmark_images(arguments.split, arguments.images, arguments.seed))
     results: dict[str, dict[str, Any]] = {}
     for setting in arguments.settings:
-        results[setting.name] = score(pipeline, engine, data, setting, arguments.threshold)
+        results[setting.name] = score(model, data, setting, arguments.threshold)
         print(f"{setting.name}: {json.dumps(results[setting.name])}", flush=True)
-    results |= baseline_scores(data)
+    results |= baseline_scores(data, training_questions())
     print(f"\nbenchmark {benchmark_version()}, {arguments.images} {arguments.split} images, "
-          f"model {pipeline.fingerprint[:12]}\n")  # fmt: skip
+          f"model {model.pipeline.fingerprint[:12]}\n")  # fmt: skip
     print(table(results))
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf8")

@@ -1,4 +1,9 @@
-"""FocusLLaVA's client: questions about images, answered over gRPC as they are generated."""
+"""FocusLLaVA's client: questions about images, answered over gRPC as they are generated.
+
+`LocalModel` answers in this process, without a server. It is loaded when it is named: it needs the [serve] extra.
+"""
+
+from typing import Any
 
 from focusllava.async_client import AsyncAnswerStream, AsyncFocusClient
 from focusllava.client import AnswerStream, FocusClient
@@ -42,3 +47,12 @@ __all__ = [
     "system",
     "user",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads LocalModel. Raises ModuleNotFoundError, which says what to install, where the extra is missing."""
+    if name != "LocalModel":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from focusllava import extras
+
+    return extras.load(extras.PARTS, name)

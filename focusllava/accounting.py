@@ -34,7 +34,7 @@ def accounting_lines(answer: Answer) -> list[str]:
 
 
 def logprob_lines(answer: Answer) -> list[str]:
-    """One a token: how likely it was, then the alternatives; none unless they were asked for."""
+    """One line a token: how likely it was, then the alternatives; none unless they were asked for."""
     return [
         "  ".join(f"{token.text!r} {100 * math.exp(token.logprob):.1f} %" for token in (entry.chosen, *entry.top))
         for entry in answer.logprobs

@@ -1,4 +1,4 @@
-"""What a client is made with, checked before gRPC sees it: its own errors name neither the field nor the value."""
+"""Checks of a client's arguments, made before gRPC sees them: its errors name neither the field nor the value."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import re
 from focusllava.errors import FocusClientError
 
 MAX_TIMEOUT_S = 86400.0
-"""A day."""
+"""Longest timeout: a day."""
 _HOST_PORT = re.compile(r"(?:\[[^\s/\[\]]+\]|[^\s:/\[\]]+):([0-9]{1,5})")
 _SCHEMES = ("dns:", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "vsock:", "xds:")
 """gRPC's own ways to name a server; what follows is for gRPC to judge."""
 _UNSENDABLE = re.compile(r"[^!-~]")
-"""Not allowed in a bearer token: gRPC refuses line breaks and everything beyond ASCII, HTTP spaces too."""
+"""Characters that no bearer token may have: gRPC refuses line breaks and everything beyond ASCII, HTTP spaces too."""
 
 
 def checked_address(address: str) -> str:
@@ -25,7 +25,7 @@ def checked_address(address: str) -> str:
 
 
 def checked_token(token: str | None) -> str | None:
-    """None where there is none. Raises FocusClientError (INVALID_ARGUMENT), which does not show the token."""
+    """The token, or None for an empty one. Raises FocusClientError (INVALID_ARGUMENT), which does not show it."""
     if token is None or isinstance(token, str):
         bad = _UNSENDABLE.search(token or "")
         if bad is None:

@@ -35,7 +35,7 @@ class AsyncAnswerStream(StreamState):
         self.close()
 
     async def result(self) -> Answer:
-        """Reads to the end."""
+        """Reads to the end, and returns the whole answer."""
         async for _ in self:
             pass
         return self._state.answer()
@@ -92,7 +92,7 @@ class AsyncFocusClient(Client[AsyncAnswerStream]):
         await self._channel.close()
 
     async def model_info(self, *, timeout_s: float | None = None) -> ModelInfo:
-        """What is served, and its limits. Raises FocusClientError."""
+        """Asks which model is served, and its limits. Raises FocusClientError."""
         attempts = self._new_attempts(timeout_s)
         while True:
             try:

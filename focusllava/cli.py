@@ -1,30 +1,25 @@
-"""The command `focusllava`: ask, explain, info, import, serve, completion."""
+"""The command `focusllava`: ask, info and completion here, the others by entry point (`focusllava/extras.py`)."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import pathlib
 import sys
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import click
 import grpc
 from click.shell_completion import get_completion_class
 
-from focusllava import FocusClient, FocusClientError, ImageSource, RetryPolicy, __version__
+from focusllava import Answer, FocusClient, FocusClientError, ImageSource, RetryPolicy, __version__, extras, user
 from focusllava.accounting import accounting_lines, logprob_lines
 from focusllava.arguments import MAX_TIMEOUT_S
 from focusllava.connection import DEFAULT_ADDRESS
-from focusllava.constraint_options import constraint_options
 from focusllava.errors import NO_SERVER
-from focusllava.explain import explain, no_file
-from focusllava.extras import part
 from focusllava.messages import Settings
-from focusllava.serve import serve
-from focusllava.setting_options import setting_options
+from focusllava.options import constraint_options, no_file, setting_options
 
 PROGRAM = "focusllava"
 EPILOG = """\b
@@ -80,19 +75,26 @@ _tls_ca = click.option(
 _as_json = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 
 
-@click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+class Commands(click.Group):
+    """The client's own commands, and those that other parts bring; these are loaded when they are named or listed."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return sorted({*super().list_commands(context), *extras.names(extras.COMMANDS)})
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        return super().get_command(context, name) or extras.load(extras.COMMANDS, name)
+
+
+@click.group(cls=Commands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name=PROGRAM)
 def cli() -> None:
     """High-resolution image questions at a fraction of the visual tokens."""
 
 
-cli.add_command(explain)
-cli.add_command(serve)
-
-
 @cli.command()
 @click.argument("images", metavar="[IMAGE]...", nargs=-1, type=click.Path(allow_dash=True))
 @click.argument("question", callback=no_file)
+@click.option("--local", metavar="CHECKPOINT", help="Answer here, without a server (needs the [serve] extra).")
 @click.option(
     "--detail",
     type=click.Choice(["low", "high", "auto"]),
@@ -114,6 +116,7 @@ cli.add_command(serve)
 def ask(
     images: tuple[str, ...],
     question: str,
+    local: str | None,
     detail: str | None,
     reduced_jpeg: bool | None,
     as_json: bool,
@@ -130,20 +133,31 @@ def ask(
     """
     settings: Settings = {name: value for name, value in given.items() if value not in (None, ())}  # type: ignore[assignment]
     sources: list[ImageSource] = [sys.stdin.buffer if image == "-" else image for image in images]
+    turns = [user(question, images=sources, detail=detail, reduced_jpeg=reduced_jpeg)]
+    if local is not None:
+        with extras.load(extras.PARTS, "LocalModel")(local) as model:
+            _show(model.stream(turns, **settings), as_json)
+        return
     credentials, retry = _credentials(tls, tls_ca), RetryPolicy(on_wait=_say_once())
     with FocusClient(address, timeout_s=timeout, token=token, credentials=credentials, retry=retry) as client:
-        with client.ask(sources, question, detail=detail, reduced_jpeg=reduced_jpeg, **settings) as stream:
-            if not as_json:
-                try:
-                    for text in stream:
-                        click.echo(text, nl=False)
-                        sys.stdout.flush()
-                finally:
-                    if stream.text:
-                        click.echo()
-            answer = stream.result()
+        _show(client.chat(turns, **settings), as_json)
+
+
+def _show(stream: Any, as_json: bool) -> None:
+    """Prints an answer as it comes, served or local, and closes its stream."""
+    with stream:
+        if not as_json:
+            try:
+                for text in stream:
+                    click.echo(text, nl=False)
+                    sys.stdout.flush()
+            finally:
+                if stream.text:
+                    click.echo()
+        answer = stream.result()
     if as_json:
-        click.echo(json.dumps(dataclasses.asdict(answer), ensure_ascii=False, default=list))  # bytes as numbers
+        facts = {name: dataclasses.asdict(answer)[name] for name in Answer.__dataclass_fields__}
+        click.echo(json.dumps(facts, ensure_ascii=False, default=list))  # bytes as numbers
     else:
         click.echo("\n".join([*logprob_lines(answer), *accounting_lines(answer)]), err=True)
 
@@ -167,9 +181,7 @@ def info(
 ) -> None:
     """Describe a CHECKPOINT folder or, without one, what the server at --address serves."""
     if checkpoint is not None:
-        facts = _checkpoint_facts(checkpoint)
-        if verify:
-            facts["fingerprint"] = part("services.checkpoint.store", "serve").verify(checkpoint)
+        facts = extras.load(extras.PARTS, "checkpoint_facts")(checkpoint, verify=verify)
     elif verify:
         raise click.UsageError("--verify needs a CHECKPOINT")
     else:
@@ -183,20 +195,6 @@ def info(
         for name, value in facts.items():
             shown = f"{value:.4g}" if isinstance(value, float) else value
             click.echo(f"{name.replace('_', ' '):<{width}}  {shown}")
-
-
-@cli.command("import")
-@click.argument("source", metavar="SRC", type=click.Path(exists=True, file_okay=False, path_type=pathlib.Path))
-@click.argument("destination", metavar="DST", type=click.Path(file_okay=False, path_type=pathlib.Path))
-def import_checkpoint(source: pathlib.Path, destination: pathlib.Path) -> None:
-    """Turn a hub-format LLaVA-NeXT folder SRC into a FocusLLaVA checkpoint DST, with fresh samplers.
-
-    Before DST appears it answers two tokens about an image, with as many layers as half of the free memory holds.
-    """
-    importer, trial = part("services.checkpoint.import_llava_next", "serve"), part("cluster.dry_run", "serve")
-    with _Percent("importing") as percent:
-        report = importer.import_llava_next(source, destination, progress=percent, dry_run=trial.dry_run)
-    click.echo(report)
 
 
 @cli.command()
@@ -233,52 +231,6 @@ def _credentials(tls: bool, ca: pathlib.Path | None) -> grpc.ChannelCredentials 
     return grpc.ssl_channel_credentials(roots)
 
 
-class _Percent:
-    """Progress on standard error: one line, rewritten; nothing where nobody watches."""
-
-    def __init__(self, what: str):
-        self._what = what
-        self._shown = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._shown >= 0:
-            click.echo(err=True)
-
-    def __call__(self, done: int, total: int) -> None:
-        percent = 100 * done // max(total, 1)
-        if percent != self._shown and sys.stderr.isatty():
-            self._shown = percent
-            click.echo(f"\r{self._what} {percent} %", nl=False, err=True)
-
-
-def _checkpoint_facts(folder: pathlib.Path) -> dict[str, Any]:
-    """What the small files of a checkpoint say; needs nothing but the plain install."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf8"))
-        if config["model_type"] != PROGRAM:
-            raise FocusClientError("INVALID_ARGUMENT", f"{folder}: is a {config['model_type']!r} model, not {PROGRAM}")
-        text, vision_sampler, text_sampler = config["text"], config["vision_sampler"], config["text_sampler"]
-        return {
-            "name": folder.resolve().name,
-            "text_family": text["model_type"],
-            "num_layers": text["num_hidden_layers"],
-            "hidden_size": text["hidden_size"],
-            "tile_px": config["vision"]["image_size"],
-            "largest_grid": "{}x{} px".format(*max(config["image_grid_pinpoints"], key=math.prod)),
-            "region_window": vision_sampler["window"],
-            "branches": ", ".join(f"{h}x{w}" for h, w in vision_sampler["branches"]),
-            "prune_layer": text_sampler["layer"],
-            "prune_threshold": text_sampler["threshold"],
-            "encoder_bytes": sum(path.stat().st_size for path in folder.glob("encoder-*.safetensors")),
-            "llm_bytes": sum(path.stat().st_size for path in folder.glob("llm-*.safetensors")),
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FocusClientError("INVALID_ARGUMENT", f"{folder}: no readable FocusLLaVA checkpoint: {error!r}") from None
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -289,6 +241,9 @@ def main(arguments: list[str] | None = None) -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
+    except ModuleNotFoundError as error:
+        click.echo(f"{PROGRAM}: {extras.not_installed(error, 'this command')}", err=True)
+        return 2
     except Exception as error:
         return _fail(error, as_json="--json" in arguments)
 

@@ -38,7 +38,7 @@ class AnswerStream(StreamState):
         self.close()
 
     def result(self) -> Answer:
-        """Reads to the end."""
+        """Reads to the end, and returns the whole answer."""
         for _ in self:
             pass
         return self._state.answer()
@@ -82,7 +82,7 @@ class FocusClient(Client[AnswerStream]):
         self._channel.close()
 
     def model_info(self, *, timeout_s: float | None = None) -> ModelInfo:
-        """What is served, and its limits. Raises FocusClientError."""
+        """Asks which model is served, and its limits. Raises FocusClientError."""
         attempts = self._new_attempts(timeout_s)
         while True:
             try:

@@ -33,14 +33,14 @@ class RetryPolicy:
     attempts: int | None = None
     """Most tries, the first included; None leaves it to the times."""
     patience_s: float = 60.0
-    """How long a server is waited for that has answered this client, or that says itself that it restarts. A lost proxy
-    is back in 5 to 10 s, or in half a minute where Ray Serve looks after it in its own period."""
+    """Longest wait for a server that has answered this client, or that says itself that it restarts. A lost proxy is
+    back in 5 to 10 s, or in half a minute with Ray Serve's default health checks."""
     patience_to_connect_s: float = 20.0
-    """How long a server is waited for that this client has never reached: its address may be wrong."""
+    """Longest wait for a server that this client has never reached: its address may be wrong."""
     first_delay_s: float = 0.2
     max_delay_s: float = 2.0
     on_wait: Callable[[FocusClientError], None] | None = None
-    """Hears what each failed try failed with, before the wait for the next."""
+    """Called with the error of each failed try, before the wait for the next."""
 
     def delay_s(self, failed: int) -> float:
         """Wait after so many failed attempts (1 or more): doubles, with jitter so that not all return at once."""
@@ -101,7 +101,7 @@ class Attempts:
         return delay
 
     def failure(self, error: grpc.RpcError) -> FocusClientError:
-        """What the caller is told, where there is no next attempt."""
+        """The error for the caller, where there is no next attempt."""
         return from_rpc_error(error, self._client.address, deadline_passed=self.remaining_s() == 0)
 
 
@@ -119,7 +119,7 @@ class StreamState:
 
     @property
     def text(self) -> str:
-        """The answer up to here."""
+        """The text of the answer up to here."""
         return self._state.text
 
     @property
@@ -169,7 +169,7 @@ class StreamState:
         return self._attempts.delay_after(error)
 
     def _end(self) -> None:
-        """After the last event. Raises FocusClientError where the stream broke off."""
+        """Checks the stream after its last event. Raises FocusClientError where the stream broke off."""
         if not self._closed:
             self._state.answer()
 

@@ -1,40 +1,37 @@
-"""Parts that the plain install leaves out, loaded by name so that the client depends on nothing of them."""
+"""Parts that the plain install has no libraries for. They are found by entry point, so that nothing here names them."""
 
 from __future__ import annotations
 
-import importlib
-import os
-import pathlib
-from types import ModuleType
+from collections.abc import Iterable
+from importlib.metadata import entry_points
+from typing import Any
 
-import click
-
-from focusllava.errors import FocusClientError
-
-
-class NotInstalled(click.ClickException):
-    exit_code = 2
+COMMANDS = "focusllava.commands"
+"""Group of the click commands that other parts add to `focusllava`. Their modules import nothing heavy: `--help` loads
+them all."""
+PARTS = "focusllava.parts"
+"""Group of what the client passes on to: `LocalModel`, and what describes a checkpoint."""
+INSTALL = "pip install 'focusllava[serve]' (in the source tree: pip install '.[serve]')"
 
 
-def part(module: str, extra: str) -> ModuleType:
-    """A module of ours that needs an extra. Raises NotInstalled, which says how to install it."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise NotInstalled(
-            f"{error.name} is not installed, and this command needs it: "
-            f"pip install '.[{extra}]' in FocusLLaVA's source tree"
-        ) from None
+def names(group: str) -> Iterable[str]:
+    """Names of a group's entry points."""
+    return entry_points(group=group).names
 
 
-def find_checkpoint(folder: str | None) -> pathlib.Path:
-    """The folder given, FOCUSLLAVA_CHECKPOINT, or the shipped one, which an installed package lacks."""
-    checks = part("cluster.checks", "serve")
-    named = folder or os.environ.get(checks.CHECKPOINT_VARIABLE)
-    if not named and not checks.DEFAULT_CHECKPOINT.is_dir():
-        raise FocusClientError(
-            "INVALID_ARGUMENT",
-            f"checkpoint: none is named, and the shipped one is only in the source tree: "
-            f"name a folder, or set {checks.CHECKPOINT_VARIABLE} (looked for {checks.DEFAULT_CHECKPOINT})",
-        )
-    return checks.find_checkpoint(folder)
+def load(group: str, name: str) -> Any:
+    """The object of an entry point; None where there is none of this name.
+
+    Raises ModuleNotFoundError, which says what to install, where a library is missing.
+    """
+    for found in entry_points(group=group, name=name):
+        try:
+            return found.load()
+        except ModuleNotFoundError as error:
+            raise not_installed(error, name) from None
+    return None
+
+
+def not_installed(error: ModuleNotFoundError, what: str) -> ModuleNotFoundError:
+    """The same error with what to do about it."""
+    return ModuleNotFoundError(f"{error.name} is not installed, and {what} needs it: {INSTALL}", name=error.name)

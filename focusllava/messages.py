@@ -16,7 +16,7 @@ MAX_IMAGES_BYTES = 256 * 2**20
 
 
 class PillowImage(Protocol):
-    """What is used of PIL.Image.Image, so that nobody needs Pillow who does not have one."""
+    """The part of PIL.Image.Image that is used here: only who passes one needs Pillow."""
 
     def save(self, fp: Any, format: str, /, **options: Any) -> None: ...
     def getexif(self) -> Any: ...
@@ -95,9 +95,9 @@ class Usage:
     visual_tokens_uncompressed: int
     """Visual tokens that there would be with both samplers off."""
     visual_tokens_sampled: int
-    """After the vision-guided sampler: what layers 0..prune_layer-1 saw."""
+    """Visual tokens after the vision-guided sampler: what layers 0..prune_layer-1 saw."""
     visual_tokens_kept: int
-    """After the text-guided sampler: what the layers from prune_layer on saw."""
+    """Visual tokens after the text-guided sampler: what the layers from prune_layer on saw."""
     prune_layer: int
     num_layers: int
     converted_share_percent: float
@@ -105,6 +105,11 @@ class Usage:
     kv_bytes: int
     kv_unpruned_bytes: int
     time_to_first_token_ms: float
+
+    @property
+    def converted_visual_tokens(self) -> float:
+        """Converted remaining tokens (Sec. 4.4 of the paper) as a number."""
+        return self.converted_share_percent * self.visual_tokens_uncompressed / 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,8 +142,10 @@ class Answer:
     images: tuple[ImageInfo, ...]
     usage: Usage
     request_id: str
+    token_ids: tuple[int, ...] = ()
+    """The tokens generated, the end-of-answer token included."""
     logprobs: tuple[TokenLogprobs, ...] = ()
-    """One a token generated, the end-of-answer token included, where the setting `logprobs` was given."""
+    """One entry a generated token, the end-of-answer token included, where the setting `logprobs` was given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +199,7 @@ def read_image(source: ImageSource, name: str = "image") -> bytes:
 
 
 def _file_of(image: PillowImage) -> bytes:
-    """The pixels without loss, and the orientation, which Pillow leaves out unless told. TIFF holds more modes."""
+    """A lossless file of the pixels, and the orientation, which Pillow drops unless told. TIFF holds more modes."""
     exif = b""
     with contextlib.suppress(Exception):  # unreadable EXIF says nothing of the pixels
         exif = image.getexif().tobytes()

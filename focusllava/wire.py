@@ -163,6 +163,7 @@ class AnswerState:
         self.images: tuple[ImageInfo, ...] = ()
         self.finish_reason = ""
         self.usage: Usage | None = None
+        self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
 
     def take(self, event: focus_pb2.ChatResponse) -> str:
@@ -170,6 +171,7 @@ class AnswerState:
         kind = event.WhichOneof("event")
         if kind == "token":
             self.text += event.token.text
+            self.token_ids += event.token.token_ids
             self.logprobs += map(_logprobs, event.token.logprobs)
             return event.token.text
         if kind == "started":
@@ -192,6 +194,7 @@ class AnswerState:
             images=self.images,
             usage=self.usage,
             request_id=self.request_id,
+            token_ids=tuple(self.token_ids),
             logprobs=tuple(self.logprobs),
         )
 

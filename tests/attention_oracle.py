@@ -26,7 +26,7 @@ def prefill_oracle(
     key_lens: Sequence[int],
     scaling: float,
 ) -> torch.Tensor:
-    """Packed segments, causal, the last query aligned with the last key. [S, H, d] in float64."""
+    """Causal attention over packed segments, the last query aligned with the last key. [S, H, d] in float64."""
     out = []
     parts = (query_SHd.split(list(query_lens)), key_KGd.split(list(key_lens)), value_KGd.split(list(key_lens)))
     for query, key, value in zip(*parts, strict=True):

@@ -2,7 +2,7 @@
 
     python -m tests.check_kernels      # one JSON line
 
-A process of its own: what oneDNN, torch and our build may use is settled once a process, by environment variables.
+It runs as a process of its own: environment variables settle once a process what oneDNN, torch and our build may use.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from services.compute import processor
-from services.compute.linear import Int8Linear
+from services.compute.linear import fastest_linear
+from services.compute.merged_linear import MergedLinear
+from services.compute.onednn_linear import Int8Linear
+from services.compute.panel_linear import PanelLinear
 from services.encoder.attention import attend
 from services.llm.kernels import choose_kernels
 from services.llm.kernels.cpu import CpuKernels
-from services.llm.kernels.panel_linear import PanelLinear, linears, pack_linear
 from tests import tiny_llm
 from tests.attention_oracle import decode_oracle, prefill_oracle
 
@@ -60,13 +62,13 @@ def check_encoder_attention(dtype: torch.dtype) -> None:
 
 def check_products(dtype: torch.dtype) -> None:
     plain = [nn.Linear(96, outputs, bias=outputs > 50).to(dtype).requires_grad_(False) for outputs in (32, 70)]
-    layers = [[pack_linear(linear) for linear in plain]] if processor.has_packed_linear(dtype) else []
+    layers = [[fastest_linear(linear) for linear in plain]] if processor.has_onednn_linear(dtype) else []
     if processor.has_kernels(dtype):
         layers.append([PanelLinear(linear) for linear in plain])
     for tokens in (1, 100):
         x = torch.randn(tokens, 96).to(dtype)
         for pair in layers:
-            for linear, out in zip(plain, linears(x, *pair), strict=True):
+            for linear, out in zip(plain, MergedLinear(*pair)(x), strict=True):
                 bias = 0 if linear.bias is None else linear.bias.double()
                 close(out, x.double() @ linear.weight.double().T + bias, dtype)
     if processor.has_int8_linear():
@@ -101,7 +103,7 @@ def main() -> None:
         "kernels": isinstance(choose_kernels(CPU, torch.float32), CpuKernels),
         "brgemm in bf16": has_kernels and torch.ops.focusllava.has_brgemm(torch.bfloat16),
         "panels": [str(dtype) for dtype in ERRORS if processor.has_panels(dtype)],
-        "oneDNN": [str(dtype) for dtype in ERRORS if processor.has_packed_linear(dtype)],
+        "oneDNN": [str(dtype) for dtype in ERRORS if processor.has_onednn_linear(dtype)],
         "int8": processor.has_int8_linear(),
     }
     print(json.dumps(has))

@@ -2,7 +2,7 @@
 
     python -m tests.compile_kernels CAPABILITY FOLDER      # 80 is an A100, 90 an H100
 
-A process of its own, for the tests' has Triton interpret.
+It runs as a process of its own, for in the tests' process Triton interprets.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ALIGNED = ("query_str", "key_str", "value_str", "stride", "gate_str", "up_str", 
 
 
 def compile_kernel(kernel, capability: int, dtype: str, constants: Mapping[str, int], **options: int):  # type: ignore[no-untyped-def]
-    """With the types and alignments that Triton finds in a launch."""
+    """Compiles a kernel with the types and alignments that Triton finds in a launch."""
     pointers = POINTERS | dict.fromkeys(IN_DTYPE, f"*{dtype}")
     types = pointers | {"scaling": "fp32", "eps": "fp32"} | dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "i32") for name in kernel.arg_names}

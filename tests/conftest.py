@@ -26,8 +26,8 @@ def starts_ray(nodeid: str) -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest comes first."""
-    items.sort(key=lambda item: not starts_ray(item.nodeid))
+    """The first test, then what takes longest."""
+    items.sort(key=lambda item: (not item.nodeid.startswith("tests/test_first.py"), not starts_ray(item.nodeid)))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from services.compute import native
-from services.compute.linear import can_pack
+from services.compute.linear import onednn_multiplies
 from services.compute.processor import has_int8_linear
 from services.llm.kernels.cpu import CpuKernels
 
-PACKED_DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if can_pack(torch.device("cpu"), dtype)]
-"""Those that oneDNN multiplies in."""
-needs_bf16 = pytest.mark.skipif(torch.bfloat16 not in PACKED_DTYPES, reason="oneDNN has no bf16 on this processor")
+ONEDNN_DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if onednn_multiplies(torch.device("cpu"), dtype)]
+"""The dtypes that oneDNN multiplies in."""
+needs_bf16 = pytest.mark.skipif(torch.bfloat16 not in ONEDNN_DTYPES, reason="oneDNN has no bf16 on this processor")
 needs_vnni = pytest.mark.skipif(not has_int8_linear(), reason="this processor has no AVX-512 VNNI")
 
 

@@ -133,7 +133,7 @@ def mixed_requests(target: Engine, count: int) -> list[GenerateRequest]:
         )
         for i in range(count)
     ]
-    # Those come in bursts.
+    # Requests with images come in bursts.
     return [
         r for start in range(0, count, 50) for r in sorted(made[start : start + 50], key=lambda r: len(r.images) > 0)
     ]

@@ -42,7 +42,7 @@ def calibrate(checkpoint: pathlib.Path, output: pathlib.Path, images: list[pathl
                 raise InvalidInput(f"{path.name}: {error}", field="--images") from None
             seen += encoder.seen(encoder.project([tiles]))
     stored = load_stage(checkpoint, "encoder")
-    # In the dtype that it is stored in, which need not be the one computed in: what is met is then what is left.
+    # The bias takes the dtype that it is stored in, which need not be the one computed in: then what is met is left.
     bias = sampler.selector.linear.bias
     bias.data = bias.data.to(stored[BIAS].dtype)
     met = set_map_share(sampler, seen, share)

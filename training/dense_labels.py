@@ -1,6 +1,6 @@
 """Stands in for CLIP's pre-training: the vision tower learns what lies on each patch of procedural tiles.
 
-Not part of the paper, which starts from CLIP.
+This stage is not part of the paper, which starts from CLIP.
 """
 
 from __future__ import annotations

@@ -55,12 +55,12 @@ class HeldShare:
     """
 
     share: Share
-    """The most that is left of a batch's maps; what is left comes close to it."""
+    """The share of a batch's maps to leave, 0 to 1; what is left is as near to it as can be, and never above."""
     after: Natural = 0
-    """Steps without it."""
+    """Steps before the share is held."""
     falls_from: Natural | None = None
-    """The step from which the share held falls evenly, from the whole map, to reach it after `after` steps; None is at
-    once. At its start a selector cannot tell regions apart, and none could be chosen: give it ten steps."""
+    """The step from which the share held falls evenly, from the whole map, to reach it after `after` steps; None
+    jumps to it. At its start a selector cannot tell regions apart, so none could be chosen: give it ten steps."""
 
     def __post_init__(self) -> None:
         if self.falls_from is not None and not self.falls_from < self.after:

@@ -32,7 +32,7 @@ class Branch:
     labels: tuple[int, ...]
     """The token itself where it belongs to an answer, else -100."""
     instruction: tuple[bool, ...]
-    """Tokens of the user's own words."""
+    """Whether each token is one of the user's own words."""
     answer_start: int
     """Index of the first answer token."""
     evidence_xyxy: tuple[tuple[float, float, float, float], ...] = ()
@@ -62,7 +62,7 @@ class TextBatch:
     labels_BQT: torch.Tensor
     instruction_BQT: torch.Tensor
     answer_start_BQ: torch.Tensor
-    """0 marks a branch that is padding."""
+    """Index of each branch's first answer token; 0 marks a branch that is padding."""
     length_BQ: torch.Tensor
 
 

@@ -112,7 +112,7 @@ def parameter_groups(module: nn.Module, run: RunConfig) -> list[dict[str, Any]]:
 
 
 def rate_before_rest(step: int, learns_for: int, cooldown: int) -> float:
-    """Share of its learning rate that a part has in this step (from 0 on) which rests after `learns_for` steps."""
+    """Share of its learning rate in this step, counted from 0, of a part that rests after `learns_for` steps."""
     if not learns_for:
         return 1.0
     left = max(0, learns_for - step)
@@ -120,7 +120,7 @@ def rate_before_rest(step: int, learns_for: int, cooldown: int) -> float:
 
 
 def what_it_is_made_of(run: RunConfig) -> dict[str, Any]:
-    """What a resumed run may not change, as JSON has it: another stage or data under an old name is another run."""
+    """What a resumed run may not change, as JSON: another stage or data under an old name is another run."""
     names = ("samples_per_worker", "init_from", "seed", "optimizer", "stage")
     return json.loads(json.dumps({name: value for name, value in dataclasses.asdict(run).items() if name in names}))
 

@@ -1,4 +1,4 @@
-"""What the samplers chose for images and a question: the two served stages run in process, and their choices are read.
+"""What the samplers chose for images and a question, read from a LocalModel's answers.
 
 Legend: S tokens of a prompt, D width, H/G query/key heads, d head width, N visual tokens of all images of a question,
 L layers, K = L - 1 layers before which pruning is possible (1..L-1).
@@ -6,35 +6,27 @@ L layers, K = L - 1 layers before which pruning is possible (1..L-1).
 
 from __future__ import annotations
 
-import itertools
-import pathlib
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any, Unpack
 
 import torch
 from PIL import Image
 
 from evaluation.focus_maps.geometry import TokenLayout, layout
+from focusllava.messages import Settings, Usage
 from services.checkpoint.config import FocusLlavaConfig
+from services.checkpoint.finding import find_checkpoint
 from services.common.errors import InvalidInput
 from services.common.media import open_image
-from services.common.types import (
-    ChatTurn,
-    CompressedVisualTokens,
-    FinishedEvent,
-    GenerateRequest,
-    ImagePart,
-    PruneDecision,
-    SamplerSettings,
-    SamplingParams,
-    TextPart,
-    TokenEvent,
-    Usage,
-)
+from services.common.types import CompressedVisualTokens, PruneDecision
+from services.compute.dtypes import dtype_name, dtype_of_stored
 from services.encoder.pipeline import EncoderPipeline, PreparedImage
 from services.llm.engine import Engine
 from services.llm.kernels import Kernels
-from services.llm.sequence import Sequence as EngineSequence
+from services.llm.prompt import Prompt
+from services.local.model import LocalModel
 
 MOST_KV_CACHE_BYTES = 2**31
 
@@ -43,6 +35,9 @@ MOST_KV_CACHE_BYTES = 2**31
 class EncodedPicture:
     """An image as the encoder stage left it, and where each of its visual tokens lies."""
 
+    file: bytes
+    vision_sampler: bool
+    """Whether the vision-guided sampler was asked for."""
     picture: Image.Image
     """RGB, upright, all pixels."""
     tokens: CompressedVisualTokens
@@ -87,51 +82,37 @@ class Focus:
         return shares
 
 
-@dataclass(kw_only=True)
 class FocusModel:
     """Both stages of one checkpoint. `encode` once an image, `ask` once a question."""
 
-    pipeline: EncoderPipeline
-    engine: Engine
-    """Without prefix reuse, and with room for any prompt in one chunk: then importance by layer and the engine's
-    decision come from equal passes."""
-    _requests: itertools.count[int] = field(default_factory=itertools.count)
-
-    @classmethod
-    def from_checkpoint(
-        cls,
-        folder: str | pathlib.Path,
-        *,
-        dtype: torch.dtype | None = None,
-        device: str = "cpu",
-        kv_cache_bytes: int | None = None,
-    ) -> FocusModel:
-        """dtype None keeps the checkpoint's where `device` is made for it. kv_cache_bytes bounds the longest prompt
-        (TooLarge says what it needs); None has room for one that fills the context, up to MOST_KV_CACHE_BYTES."""
-        text = FocusLlavaConfig.load(folder).text_config
+    def __init__(self, checkpoint: str | os.PathLike[str], *, device: str = "cpu", **engine: Any):
+        """engine: as for LocalModel. kv_cache_bytes bounds the longest prompt (TooLarge says what it needs); unless it
+        is given, there is room for a prompt that fills the context, up to MOST_KV_CACHE_BYTES."""
+        config = FocusLlavaConfig.load(folder := find_checkpoint(checkpoint))
+        text = config.text_config
+        # At most 4 bytes a number; K and V as wide as the queries at most, and the hidden states beside them.
+        token_bytes = 4 * text.hidden_size * (2 * text.num_hidden_layers + 1)
         context = text.max_position_embeddings
-        if kv_cache_bytes is None:
-            # At most 4 bytes a number; K and V as wide as the queries at most, and the hidden states beside them.
-            token_bytes = 4 * text.hidden_size * (2 * text.num_hidden_layers + 1)
-            kv_cache_bytes = min(context * token_bytes, MOST_KV_CACHE_BYTES)
-        return cls(
-            pipeline=EncoderPipeline.from_checkpoint(folder, dtype=dtype, device=device),
-            engine=Engine.from_checkpoint(
-                folder,
-                dtype=dtype,
-                device=device,
-                kv_cache_bytes=kv_cache_bytes,
-                max_batch_tokens=context,
-                prefix_reuse=False,
-            ),
-        )
+        defaults = {
+            "dtype": dtype_name(dtype_of_stored(config.dtype, device)),
+            "kv_cache_bytes": min(context * token_bytes, MOST_KV_CACHE_BYTES),
+        }
+        # With no prefix reuse and room for any prompt in one chunk, importance by layer and the engine's decision come
+        # from equal passes.
+        exact = {"max_batch_tokens": context, "prefix_reuse": False}
+        self.local = LocalModel(folder, device, **{**defaults, **engine, **exact})
+
+    @property
+    def pipeline(self) -> EncoderPipeline:
+        """The encoder stage."""
+        return self.local.pipeline
 
     def encode(self, image: bytes, *, vision_sampler: bool = True) -> EncodedPicture:
         """An image file through the encoder stage. Raises InvalidInput or TooLarge naming what is wrong with it."""
         config, prepared = self.pipeline.config, self.pipeline.prepare(image)
         sampler = config.vision_sampler
         sampled = vision_sampler and sampler.enabled
-        (tokens,) = self.pipeline.encode([prepared], [vision_sampler])
+        (tokens,) = self.local.encode([image], vision_sampler=vision_sampler)
         where = layout(
             prepared.tiles,
             tokens,
@@ -145,53 +126,28 @@ class FocusModel:
             base_branch_ids_M=self._base_branches(prepared) if sampled and sampler.base_tile == "sample" else None,
         )
         # `prepare` may have decoded a JPEG at reduced scale; a map is drawn over every pixel.
-        return EncodedPicture(picture=open_image(image, self.pipeline.limits).image, tokens=tokens, layout=where)
+        picture = open_image(image, self.pipeline.limits).image
+        return EncodedPicture(file=image, vision_sampler=vision_sampler, picture=picture, tokens=tokens, layout=where)
 
-    def ask(
-        self,
-        pictures: Sequence[EncodedPicture],
-        question: str,
-        *,
-        samplers: SamplerSettings | None = None,
-        max_tokens: int = 64,
-    ) -> Focus:
-        """A greedy answer to a question about one or several images, and what it was read from.
+    def ask(self, pictures: Sequence[EncodedPicture], question: str, **settings: Unpack[Settings]) -> Focus:
+        """A greedy answer of at most 64 tokens, unless the settings say otherwise, and what it was read from.
 
-        Raises InvalidInput where there is no image or no question.
+        All pictures were encoded alike. Raises InvalidInput where there is no image or no question.
         """
         if not pictures:
             raise InvalidInput("is empty, expected one or more", field="images")
         if not question.strip():
             raise InvalidInput("has no words to score visual tokens by", field="question")
-        parts: tuple[ImagePart | TextPart, ...] = (
-            *(ImagePart(image=index) for index in range(len(pictures))),
-            TextPart(text=question),
-        )
-        sequence = self.engine.prepare(
-            GenerateRequest(
-                request_id=f"focus-{next(self._requests)}",
-                turns=(ChatTurn(role="user", parts=parts),),
-                images=tuple(picture.tokens for picture in pictures),
-                sampling=SamplingParams(max_tokens=max_tokens),
-                samplers=samplers or SamplerSettings(),
-            )
-        )
-        importance_KN = importance_by_layer(self.engine, sequence)
-        self.engine.enqueue(sequence)
-        answer, usage = "", Usage()
-        while self.engine.has_work():
-            for _, event in self.engine.step():
-                if isinstance(event, TokenEvent):
-                    answer += event.text
-                elif isinstance(event, FinishedEvent):
-                    usage = event.usage
+        asked: Settings = {"max_tokens": 64, **settings, "vision_sampler": pictures[0].vision_sampler}
+        answer = self.local.ask([picture.file for picture in pictures], question, **asked)
+        visual_ND = torch.cat([picture.tokens.tokens_ND for picture in pictures])
         return Focus(
             question=question,
-            answer=answer.strip(),
+            answer=answer.text.strip(),
             pictures=tuple(pictures),
-            decision=sequence.decision,
-            importance_KN=importance_KN,
-            usage=usage,
+            decision=answer.decision,
+            importance_KN=importance_by_layer(self.local.engine, answer.prompt, visual_ND),
+            usage=answer.usage,
         )
 
     @torch.inference_mode()
@@ -218,18 +174,18 @@ class WholePrompt:
 
 
 @torch.inference_mode()
-def importance_by_layer(engine: Engine, sequence: EngineSequence) -> torch.Tensor:
+def importance_by_layer(engine: Engine, prompt: Prompt, visual_ND: torch.Tensor) -> torch.Tensor:
     """Eq. 8 before each layer 1..L-1 of a pass in which no token is dropped, float32 [K, N], on the CPU.
 
     Where the engine prunes, this is its own decision's importance, to the bit: the same layers on the same prompt, and
-    the same `Decoder.visual_importance`. sequence: what `Engine.prepare` made, not yet finished.
+    the same `Decoder.visual_importance`.
     """
     decoder = engine.decoder
-    visual_N = sequence.visual_N.to(decoder.device)
-    instruction_T = torch.tensor(sequence.prompt.instruction_positions, device=decoder.device)
-    assert sequence.visual_ND is not None
-    hidden_SD = decoder.embed(sequence.input_ids_S.to(decoder.device))
-    hidden_SD.index_copy_(0, visual_N, sequence.visual_ND.to(decoder.device))
+    input_ids_S, visual_N = torch.tensor(prompt.input_ids), prompt.visual_positions()
+    hidden_SD = decoder.embed(input_ids_S.index_fill(0, visual_N, 0).to(decoder.device))
+    visual_N = visual_N.to(decoder.device)
+    instruction_T = torch.tensor(prompt.instruction_positions, device=decoder.device)
+    hidden_SD.index_copy_(0, visual_N, visual_ND.to(decoder.device, hidden_SD.dtype))
     rotary = decoder.rotary(torch.arange(len(hidden_SD), device=decoder.device))
     scored = torch.cat([instruction_T, visual_N])
     rotary_scored = decoder.rotary(scored)

@@ -151,7 +151,7 @@ def _header(focus: Focus) -> Image.Image:
         pruned = f"{usage.visual_tokens_kept} kept from layer {decision.layer} of {usage.num_layers} on ({rule})"
     account = (
         f"visual tokens: {usage.visual_tokens_uncompressed} uncompressed, {usage.visual_tokens_sampled} after the "
-        f"vision-guided sampler, {pruned}; {100 * usage.converted_share:.1f} % converted"
+        f"vision-guided sampler, {pruned}; {usage.converted_share_percent:.1f} % converted"
     )
     sheet = Image.new("RGB", (WIDTH_PX - 2 * MARGIN_PX, 2000), PAPER)
     top = 0

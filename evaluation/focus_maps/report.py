@@ -32,39 +32,37 @@ from __future__ import annotations
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
 from evaluation.focus_maps.focus import Focus, FocusModel
 from evaluation.focus_maps.page import page
+from focusllava.messages import Settings
+from services.checkpoint.finding import find_checkpoint
 from services.common.errors import InvalidInput
-from services.common.types import SamplerSettings
 
 FORMAT_VERSION = 1
 
 
 def explain(
-    checkpoint: str | pathlib.Path,
+    checkpoint: str | pathlib.Path | None,
     images: Sequence[tuple[str, bytes]],
     question: str,
     output: pathlib.Path,
-    *,
-    samplers: dict[str, Any] | None = None,
-    max_tokens: int = 64,
+    **settings: Unpack[Settings],
 ) -> dict[str, Any]:
     """Asks one checkpoint about images (name and file of each) and writes `output` (.png) and a .json beside it.
 
-    samplers: fields of SamplerSettings. Returns the report. Raises InvalidInput where an argument is of no use.
+    checkpoint: as for `find_checkpoint`. Returns the report. Raises InvalidInput where an argument is of no use.
     """
     if output.suffix.lower() != ".png":
         raise InvalidInput(f"is {str(output)!r}, expected a name that ends in .png", field="output")
     if not output.parent.is_dir():
         raise InvalidInput(f"is {str(output)!r}, which lies in no folder that exists", field="output")
-    model = FocusModel.from_checkpoint(checkpoint)
-    settings = SamplerSettings(**samplers or {})
-    pictures = [model.encode(file, vision_sampler=settings.vision_sampler) for _, file in images]
-    focus = model.ask(pictures, question, samplers=settings, max_tokens=max_tokens)
+    model = FocusModel(find_checkpoint(checkpoint))
+    pictures = [model.encode(file, vision_sampler=settings.get("vision_sampler") is not False) for _, file in images]
+    focus = model.ask(pictures, question, **settings)
     made = report(focus, [name for name, _ in images])
     page(focus).save(output, "PNG")
     output.with_suffix(".json").write_text(json.dumps(made, ensure_ascii=False) + "\n", encoding="utf8")
@@ -113,7 +111,7 @@ def report(focus: Focus, names: Sequence[str]) -> dict[str, Any]:
             "uncompressed": usage.visual_tokens_uncompressed,
             "sampled": usage.visual_tokens_sampled,
             "kept": usage.visual_tokens_kept,
-            "converted_share": round(usage.converted_share, 4),
+            "converted_share": round(usage.converted_share_percent / 100, 4),
         },
         "images": images,
     }

@@ -18,9 +18,8 @@ from evaluation.lmms_eval_plugin.questions import Question, RequestFailed, sampl
 from services.common.errors import InvalidInput
 from services.common.ranges import check_samplers
 from services.common.types import SamplerSettings
-from services.compute.dtypes import Dtype, choose_dtype
-from services.encoder.pipeline import EncoderPipeline
-from services.llm.engine import Engine
+from services.compute.dtypes import Dtype
+from services.local.model import LocalModel
 
 
 class FocusLlava(lmms):
@@ -49,7 +48,8 @@ class FocusLlava(lmms):
         for a proxy in front of the gateway to check.
         threshold or keep_ratio: of the text-guided sampler; the checkpoint's threshold when both are left out.
         batch_size: questions at a time. max_batch_size is lmms-eval's, for batch_size "auto", and is refused.
-        device, dtype ("auto" when left out), kv_cache_mib (MiB of KV cache, 1024 when left out): in process only.
+        device, dtype ("auto" when left out), kv_cache_mib (MiB of KV cache; as in serving when left out): in
+        process only.
         timeout_s: served only.
 
         Raises InvalidInput naming the setting and its value.
@@ -83,7 +83,8 @@ class FocusLlava(lmms):
                 raise InvalidInput(f"is {value!r}, which needs {needed}", field=f"model_args.{name}")
         self._answering: Answering
         if checkpoint is not None:
-            self._answering = _in_process(str(checkpoint), samplers, device or "cpu", dtype, kv_cache_mib or 1024)
+            model = _local(str(checkpoint), device or "cpu", dtype, kv_cache_mib, self.batch_size)
+            self._answering = InProcess(model, samplers)
         else:
             token = os.environ.get("FOCUSLLAVA_TOKEN")
             self._answering = Served(str(address), samplers, timeout_s=timeout_s, token=token)
@@ -129,15 +130,18 @@ class FocusLlava(lmms):
             raise RequestFailed(name, error) from error
 
 
-def _in_process(
-    checkpoint: str, samplers: SamplerSettings, device: str, dtype: str | None, kv_cache_mib: int
-) -> InProcess:
+def _local(checkpoint: str, device: str, dtype: str | None, kv_cache_mib: int | None, batch_size: int) -> LocalModel:
     if dtype is not None and dtype not in get_args(Dtype):
         raise InvalidInput(f"is {dtype!r}, expected one of {', '.join(get_args(Dtype))}", field="model_args.dtype")
-    wanted = choose_dtype(dtype or "auto", device)
-    pipeline = EncoderPipeline.from_checkpoint(checkpoint, dtype=wanted, device=device, limits=LOCAL_LIMITS)
-    engine = Engine.from_checkpoint(checkpoint, dtype=wanted, device=device, kv_cache_bytes=kv_cache_mib * 2**20)
-    return InProcess(pipeline, engine, samplers)
+    kv_cache_bytes = None if kv_cache_mib is None else kv_cache_mib * 2**20
+    return LocalModel(
+        checkpoint,
+        device,
+        dtype or "auto",
+        media=LOCAL_LIMITS,
+        kv_cache_bytes=kv_cache_bytes,
+        max_running=batch_size,
+    )
 
 
 def _flag(name: str, value: object) -> bool:

@@ -44,7 +44,7 @@ def draw_figure(
     if number in FOCUS_FIGURES:
         if checkpoint is None:
             raise InvalidInput(f"is missing, figure {number} is drawn from one", field="checkpoint")
-        image = focus_figure(number, FocusModel.from_checkpoint(checkpoint))
+        image = focus_figure(number, FocusModel(checkpoint))
     else:
         drawn = {2: by_layer, 3: branch_shares}[number](results)
         if drawn is None:

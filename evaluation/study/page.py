@@ -124,7 +124,7 @@ def _figures(results: Sequence[Result], folder: pathlib.Path, checkpoint: pathli
         drawn = [by_layer(results), branch_shares(results), balance_history(results)]
         drawn += [score_by_tokens(results, number) for number in AS_PICTURES]
         if checkpoint:
-            model = FocusModel.from_checkpoint(checkpoint)
+            model = FocusModel(checkpoint)
             drawn += [focus_figure(number, model) for number in FOCUS_FIGURES]
     except InvalidInput as error:
         if error.field != "matplotlib":

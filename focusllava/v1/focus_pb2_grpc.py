@@ -52,8 +52,8 @@ class FocusServiceServicer:
     """
 
     def Chat(self, request, context):
-        """Answers a conversation, or goes on from a raw prompt. A refused request ends with a status before any event; a stream that began ends with
-        exactly one finished or error event. Cancelling the call stops generation.
+        """Answers a conversation, or goes on from a raw prompt. A refused request ends with a status before any event; a
+        stream that began ends with exactly one finished or error event. Cancelling the call stops generation.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -27,7 +27,7 @@ _LIBRARY_FIELDS = ("transformers_version", "architectures", "dtype", "use_cache"
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Raises InvalidInput for what is not there or holds no object."""
+    """The object in a JSON file. Raises InvalidInput where there is no file, or no object in it."""
     try:
         value = json.loads(path.read_text("utf8"))
     except FileNotFoundError:
@@ -96,8 +96,8 @@ def _preprocessing(src: pathlib.Path, hub: Any) -> dict[str, Any]:
 def _processor(src: pathlib.Path) -> tuple[dict[str, Any], str]:
     """The image processor's settings as they stand, and the file that holds them.
 
-    As transformers does: what is nested in the processor's file comes first. Its save_pretrained writes that one, and
-    leaves the older file of a folder as it was.
+    Settings nested in the processor's file come first, as in transformers, whose save_pretrained writes that file and
+    leaves an older one beside it as it was.
     """
     path = src / "processor_config.json"
     nested = read_json(path).get("image_processor") if path.is_file() else None

@@ -35,7 +35,7 @@ STEP_OPERATIONS = 4e12
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSizes:
-    """One replica of the encoder."""
+    """Sizes of one replica of the encoder."""
 
     weights: int
     """Bytes of the weights; activations are bytes too."""
@@ -49,7 +49,7 @@ class EncoderSizes:
 
 @dataclass(frozen=True, kw_only=True)
 class LlmSizes:
-    """One replica of the language model."""
+    """Sizes of one replica of the language model."""
 
     weights: int
     activations: int
@@ -71,7 +71,7 @@ class LlmSizes:
 
     @property
     def full_images(self) -> int:
-        """Requests of a full image that run at a time."""
+        """How many requests of a full image run at a time."""
         return min(self.max_running, self.kv_cache_bytes // self.full_image_bytes)
 
 
@@ -211,7 +211,7 @@ def _cpu_step_tokens(elements: int) -> int:
 
 
 def _activations(config: FocusLlavaConfig, dtype: torch.dtype, step_tokens: int, running: int, on_gpu: bool) -> int:
-    """The most that a step makes, and the visual tokens of requests that wait for one."""
+    """Most bytes of a step's activations, and of the visual tokens of requests that wait."""
     text, (_, visual) = config.text_config, largest_image(config)
     heads = (text.num_attention_heads + 2 * text.num_key_value_heads) * head_width(text)
     step = step_tokens * (6 * text.hidden_size + 2 * heads + 3 * text.intermediate_size) * dtype.itemsize

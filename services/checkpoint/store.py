@@ -72,7 +72,7 @@ def load_stage(
 
 
 def stage_elements(folder: str | pathlib.Path, stage: Stage) -> int:
-    """How many numbers a stage's weights are, from the headers of its shards. Raises as `load_stage`."""
+    """How many numbers a stage's weights hold, from the headers of its shards. Raises as `load_stage`."""
     folder, total = pathlib.Path(folder), 0
     for shard in sorted(set(read_index(folder, stage)["weight_map"].values())):
         path = shard_path(folder, shard)
@@ -169,6 +169,6 @@ def _canonical(value: Any) -> bytes:
 
 
 def file_sha256(path: pathlib.Path) -> str:
-    """Hexadecimal."""
+    """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""What of a checkpoint this program computes as its authors meant it: the one list that import and serving go by."""
+"""Which checkpoints this program computes as their authors meant: the one list that import and serving go by."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def head_width(config: PreTrainedConfig) -> int:
 
 
 def _window(config: PreTrainedConfig) -> int | None:
-    """The window of any layer. A Llama has none, yet transformers forgets keys by one that stands in its config."""
+    """The attention window of any layer. Llama has none, yet transformers applies one that stands in its config."""
     if not getattr(config, "use_sliding_window", True):
         return None
     kinds = getattr(config, "layer_types", None)

@@ -47,7 +47,7 @@ class TooLarge(FocusError):
 
 
 class Overloaded(FocusError):
-    """No room now; a later try may succeed."""
+    """There is no room now; a later try may succeed."""
 
     code = Code.RESOURCE_EXHAUSTED
 
@@ -68,3 +68,11 @@ class InternalError(FocusError):
     """Our fault: the request was fine."""
 
     code = Code.INTERNAL
+
+
+def with_field(error: FocusError, field: str) -> FocusError:
+    """The same error, naming where in the caller's request the image stands instead of the stage's own field."""
+    message = str(error)
+    if message.startswith("image: "):
+        return type(error)(message.removeprefix("image: "), field=field)
+    return error

@@ -39,7 +39,7 @@ class StatusContext(Protocol):
 
 
 def code_of(error: BaseException) -> Code:
-    """The status alone."""
+    """The gRPC status of an error."""
     if isinstance(error, FocusError):
         return error.code
     return Code.DEADLINE_EXCEEDED if isinstance(error, TimeoutError) else Code.INTERNAL

@@ -21,7 +21,7 @@ _JPEG = ("JPEG", "MPO")
 FORMATS_TEXT = "JPEG, PNG, WebP, GIF, BMP or TIFF"
 
 HEADER_READS = 2**16
-"""Reads of the file until its header is parsed; the usual one takes some tens of them."""
+"""Most reads of a file until its header is parsed; a usual header takes some tens."""
 BYTES_PER_READ = 32
 """Decoding may take one more read for each so many bytes. The most that honest files need is a GIF's, one in 128."""
 _ON_WHITE = "transparent image: drawn on white"
@@ -36,10 +36,10 @@ class MediaLimits:
     max_bytes: int = 20 * 2**20
     max_pixels: int = 64_000_000
     max_side: int = 16_384
-    """Pixels. The first two leave room for long pages; this bounds one row."""
+    """Longest side, in pixels: the limits above leave room for long pages, this one bounds a row."""
     max_aspect_ratio: float = 100.0
-    """Longer side over shorter side. What is narrow may lose its feature map before that, by the checkpoint's grid: the
-    encoder says so in a note (`EncoderPipeline.prepare`)."""
+    """Longer side over shorter side. A less narrow image may lose its feature map, depending on the checkpoint's grid:
+    the encoder says so in a note (`EncoderPipeline.prepare`)."""
 
     def __post_init__(self) -> None:
         for name in ("max_bytes", "max_pixels", "max_side", "max_aspect_ratio"):
@@ -109,7 +109,7 @@ def open_image(
 
 @contextlib.contextmanager
 def _pillow(otherwise: str, limits: MediaLimits, field: str) -> Iterator[None]:
-    """Makes our errors of Pillow's, which are of almost any type on damaged data; `otherwise` says what went wrong."""
+    """Turns Pillow's errors, of almost any type on damaged data, into ours; `otherwise` says what went wrong."""
     try:
         yield
     except FocusError:
@@ -150,7 +150,7 @@ def _reduce(image: Image.Image, enough_hw: Callable[[tuple[int, int]], tuple[int
 
 
 def _is_turned(image: Image.Image) -> bool:
-    """Whether EXIF has it stored on its side."""
+    """Whether EXIF says that the picture is stored on its side."""
     with contextlib.suppress(Exception):  # as in `open_image`
         return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
     return False
@@ -188,7 +188,7 @@ def _check_size(image: Image.Image, limits: MediaLimits, field: str) -> None:
 
 
 def _frame_notes(image: Image.Image) -> tuple[str, ...]:
-    """Says no number: to count frames Pillow reads all of them, of a TIFF in time that grows with their square."""
+    """Notes that give no number of frames: to count them Pillow reads all, a TIFF's in quadratic time."""
     if image.format == "MPO":  # a phone's JPEG with a preview or depth map behind it: the first picture is the photo
         return ()
     several = False
@@ -202,11 +202,11 @@ def _frame_notes(image: Image.Image) -> tuple[str, ...]:
 
 
 def _to_rgb(image: Image.Image, field: str) -> tuple[Image.Image, tuple[str, ...]]:
-    """The image itself where it is RGB: a copy of a large one is another quarter of a gigabyte."""
+    """Converts to RGB, with notes; an RGB image is not copied, which would take up to a quarter of a gigabyte."""
     if image.mode.startswith("I") or image.mode == "F":
         return _wide_to_rgb(image, field)
     if image.mode == "P" and image.palette is None:
-        image = image.copy()  # which gives it an empty one, and Pillow asks for one
+        image = image.copy()  # a copy has an empty palette, which Pillow asks for
     if not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB"), ()
     with_alpha = image if image.mode == "RGBA" else image.convert("RGBA")
@@ -217,10 +217,10 @@ def _to_rgb(image: Image.Image, field: str) -> tuple[Image.Image, tuple[str, ...
 
 
 def _wide_to_rgb(image: Image.Image, field: str) -> tuple[Image.Image, tuple[str, ...]]:
-    """16-bit, 32-bit and float grey. Pillow's own convert would clip at 255, and knows no transparent 16-bit level."""
+    """Converts 16-bit, 32-bit and float grey: Pillow's convert clips at 255 and knows no transparent 16-bit level."""
     values_HW = np.asarray(image)
     low, high = float(values_HW.min()), float(values_HW.max())
-    if not (math.isfinite(low) and math.isfinite(high)):  # NaN is the least and the greatest of what holds it
+    if not (math.isfinite(low) and math.isfinite(high)):  # both are NaN where any pixel is
         raise InvalidInput("has pixels that are not finite numbers", field=field)
     notes: tuple[str, ...] = ()
     subtract, multiply, divide = 0.0, 1.0, 1.0

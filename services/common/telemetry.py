@@ -79,8 +79,8 @@ METRICS: tuple[MetricSpec, ...] = (
                _SECONDS),
     _gauge("llm", "focusllava_running_requests", "requests", "Requests that hold KV cache."),
     _gauge("llm", "focusllava_waiting_requests", "requests", "Requests waiting for KV cache."),
-    _gauge("llm", "focusllava_kv_blocks_used", "blocks", "KV cache blocks in use, both groups."),
-    _gauge("llm", "focusllava_kv_blocks_total", "blocks", "KV cache blocks, both groups."),
+    _gauge("llm", "focusllava_kv_pages_used", "pages", "KV cache pages in use, both groups."),
+    _gauge("llm", "focusllava_kv_pages_total", "pages", "KV cache pages, both groups."),
     # Totals as gauges: Ray shows no counter before its first count, and a panel is to say that nothing was preempted.
     _gauge("llm", "focusllava_preemptions", "preemptions",
            "Requests that gave their KV cache back to older ones, since the replica started."),

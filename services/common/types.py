@@ -49,7 +49,7 @@ class ProjectedFeatureMap:
 
     @property
     def low_detail(self) -> bool:
-        """Whether there is a base tile alone. The map of a very narrow image is empty too, but one way only."""
+        """Whether there is a base tile alone. A very narrow image's map is empty too, but in one dimension only."""
         return self.map_HWD.shape[:2] == (0, 0)
 
 
@@ -236,15 +236,15 @@ class Usage:
     completion_tokens: int = 0
     visual_tokens_uncompressed: int = 0
     visual_tokens_sampled: int = 0
-    """After the vision-guided sampler: what layers 0..k-1 see."""
+    """Visual tokens after the vision-guided sampler: what layers 0..k-1 see."""
     visual_tokens_kept: int = 0
-    """After the text-guided sampler: what layers k..L-1 see."""
+    """Visual tokens after the text-guided sampler: what layers k..L-1 see."""
     prune_layer: int = 0
     """k, zero-based; 0 when nothing was pruned."""
     num_layers: int = 0
     kv_bytes: int = 0
     """Bytes of KV cache that the request's tokens held at its end."""
-    kv_bytes_unpruned: int = 0
+    kv_unpruned_bytes: int = 0
     """What the same tokens would have held with no text-guided pruning."""
     time_to_first_token_s: float = 0.0
 
@@ -271,7 +271,7 @@ class TokenEvent:
     text: str
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
-    """One a token id when the request asked for them, otherwise empty."""
+    """One entry a token id when the request asked for them, otherwise empty."""
     prompt_tokens: int = 0
     """Text and visual tokens that entered layer 0: the same in every event."""
 

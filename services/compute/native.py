@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from torch.utils.cpp_extension import include_paths
 
 FOLDER = pathlib.Path(__file__).parent / "cpp"
 SOURCES, HEADERS = (tuple(sorted(FOLDER.glob(pattern))) for pattern in ("*.cpp", "*.h"))
@@ -69,6 +68,8 @@ def build(folder: pathlib.Path) -> pathlib.Path:
     library = folder / f"native-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
     if library.exists():
         return library
+    from torch.utils.cpp_extension import include_paths  # with setuptools, which nobody else needs
+
     libraries = [f"-L{pathlib.Path(torch.__file__).parent / 'lib'}", *(f"-l{name}" for name in TORCH_LIBRARIES)]
     try:
         folder.mkdir(parents=True, exist_ok=True)

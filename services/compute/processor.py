@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 
 
 @functools.cache
-def has_packed_linear(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies packed weights in this dtype, at a speed worth it."""
+def has_onednn_linear(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies weights in its own layout in this dtype, at a speed worth it."""
     if not torch.backends.mkldnn.is_available() or dtype not in (torch.float32, torch.bfloat16):
         return False
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -30,8 +30,8 @@ def has_packed_linear(dtype: torch.dtype) -> bool:
     x_MK, weight_NK = _small(5, 64, dtype), _small(32, 64, dtype)
 
     def product() -> torch.Tensor:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight_NK, len(x_MK))
-        return torch.ops.mkldnn._linear_pointwise(x_MK, packed, None, "none", [], "")
+        reordered = torch.ops.mkldnn._reorder_linear_weight(weight_NK, len(x_MK))
+        return torch.ops.mkldnn._linear_pointwise(x_MK, reordered, None, "none", [], "")
 
     return _computes(f"oneDNN's linear layer in {dtype}", product, x_MK.double() @ weight_NK.double().T)
 
@@ -45,10 +45,10 @@ def has_int8_linear() -> bool:
     codes_MK, weight_NK = torch.full((5, 64), 255, dtype=torch.uint8), torch.full((32, 64), 127, dtype=torch.int8)
 
     def product() -> torch.Tensor:
-        packed = torch.ops.onednn.qlinear_prepack(weight_NK, list(codes_MK.shape))
+        reordered = torch.ops.onednn.qlinear_prepack(weight_NK, list(codes_MK.shape))
         ones_N, zeros_N = torch.ones(32), torch.zeros(32, dtype=torch.int32)
         return torch.ops.onednn.qlinear_pointwise(
-            codes_MK, 1.0, 0, packed, ones_N, zeros_N, None, 1.0, 0, torch.float32, "none", [], ""
+            codes_MK, 1.0, 0, reordered, ones_N, zeros_N, None, 1.0, 0, torch.float32, "none", [], ""
         )
 
     return _computes("oneDNN's linear layer in int8", product, codes_MK.double() @ weight_NK.double().T)

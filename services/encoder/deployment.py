@@ -25,7 +25,7 @@ from services.encoder.settings import EncoderSettings
 
 
 def encode_response(tokens: CompressedVisualTokens, dtype: torch.dtype) -> encoder_pb2.EncodeResponse:
-    """What is sent, its visual tokens in `dtype`: copies of up to 48 MB, which no event loop should wait for.
+    """The response, its visual tokens in `dtype`. Copies up to 48 MB: call it off an event loop.
 
     NaN and infinity are sent: the LLM stage, which must look at every caller's tokens, refuses them.
     Raises InternalError where nothing is left to send.
@@ -92,7 +92,7 @@ class Encoder(GrpcOnly):
             raise refuse(grpc_context, error) from None
 
     def check_health(self) -> None:
-        """Called by Serve; raising has the replica replaced."""
+        """Called by Serve, which replaces the replica where it raises."""
         self._reporter.check()
 
     def _report(self) -> None:

@@ -26,7 +26,7 @@ class EncodedImage:
     uncompressed_tokens: int
     sampled: SampledMap | None
     map_tokens: int = 0
-    """Those that came out of the feature map, newlines apart."""
+    """Tokens that came out of the feature map, newlines not counted."""
 
 
 class EncoderModel(nn.Module):
@@ -44,7 +44,7 @@ class EncoderModel(nn.Module):
         )
 
     def patch_features(self, pixels_T3HW: torch.Tensor) -> torch.Tensor:
-        """Vision tower's features [T, P, C], before the projector."""
+        """The vision tower's features [T, P, C], before the projector."""
         pixels = pixels_T3HW.to(self.image_newline.device, self.image_newline.dtype)
         return patch_features(self.vision_tower, pixels, self.config.vision_feature_layer)
 
@@ -108,7 +108,7 @@ class EncoderModel(nn.Module):
 
     @torch.no_grad()
     def seen(self, maps: Sequence[ProjectedFeatureMap]) -> list[Seen]:
-        """What the vision-guided sampler's selector says of them, for `services.sampler.calibration`."""
+        """The vision-guided sampler's logits for each map, and its size, for `services.sampler.calibration`."""
         encoded = [self.tokens(feature_map, True) for feature_map in maps]
         return [(image.sampled.logits_MK, image.map_hw) for image in encoded if image.sampled]
 

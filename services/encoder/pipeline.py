@@ -14,10 +14,10 @@ from services.common.errors import InvalidInput
 from services.common.media import MediaLimits, content_hash
 from services.common.types import CompressedVisualTokens, ImageOptions, ImageTiles
 from services.compute.dtypes import dtype_of_stored
-from services.compute.linear import can_pack
+from services.compute.linear import onednn_multiplies
 from services.encoder.anyres import any_map_left
+from services.encoder.cpu_tower import prepare_encoder
 from services.encoder.model import EncoderModel
-from services.encoder.packed import pack_encoder
 from services.encoder.reading import read_tiles
 
 
@@ -55,8 +55,8 @@ class EncoderPipeline:
         embeddings.register_buffer(
             "position_ids", torch.arange(embeddings.num_positions, device=device).expand((1, -1)), persistent=False
         )
-        if can_pack(torch.device(device), dtype):
-            pack_encoder(model)
+        if onednn_multiplies(torch.device(device), dtype):
+            prepare_encoder(model)
         return cls(model, fingerprint(folder), limits)
 
     def prepare(self, image: bytes, vision_sampler: bool = True, options: ImageOptions | None = None) -> PreparedImage:

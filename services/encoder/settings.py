@@ -1,4 +1,4 @@
-"""Settings of stage 1, apart from its deployment: who builds the application needs no model."""
+"""Settings of stage 1, apart from its deployment: building the application needs no model."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class EncoderSettings(ModelSettings):
     """`args` of the encoder application."""
 
     wire_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """What the visual tokens are sent as."""
+    """The dtype that the visual tokens are sent in."""
     max_tiles: int | None = None
     """Most tiles in one pass of the vision tower; unset: 80 on a GPU, 20 on a CPU."""
     max_wait_s: float = 0.002
-    """How long a first image waits for company."""
+    """Longest that the first image of a batch waits for others."""
     decode_threads: int = 2
     """Threads that decode and tile images while the model runs."""
     media: MediaLimits = field(default_factory=MediaLimits)

@@ -178,7 +178,7 @@ def _check_role(role: int, where: str) -> None:
 
 
 def _check_question(turns: Sequence[focus_pb2.ChatTurn], limits: AdmissionLimits) -> None:
-    """The last user turn asks, or where there is none, the last turn; with words, an image or both."""
+    """Refuses an empty or too long question: the last user turn, or where there is none, the last turn."""
     last = len(turns) - 1
     asking = max((index for index, turn in enumerate(turns) if turn.role == llm_pb2.ROLE_USER), default=last)
     parts, where = turns[asking].parts, f"turns[{asking}]"

@@ -11,13 +11,13 @@ from typing import Protocol
 
 from focusllava.v1 import encoder_pb2, error_pb2, focus_pb2, llm_pb2
 from services.common import wire
-from services.common.errors import FocusError
+from services.common.errors import FocusError, with_field
 from services.common.grpc_status import code_of, status_of
 from services.common.telemetry import Metrics
 from services.common.types import ImageOptions
 from services.gateway.admission import AdmissionLimits, AdmittedChat, AdmittedImage, admit
 from services.gateway.cache import CacheKey, VisualTokenCache
-from services.gateway.stages import Deadline, UnusableVisualTokens, with_field
+from services.gateway.stages import Deadline, UnusableVisualTokens
 
 
 class Encoder(Protocol):

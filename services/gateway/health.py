@@ -10,7 +10,7 @@ from typing import Protocol
 from services.common.errors import DeadlineExceeded, FocusError, Overloaded
 
 FRESH_S = 2.0
-"""Seconds in which a stage that answered anything is not asked; one that failed is not for a quarter of them."""
+"""Seconds for which a stage that answered is not asked again; one that failed is asked after a quarter of them."""
 TIMEOUT_S = 5.0
 
 

@@ -11,7 +11,7 @@ from services.common.errors import FocusError
 T = TypeVar("T")
 
 
-class Answer:
+class Replay:
     """What the caller has of an answer, and how far the try under way has come in repeating it."""
 
     def __init__(self) -> None:
@@ -24,12 +24,12 @@ class Answer:
         return bool(self._chars.sent or self._token_ids.sent)
 
     def start_over(self) -> None:
-        """A new try begins at the first token."""
+        """Begins a new try, from the first token."""
         for part in (self._chars, self._token_ids, self._logprobs):
             part.at = 0
 
     def take(self, token: llm_pb2.Token) -> llm_pb2.Token | None:
-        """What the caller does not have of the try's next token; None for nothing. Raises FocusError if it differs."""
+        """The part of the try's next token that the caller lacks, if any. Raises FocusError where the token differs."""
         chars, token_ids = self._chars.take(token.text), self._token_ids.take(token.token_ids)
         # Logits of a replay may be rounded otherwise: the same token is enough.
         logprobs = self._logprobs.take(token.logprobs, same=False)
@@ -57,7 +57,7 @@ class _Part(Generic[T]):
         return self.at < len(self.sent)
 
     def take(self, new: Sequence[T], *, same: bool = True) -> list[T]:
-        """What of `new` goes beyond what was sent, which it adds to that."""
+        """The part of `new` that the caller does not have; it counts as sent from now on."""
         repeated = self.sent[self.at : self.at + len(new)]
         if same and repeated != list(new[: len(repeated)]):
             raise _different_answer()

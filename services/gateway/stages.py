@@ -30,7 +30,7 @@ from services.common.grpc_status import replica_is_lost
 from services.common.settings import require
 from services.common.telemetry import Metrics
 from services.common.types import ImageOptions
-from services.gateway.replay import Answer
+from services.gateway.replay import Replay
 
 _log = logging.getLogger("focusllava")
 
@@ -39,7 +39,7 @@ CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_reconnect_backoff_ms", 1000),  # gRPC's default of two minutes outlives any restart
-    # No keepalive: a gRPC server allows one ping in five minutes without data and ends the connection of who sends more
+    # No keepalive: a gRPC server that gets more than one ping in five minutes without data ends the connection
     # (too_many_pings), so a call that waits quietly would be lost. The proxy is on this node: if it dies, TCP says so.
 ]
 
@@ -53,7 +53,7 @@ class StageAddress:
     attempts: int = 5
     """Tries of one call, the first included."""
     backoff_s: float = 0.2
-    """Before the second try; doubles."""
+    """Wait before the second try; it doubles with each one."""
     timeout_s: float = 300.0
     """Longest that one call may take when the caller set no shorter deadline."""
 
@@ -76,7 +76,7 @@ class Deadline:
 
     @classmethod
     def said(cls, milliseconds: str | None) -> Deadline:
-        """The deadline that a caller's TIMEOUT_METADATA says; what is no number says nothing."""
+        """The deadline in a caller's TIMEOUT_METADATA; what is not a number counts as none."""
         try:
             seconds = float(milliseconds) / 1000 if milliseconds is not None else math.inf
         except (TypeError, ValueError):
@@ -84,7 +84,7 @@ class Deadline:
         return cls(seconds if math.isfinite(seconds) else None)
 
     def remaining_s(self, at_most: float) -> float:
-        """Raises DeadlineExceeded when nothing remains."""
+        """Seconds that remain, no more than `at_most`. Raises DeadlineExceeded when none do."""
         left = at_most if self._end is None else min(at_most, self._end - time.monotonic())
         if left <= 0:
             raise DeadlineExceeded("the request took longer than its deadline")
@@ -109,7 +109,7 @@ class _Stage:
         await self._channel.close(grace=None)
 
     async def _answered(self, call: Awaitable[Any]) -> None:
-        """Waits for a call that asks for nothing but an answer. Raises FocusError."""
+        """Waits for a call of which only success counts. Raises FocusError."""
         try:
             await call
         except grpc.aio.AioRpcError as error:
@@ -215,7 +215,7 @@ class LanguageModelClient(_Stage):
         seed): the new stream's text and tokens must begin with what was sent, and only the rest is passed on.
         """
         repeatable = request.sampling.temperature == 0 or request.sampling.HasField("seed")
-        answer = Answer()
+        answer = Replay()
         for attempt in range(self.address.attempts):
             try:
                 async with contextlib.aclosing(self._attempt(request, attempt, answer, deadline)) as events:
@@ -233,7 +233,7 @@ class LanguageModelClient(_Stage):
             await self._pause(attempt, failure, deadline)
 
     async def _attempt(
-        self, request: llm_pb2.GenerateRequest, attempt: int, answer: Answer, deadline: Deadline
+        self, request: llm_pb2.GenerateRequest, attempt: int, answer: Replay, deadline: Deadline
     ) -> AsyncGenerator[llm_pb2.GenerateResponse, None]:
         if attempt:  # the lost try may still be in flight under its own id
             again = llm_pb2.GenerateRequest()
@@ -264,11 +264,3 @@ class LanguageModelClient(_Stage):
             if not ended:
                 call.cancel()
         raise StageUnavailable(f"the {self.name} stage ended its stream early; try again")
-
-
-def with_field(error: FocusError, field: str) -> FocusError:
-    """The same error, naming where in the caller's request the image stands instead of the stage's own field."""
-    message = str(error)
-    if message.startswith("image: "):
-        return type(error)(message.removeprefix("image: "), field=field)
-    return error

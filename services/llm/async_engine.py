@@ -7,8 +7,7 @@ import functools
 import logging
 import queue
 import threading
-from collections.abc import AsyncGenerator, Callable
-from collections.abc import Sequence as Seq
+from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
@@ -195,7 +194,7 @@ class AsyncEngine:
         except Exception:
             logger.exception("the engine could not clean up after a request")
 
-    def _deliver(self, events: Seq[tuple[str, Event | FocusError]]) -> None:
+    def _deliver(self, events: Iterable[tuple[str, Event | FocusError]]) -> None:
         by_stream: dict[_Stream, list[Event | FocusError]] = {}
         for request_id, event in events:
             stream = self._streams.get(request_id)

@@ -9,34 +9,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from services.llm.kernels import Kernels
+from services.compute.panel_linear import FEW_TOKENS
+from services.llm.kernels import AttentionStep, Kernels
+from services.llm.kernels.cpu import CpuKernels
 from services.llm.kv_cache import BlockTables, KVCache
 from services.llm.scheduler import Chunk
 
 ATTENTION_NAME = "focusllava"
 SPARE_BLOCKS = 8
-
-
-class AttentionStep(Protocol):
-    """One packed pass through layers of one KV cache group."""
-
-    final_rows: torch.Tensor | None
-    """int64 [R]: the rows that are read after the model's last layer; None: all."""
-
-    def attend(
-        self, layer: int, query_SHd: torch.Tensor, key_SGd: torch.Tensor, value_SGd: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
-        """Stores K and V in the cache and returns the attention output [S, H, d].
-
-        The last layer may bring the queries of `final_rows` only: then [R, H, d]. Inputs may be strided, d contiguous.
-        """
-        ...
 
 
 class DecodeBatch:
@@ -75,7 +61,8 @@ class DecodeBatch:
 
     def most_blocks(self, context: int) -> int:
         """The widest that `rows` can be, for a model of so many tokens of context."""
-        return min(self.cache.blocks(context), self.cache.num_slots) + SPARE_BLOCKS  # a request needs a slot a block
+        # A request needs a buffer of hidden states a block.
+        return min(self.cache.blocks(context), self.cache.num_buffers) + SPARE_BLOCKS
 
     def _groups(self) -> list[tuple[int, torch.Tensor]]:
         return list(enumerate(self._rows_LnB))
@@ -125,6 +112,11 @@ class PackedStep:
         if self.query_lens != self.key_lens:
             past = [cache.slots(i, group, 0, length) for i, length in zip(ids, self.key_lens, strict=True)]
             self.key_slots_K = torch.cat(past, dim=1).unbind()
+
+    @property
+    def decodes_few(self) -> bool:
+        """Whether this is no prefill, on a CPU, with no more tokens than the panels' own products are for."""
+        return isinstance(self.kernels, CpuKernels) and not self.query_lens and self.decoding <= FEW_TOKENS
 
     def pages(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """What a step that only decodes reads: both pools, each token's slot in them, block tables and lengths."""

@@ -1,8 +1,8 @@
-"""Pages and hidden-state slots of the KV cache: who holds which, and what a later request may still find.
+"""Pages and hidden-state buffers of the KV cache: who holds which, and what a later request may still find.
 
-A *block* takes pages, and while somebody may need the hidden states of its tokens, a *slot*. A block with a key is
+A *block* takes pages, and while somebody may need the hidden states of its tokens, a *buffer*. A block with a key is
 *known*: later prompts find and share it. A known block that no sequence holds is *idle*: it stays until its pages or
-its slot are needed, the least recently used first.
+its buffer are needed, the least recently used first.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from dataclasses import dataclass
 @dataclass(kw_only=True, eq=False)
 class Block:
     pages: list[int]
-    slot: int | None = None
-    """The slot that holds the hidden states of its tokens; lower group only."""
+    buffer: int | None = None
+    """The buffer that holds the hidden states of its tokens; lower group only."""
     key: bytes | None = None
-    """Set while later requests may find it; it has a slot then."""
+    """Set while later requests may find it; it has a buffer then."""
     holders: int = 1
     readers: int = 0
-    """Those holders that are in prefill: they need the slot."""
+    """Those holders that are in prefill: they need the buffer."""
 
 
 class BlockPool:
     """Plain bookkeeping: no tensor is touched here."""
 
-    def __init__(self, *, num_pages: int, num_slots: int):
-        self.num_pages, self.num_slots = num_pages, num_slots
+    def __init__(self, *, num_pages: int, num_buffers: int):
+        self.num_pages, self.num_buffers = num_pages, num_buffers
         self._free = list(range(num_pages))
-        self._free_slots = list(range(num_slots))
-        self._read_slots = 0  # slots with readers
+        self._free_buffers = list(range(num_buffers))
+        self._read_buffers = 0  # buffers with readers
         self._idle_pages = 0
         self._known: dict[bytes, Block] = {}
         self._idle: OrderedDict[bytes, Block] = OrderedDict()
@@ -45,21 +45,21 @@ class BlockPool:
         return self._idle_pages
 
     @property
-    def slots_to_have(self) -> int:
-        """Slots that are free or that nobody reads."""
-        return self.num_slots - self._read_slots
+    def buffers_to_have(self) -> int:
+        """Buffers that are free or that nobody reads."""
+        return self.num_buffers - self._read_buffers
 
-    def take(self, pages: int, *, with_slot: bool = False) -> Block:
-        """A new block for one holder; with_slot: which reads it. There must be room, idle blocks counted."""
+    def take(self, pages: int, *, with_buffer: bool = False) -> Block:
+        """A new block for one holder; with_buffer: which reads it. There must be room, idle blocks counted."""
         while len(self._free) < pages:
             self._forget(next(iter(self._idle.values())))
         block = Block(pages=self._free[-pages:])
         del self._free[-pages:]
-        if with_slot:
-            if not self._free_slots:
+        if with_buffer:
+            if not self._free_buffers:
                 idle = next(iter(self._idle.values()), None)
                 self._forget(idle or next(known for known in self._known.values() if not known.readers))
-            block.slot = self._free_slots.pop()
+            block.buffer = self._free_buffers.pop()
             self._read(block)
         return block
 
@@ -85,7 +85,7 @@ class BlockPool:
     def name(self, block: Block, key: bytes) -> None:
         """Later prompts find the block, unless they find an equal one already."""
         if block.key is None and key not in self._known:
-            assert block.slot is not None
+            assert block.buffer is not None
             block.key = key
             self._known[key] = block
 
@@ -105,7 +105,7 @@ class BlockPool:
             self._settle(block)
 
     def check_integrity(self, held: dict[Block, tuple[int, int]]) -> None:
-        """Asserts that every page and slot is free or has one block; held: holders and readers of each block."""
+        """Asserts that every page and buffer is free or has one block; held: holders and readers of each block."""
         blocks = dict.fromkeys([*self._known.values(), *held])
         assert all((b.holders, b.readers) == held.get(b, (0, 0)) for b in blocks), "a block is counted wrong"
         assert self._idle == {key: b for key, b in self._known.items() if not b.holders}
@@ -114,18 +114,18 @@ class BlockPool:
         assert all(b.key is None or self._known[b.key] is b for b in blocks)
         pages = [page for b in blocks for page in b.pages]
         assert sorted(pages + self._free) == list(range(self.num_pages)), "a page is lost, or held twice"
-        slots = [b.slot for b in blocks if b.slot is not None]
-        assert sorted(slots + self._free_slots) == list(range(self.num_slots)), "a slot is lost, or held twice"
-        assert all((b.slot is not None) == bool(b.readers or b.key) for b in blocks)
-        assert self._read_slots == sum(b.readers > 0 for b in blocks)
+        buffers = [b.buffer for b in blocks if b.buffer is not None]
+        assert sorted(buffers + self._free_buffers) == list(range(self.num_buffers)), "a buffer is lost, or held twice"
+        assert all((b.buffer is not None) == bool(b.readers or b.key) for b in blocks)
+        assert self._read_buffers == sum(b.readers > 0 for b in blocks)
 
     def _read(self, block: Block) -> None:
         block.readers += 1
-        self._read_slots += block.readers == 1
+        self._read_buffers += block.readers == 1
 
     def _unread(self, block: Block) -> None:
         block.readers -= 1
-        self._read_slots -= block.readers == 0
+        self._read_buffers -= block.readers == 0
 
     def _settle(self, block: Block) -> None:
         """Frees what of a block nobody needs any more."""
@@ -134,9 +134,9 @@ class BlockPool:
                 self._idle[block.key] = block
                 self._idle_pages += len(block.pages)
             return
-        if block.slot is not None and not block.readers:
-            self._free_slots.append(block.slot)
-            block.slot = None
+        if block.buffer is not None and not block.readers:
+            self._free_buffers.append(block.buffer)
+            block.buffer = None
         if not block.holders:
             self._free += block.pages
 

@@ -167,10 +167,10 @@ class Engine:
         return EngineStats(
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting),
-            kv_blocks_used=self.cache.num_pages - self.cache.free_pages - self.cache.idle_pages,
-            kv_blocks_total=self.cache.num_pages,
-            kv_blocks_cached=self.cache.idle_pages,
-            kv_block_bytes=self.cache.page_bytes,
+            kv_pages_used=self.cache.num_pages - self.cache.free_pages - self.cache.idle_pages,
+            kv_pages_total=self.cache.num_pages,
+            kv_pages_cached=self.cache.idle_pages,
+            kv_page_bytes=self.cache.page_bytes,
             failed_steps=self._failed_steps,
             preemptions=self.scheduler.preemptions,
             **self._totals,
@@ -196,12 +196,7 @@ class Engine:
 
     def _pass(self, step: Step) -> list[tuple[str, Event]]:
         try:
-            if step.only_decodes:
-                logits_mV, sequences = self.runner.decode(step), step.decode
-            else:
-                half = self.runner.lower(step)
-                self.scheduler.extend(step)
-                logits_mV, sequences = self.runner.upper(step, half)
+            logits_mV, sequences = self.runner.run(step, self.scheduler.extend)
             self._totals["prefill_passes"] += bool(step.lower or step.upper)
             self._totals["decode_passes"] += bool(step.decode)
             if not sequences:
@@ -295,6 +290,6 @@ class Engine:
             prune_layer=k if decision else 0,
             num_layers=layers,
             kv_bytes=(before * k + after * (layers - k)) * self.cache.bytes_per_token_layer,
-            kv_bytes_unpruned=before * layers * self.cache.bytes_per_token_layer,
+            kv_unpruned_bytes=before * layers * self.cache.bytes_per_token_layer,
             time_to_first_token_s=(sequence.first_token_at or time.monotonic()) - sequence.received_at,
         )

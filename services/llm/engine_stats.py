@@ -26,12 +26,12 @@ class StepFailed(InternalError):
 class EngineStats:
     running: int
     waiting: int
-    kv_blocks_used: int
-    kv_blocks_total: int
+    kv_pages_used: int
+    kv_pages_total: int
     """Pages of the pool that both KV cache groups share."""
-    kv_blocks_cached: int
+    kv_pages_cached: int
     """Pages that no request holds, kept for a later request with the same beginning; not among those used."""
-    kv_block_bytes: int
+    kv_page_bytes: int
     failed_steps: int
     """Steps that failed and brought nobody anything, since a request last ended well."""
     prompt_tokens: int

@@ -110,11 +110,19 @@ class Grammars:
         A guide whose `error` it sets has nothing to go on with."""
         masks_nW = np.zeros((len(guides), -(-self._vocabulary // 32)), dtype=np.uint32)
         try:
-            self._fill(guides, masks_nW)
-            any_n: npt.NDArray[np.bool_] = np.any(masks_nW, axis=1)
-            for guide, mask_W, allows_any in zip(guides, masks_nW, any_n.tolist(), strict=True):
+            rows: list[int] = []  # those whose matcher computes a mask
+            for row, guide in enumerate(guides):
+                token = guide.next_forced()
+                if token is None:
+                    rows.append(row)
+                else:
+                    masks_nW[row, token // 32] = 1 << token % 32
+            self._fill([(guides[row].matcher, row) for row in rows], masks_nW)
+            any_n: npt.NDArray[np.bool_] = np.any(masks_nW[rows], axis=1)
+            for row, allows_any in zip(rows, any_n.tolist(), strict=True):
+                guide = guides[row]
                 if allows_any and not guide.matcher.is_error():
-                    guide.restrict(mask_W)
+                    guide.restrict(masks_nW[row])
                 else:
                     reason = guide.matcher.get_error().split("\n")[0]
                     reason = reason or "the model's tokenizer cannot spell what must come next"
@@ -125,19 +133,14 @@ class Grammars:
                 guide.error = "cannot be followed any further; see the server's log"
         return masks_nW
 
-    def _fill(self, guides: Sequence[Guide], masks_nW: npt.NDArray[np.uint32]) -> None:
-        """Each matcher's own mask."""
+    def _fill(self, rows: list[tuple[llguidance.LLMatcher, int]], masks_nW: npt.NDArray[np.uint32]) -> None:
+        """Each of these matchers' own mask, into its row."""
         first, size = masks_nW.ctypes.data, masks_nW.strides[0]
-        shared = MASK_THREADS > 1 and len(guides) > 1 and 8 * masks_nW.nbytes >= SHARED_FROM
-        for row, guide in enumerate(guides):
-            if guide.ahead:
-                guide.matcher.consume_tokens(guide.ahead)
-                guide.ahead.clear()
-            if not shared:
-                guide.matcher.unsafe_compute_mask_ptr(first + row * size, size)
-        if shared:
-            rows = [(guide.matcher, row) for row, guide in enumerate(guides)]
-            self._threads.unsafe_compute_mask_ptr(rows, first, size, len(rows))
+        if MASK_THREADS > 1 and len(rows) > 1 and 8 * size * len(rows) >= SHARED_FROM:
+            self._threads.unsafe_compute_mask_ptr(rows, first, size, len(masks_nW))
+        else:
+            for matcher, row in rows:
+                matcher.unsafe_compute_mask_ptr(first + row * size, size)
 
     def close(self) -> None:
         """Ends its process."""

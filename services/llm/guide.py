@@ -48,13 +48,13 @@ class Guide:
         self.matcher = start.matcher.deep_copy()
         self.ahead: list[int] = []
         """Tokens of the answer that the matcher has not seen yet."""
+        self.forced: list[int] = []
+        """Those tokens, the next one last, of which each must come; empty where that is not known."""
         self._closing, self._eos = closing, eos_token_ids
         self._most, self._min_tokens = max_new_tokens, sampling.min_tokens
         self._end = eos_token_ids if sampling.ignore_eos else ()
         self._early_end = (*eos_token_ids, *sampling.stop_token_ids)
         self._taken = 0
-        self._way: list[int] = []
-        self._way_from = 0
         self._longest_way, self._look_at = SPARE_TOKENS, 0
         self._look(start.way)
 
@@ -62,20 +62,28 @@ class Guide:
         """The answer went on by a token."""
         self.ahead.append(token)
         self._taken += 1
+        if self.forced and self.forced.pop() != token:  # its score was no number, say: let the matcher see it
+            self.forced.clear()
+
+    def next_forced(self) -> int | None:
+        """The token that must come next; None where the matcher's mask decides.
+
+        A forced text, such as a field's name, is looked for once: that costs as much as a mask, for all its tokens.
+        """
+        if self.forced and (self.closes or self._taken < self._look_at):
+            return self.forced[-1]
+        if self.ahead:
+            self.matcher.consume_tokens(self.ahead)
+            self.ahead.clear()
+        if not self.closes:
+            if self._taken >= self._look_at:
+                self._look(self._closing.way(self.matcher))
+            if not self.closes:
+                self.forced = self.matcher.compute_ff_tokens()[::-1]
+        return self.forced[-1] if self.forced else None
 
     def restrict(self, mask_W: npt.NDArray[np.uint32]) -> None:
-        """Leaves in its matcher's mask the end alone when it is time for it, and no end while it is too early.
-
-        An end that is too early stays where nothing else is left.
-        """
-        if not self.closes and self._taken >= self._look_at:
-            self._look(self._closing.way(self.matcher))
-        if self.closes:
-            gone = self._taken - self._way_from
-            token = self._way[gone] if gone < len(self._way) else self._eos[0]
-            mask_W[:] = 0
-            mask_W[token // 32] = 1 << token % 32
-            return
+        """Takes the end out of its matcher's mask while it is too early, unless nothing else is left."""
         waiting = self._early_end if self._taken < self._min_tokens else self._end
         found = [token for token in waiting if mask_W.item(token // 32) >> token % 32 & 1]
         if found:
@@ -97,4 +105,5 @@ class Guide:
         # The next token may open something that takes as many more to close.
         spare = left - len(way) - min(self._longest_way, self._most // 8)
         self._look_at = self._taken + max(1, spare // 2)
-        self.closes, self._way, self._way_from = spare <= 0, way, self._taken
+        if spare <= 0:
+            self.closes, self.forced = True, [self._eos[0], *reversed(way)]

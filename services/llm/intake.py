@@ -94,12 +94,12 @@ class Intake:
     def _check_room(self, sequence: Sequence) -> None:
         """Raises TooLarge for what could not run even if it had the whole KV cache."""
         cache, (lower, upper) = self.cache, sequence.max_kv_lens
-        if cache.pages_needed(lower, upper) > cache.num_pages or cache.blocks(lower) > cache.num_slots:
+        if cache.pages_needed(lower, upper) > cache.num_pages or cache.blocks(lower) > cache.num_buffers:
             needed = max(cache.blocks(lower) * cache.block_bytes, cache.pages_needed(lower, upper) * cache.page_bytes)
             raise TooLarge(
                 f"a prompt of {sequence.prompt_len} tokens and up to {sequence.max_new_tokens} new ones need "
-                f"{needed} bytes of KV cache, this server has {cache.num_slots * cache.block_bytes}, "
-                f"{cache.num_slots * cache.block_size} tokens; "
+                f"{needed} bytes of KV cache, this server has {cache.num_buffers * cache.block_bytes}, "
+                f"{cache.num_buffers * cache.block_size} tokens; "
                 "ask for fewer max_tokens or send smaller images",
                 field="request",
             )

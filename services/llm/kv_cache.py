@@ -7,8 +7,8 @@ both groups' layer counts, so a page freed by either group serves both. A *row* 
 
 Full blocks of prompt tokens in the lower group are known by a key (prefix.py), and a later prompt with the same
 beginning adopts them. The layers above need the hidden states that left the lower group, so beside each lower block
-of a prompt lies a *slot* with them, [block_size, D], from a pool that the same budget pays for. There a split prompt
-waits for its upper layers; after its prefill a slot stays only with a known block. The upper group is never shared.
+of a prompt lies a *buffer* with them, [block_size, D], from a pool that the same budget pays for. There a split prompt
+waits for its upper layers; after its prefill a buffer stays only with a known block. The upper group is never shared.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class KVCache:
         device: torch.device | str,
         block_size: int = BLOCK_SIZE,
     ):
-        """config.kv_cache_bytes pays for pages and slots together. Raises InvalidInput where it pays for no block."""
+        """config.kv_cache_bytes pays for pages and buffers together. Raises InvalidInput where it pays for no block."""
         assert config.kv_cache_bytes is not None, "sizes are set"
         kv_cache_bytes = config.kv_cache_bytes
         self.groups = (
@@ -73,24 +73,24 @@ class KVCache:
         self.pages_a_block = tuple(group.num_layers // self.layers_per_page for group in self.groups)
         self.bytes_per_token_layer = 2 * kv_heads * head_dim * dtype.itemsize
         self.page_bytes = self.layers_per_page * block_size * self.bytes_per_token_layer
-        # As many slots as there would be blocks if no token were ever pruned; pages take the rest.
-        slot_bytes = block_size * hidden_size * dtype.itemsize
-        self.block_bytes = sum(self.pages_a_block) * self.page_bytes + slot_bytes
-        self.num_slots = kv_cache_bytes // self.block_bytes
-        if not self.num_slots:
+        # As many buffers as there would be blocks if no token were ever pruned; pages take the rest.
+        buffer_bytes = block_size * hidden_size * dtype.itemsize
+        self.block_bytes = sum(self.pages_a_block) * self.page_bytes + buffer_bytes
+        self.num_buffers = kv_cache_bytes // self.block_bytes
+        if not self.num_buffers:
             raise InvalidInput(
                 f"is {kv_cache_bytes}, expected {self.block_bytes} or more: a block has {block_size} tokens",
                 field="kv_cache_bytes",
             )
-        self.num_pages = (kv_cache_bytes - self.num_slots * slot_bytes) // self.page_bytes
-        self.pool = BlockPool(num_pages=self.num_pages, num_slots=self.num_slots)
+        self.num_pages = (kv_cache_bytes - self.num_buffers * buffer_bytes) // self.page_bytes
+        self.pool = BlockPool(num_pages=self.num_pages, num_buffers=self.num_buffers)
         # The last page belongs to nobody and stays zero: padded block tables point at it.
         rows = (self.num_pages + 1) * self.layers_per_page
         self.null_row = self.num_pages * self.layers_per_page
         # Written to here: memory that is only promised would look free to the next replica.
         self.key = torch.empty(rows, block_size, kv_heads, head_dim, dtype=dtype, device=device).zero_()
         self.value = torch.empty_like(self.key).zero_()
-        self.hidden = torch.empty(self.num_slots, block_size, hidden_size, dtype=dtype, device=device).zero_()
+        self.hidden = torch.empty(self.num_buffers, block_size, hidden_size, dtype=dtype, device=device).zero_()
         self._tables: dict[str, BlockTables] = {}
 
     # What fits.
@@ -123,15 +123,16 @@ class KVCache:
         found = self.pool.find(keys)
         shared = sum(block.holders > 0 for block in found)  # an idle one is counted as room, so it is needed too
         pages = self.pages_needed(lower_tokens, upper_tokens) - shared * self.pages_a_block[LOWER] + spare_pages
-        slots = self.blocks(lower_tokens) - sum(block.readers > 0 for block in found)
-        return pages <= self.free_pages + self.idle_pages and slots <= self.pool.slots_to_have
+        buffers = self.blocks(lower_tokens) - sum(block.readers > 0 for block in found)
+        return pages <= self.free_pages + self.idle_pages and buffers <= self.pool.buffers_to_have
 
     def can_grow(self, request_id: str, group: int, tokens: int) -> bool:
         """Whether the sequence can hold `tokens` tokens of one group now."""
         table = self._tables[request_id]
         new = self.blocks(tokens) - len(table.blocks[group])
-        slots = new if group == LOWER and table.in_prefill else 0
-        return new * self.pages_a_block[group] <= self.free_pages + self.idle_pages and slots <= self.pool.slots_to_have
+        buffers = new if group == LOWER and table.in_prefill else 0
+        pages = new * self.pages_a_block[group]
+        return pages <= self.free_pages + self.idle_pages and buffers <= self.pool.buffers_to_have
 
     # A sequence's way: open, adopt and grow in turns, end_prefill, grow, free.
 
@@ -155,9 +156,9 @@ class KVCache:
         assert self.can_grow(request_id, group, tokens)
         table = self._tables[request_id]
         count = self.blocks(tokens) - len(table.blocks[group])
-        with_slot = group == LOWER and table.in_prefill
+        with_buffer = group == LOWER and table.in_prefill
         self._append(
-            table, group, [self.pool.take(self.pages_a_block[group], with_slot=with_slot) for _ in range(count)]
+            table, group, [self.pool.take(self.pages_a_block[group], with_buffer=with_buffer) for _ in range(count)]
         )
         if count > 0 and tokens % self.block_size:
             # A request never reads what another left in the unused end of a block, not even through a masked NaN.
@@ -172,7 +173,7 @@ class KVCache:
                 self.pool.name(block, key)
 
     def end_prefill(self, request_id: str) -> None:
-        """The upper layers have read the hidden states: slots of blocks that nobody can find are free."""
+        """The upper layers have read the hidden states: buffers of blocks that nobody can find are free."""
         table = self._tables[request_id]
         table.in_prefill = False
         for block in table.blocks[LOWER]:
@@ -200,13 +201,13 @@ class KVCache:
         slots = rows[:, :, None] * self.block_size + torch.arange(self.block_size, device=rows.device)
         return slots.flatten(1)[:, start - first * self.block_size : end - first * self.block_size]
 
-    def hidden_slots(self, request_id: str, index_S: torch.Tensor) -> torch.Tensor:
+    def hidden_index(self, request_id: str, index_S: torch.Tensor) -> torch.Tensor:
         """int64 [S], on the cache's device: where tokens index_S (CPU) of a prompt in prefill live in flat `hidden`."""
         table = self._tables[request_id]
         assert table.in_prefill
-        slot_B = torch.tensor([block.slot for block in table.blocks[LOWER]], dtype=torch.int64)
-        slots_S = slot_B[index_S // self.block_size] * self.block_size + index_S % self.block_size
-        return slots_S.to(self.hidden.device)
+        buffer_B = torch.tensor([block.buffer for block in table.blocks[LOWER]], dtype=torch.int64)
+        place_S = buffer_B[index_S // self.block_size] * self.block_size + index_S % self.block_size
+        return place_S.to(self.hidden.device)
 
     def capacity(self, request_id: str, group: int) -> int:
         """Tokens that the sequence's blocks of one group can hold; 0 when it holds none."""
@@ -214,7 +215,7 @@ class KVCache:
         return len(table.blocks[group]) * self.block_size if table else 0
 
     def check_integrity(self, holders: set[str]) -> None:
-        """Asserts that only `holders` hold blocks, and that every page and slot is accounted for (see BlockPool)."""
+        """Asserts that only `holders` hold blocks, and that every page and buffer is accounted for (see BlockPool)."""
         assert set(self._tables) == holders, (set(self._tables), holders)
         held: dict[Block, tuple[int, int]] = {}
         for table in self._tables.values():

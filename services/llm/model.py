@@ -16,19 +16,10 @@ from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.store import check_shapes, load_stage
 from services.checkpoint.supported import check_decoder
 from services.compute.dtypes import dtype_of_stored
-from services.compute.linear import Quantize, can_pack, prepare_linears
-from services.llm.attention import ATTENTION_NAME, AttentionStep
-from services.llm.fused_layer import (
-    DecodeLayer,
-    can_fuse,
-    decodes_whole,
-    fused_layer,
-    join_plain_linears,
-    only_decodes,
-    rms_norm,
-)
-from services.llm.kernels import choose_elementwise
-from services.llm.kernels.panel_linear import pack_linear
+from services.compute.linear import Quantize, onednn_multiplies, prepare_linears
+from services.llm.attention import ATTENTION_NAME, PackedStep
+from services.llm.kernels import AttentionStep, choose_elementwise
+from services.llm.kernels.fused_layer import FusedLayer, can_fuse, rms_norm
 from services.sampler.text_guided import apply_rotary, text_importance
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
@@ -53,12 +44,9 @@ class Decoder:
         self.kv_heads: int = self.config.num_key_value_heads
         self.context: int = self.config.max_position_embeddings
         self.elementwise = choose_elementwise(self.device, self.dtype) if all(map(can_fuse, self.layers)) else None
-        """Of fused layers; None: transformers' own run."""
-        if self.elementwise is not None:
-            for layer in self.layers:
-                join_plain_linears(layer)
-        whole = self.elementwise is not None and all(map(decodes_whole, self.layers))
-        self.decode_layers = [DecodeLayer(layer) for layer in self.layers] if whole else []
+        self.fused = [FusedLayer(layer, self.elementwise) for layer in self.layers] if self.elementwise else []
+        """Our layers in place of transformers'; empty: transformers' own run."""
+        self.decodes_whole = bool(self.fused) and all(layer.decodes_whole for layer in self.fused)
 
     @classmethod
     def from_state(
@@ -79,7 +67,7 @@ class Decoder:
         with torch.device("meta"):
             lm = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME, dtype=dtype)
         # What is packed is converted then, one layer at a time: a second whole copy would not fit where one just does.
-        later = _linear_parameters(lm) if can_pack(torch.device(device), dtype) else set()
+        later = _linear_parameters(lm) if onednn_multiplies(torch.device(device), dtype) else set()
         state = {
             name: state.pop(name) if name in later else state.pop(name).to(device=device, dtype=dtype)
             for name in list(state)
@@ -98,7 +86,7 @@ class Decoder:
         assert not any(tensor.is_meta for tensor in (*lm.parameters(), *lm.buffers()))
         state.clear()  # or the plain weights would stay beside the packed ones
         _fuse_norms(lm)
-        prepare_linears(lm.requires_grad_(False), torch.device(device), dtype, quantize, pack_linear)
+        prepare_linears(lm.requires_grad_(False), torch.device(device), dtype, quantize)
         return cls(lm)
 
     @classmethod
@@ -139,31 +127,35 @@ class Decoder:
     ) -> torch.Tensor:
         """Layers first..last-1 on a packed pass; returns hidden [S, D].
 
-        After the model's last layer: the rows of `step.final_rows` only.
+        After the model's last layer: the rows of `step.final_rows` only. There are three ways through a layer:
+
+            transformers' own       a layer of another shape than Llama's, or a device without our operators
+            FusedLayer              our operators, one after another: prefill, any pass on a GPU, a CPU's large batch
+            FusedLayer.decode       one call of compiled code: a CPU's pass that decodes a few sequences and no more
         """
         final_rows = step.final_rows if last == self.num_layers else None
-        if self.elementwise is not None:
-            cos_Sd, sin_Sd, hidden_SD = rotary[0][0], rotary[1][0], hidden_SD.clone()  # it is written to
-            if self.decode_layers and only_decodes(step):
-                for decode in self.decode_layers[first:last]:
-                    decode(hidden_SD, cos_Sd, sin_Sd, step)
-                return hidden_SD if final_rows is None else hidden_SD[final_rows]
-            for index in range(first, last):
-                rows = final_rows if index == self.num_layers - 1 else None
-                hidden_SD = fused_layer(self.layers[index], hidden_SD, cos_Sd, sin_Sd, step, self.elementwise, rows)
-            return hidden_SD
-        hidden_1SD = hidden_SD[None]
-        for layer in self.layers[first:last]:
-            hidden_1SD = layer(
-                hidden_1SD,
-                attention_mask=None,
-                position_ids=None,
-                past_key_values=None,
-                use_cache=False,
-                position_embeddings=rotary,
-                focus_step=step,
-            )
-        return hidden_1SD[0] if final_rows is None else hidden_1SD[0, final_rows]
+        if not self.fused:
+            hidden_1SD = hidden_SD[None]
+            for layer in self.layers[first:last]:
+                hidden_1SD = layer(
+                    hidden_1SD,
+                    attention_mask=None,
+                    position_ids=None,
+                    past_key_values=None,
+                    use_cache=False,
+                    position_embeddings=rotary,
+                    focus_step=step,
+                )
+            return hidden_1SD[0] if final_rows is None else hidden_1SD[0, final_rows]
+        cos_Sd, sin_Sd, hidden_SD = rotary[0][0], rotary[1][0], hidden_SD.clone()  # it is written to
+        if self.decodes_whole and isinstance(step, PackedStep) and step.decodes_few:
+            for layer in self.fused[first:last]:
+                layer.decode(hidden_SD, cos_Sd, sin_Sd, *step.pages(layer.index))
+            return hidden_SD if final_rows is None else hidden_SD[final_rows]
+        for layer in self.fused[first:last]:
+            rows = final_rows if layer is self.fused[-1] else None
+            hidden_SD = layer(hidden_SD, cos_Sd, sin_Sd, step, rows)
+        return hidden_SD
 
     def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
         """Final norm and head: [S, V]."""

@@ -1,5 +1,11 @@
-"""One step over the decoder: layers 0..k-1, text-guided selection, layers k..L-1. The halves are called one by one, for
-between them the scheduler adds what the selection lets go on; a step that only decodes is one call.
+"""One step over the decoder. `ModelRunner.run` takes one of two ways:
+
+    only decodes     decode    all layers of one token a sequence; on a GPU the replay of a CUDA graph
+    anything else    lower     layers 0..k-1 of all tokens, then the text-guided selection where a prompt is complete
+                     extend    the scheduler adds first chunks of what was selected
+                     upper     layers k..L-1 of what goes on
+
+Both go through `Decoder.run_layers`, which draws the three ways through a layer.
 
 Legend: S tokens of a packed half step, n sequences that decode, N visual tokens, K of them kept, T instruction tokens,
 D width, V vocabulary, m sequences that get a next token.
@@ -7,7 +13,7 @@ D width, V vocabulary, m sequences that get a next token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +66,16 @@ class ModelRunner:
         layers = [group.num_layers for group in self.cache.groups]
         self._decode.record(most, blocks, layers, self.cache.key.device)
 
+    def run(self, step: Step, extend: Callable[[Step], None]) -> tuple[torch.Tensor, list[Sequence]]:
+        """Returns logits [m, V] and their m sequences: all that decode or end their prefill.
+
+        extend: adds to the step, once it has selected, what goes on in its upper half."""
+        if step.only_decodes:
+            return self.decode(step), step.decode
+        half = self.lower(step)
+        extend(step)
+        return self.upper(step, half)
+
     def decode(self, step: Step) -> torch.Tensor:
         """A step that only decodes: logits [n, V]."""
         numbers_3n = _decoding(step).to(self.decoder.device)
@@ -92,11 +108,11 @@ class ModelRunner:
             )
             hidden_SD = decoder.run_layers(hidden_SD, decoder.rotary(position_S), 0, self.prune_layer, packed)
         if step.lower:
-            slots = [
-                self.cache.hidden_slots(chunk.sequence.request_id, index_S)
+            places = [
+                self.cache.hidden_index(chunk.sequence.request_id, index_S)
                 for chunk, index_S in zip(step.lower, positions[1:], strict=True)
             ]
-            self.cache.hidden.flatten(0, 1).index_copy_(0, torch.cat(slots), hidden_SD[n:])
+            self.cache.hidden.flatten(0, 1).index_copy_(0, torch.cat(places), hidden_SD[n:])
         for chunk in step.lower:
             chunk.sequence.kv_lens[LOWER] += chunk.count
         for sequence in step.selecting:
@@ -108,13 +124,13 @@ class ModelRunner:
         )
 
     def upper(self, step: Step, half: HalfStep) -> tuple[torch.Tensor, list[Sequence]]:
-        """Layers k..L-1; returns logits [m, V] and their m sequences: all that decode or end their prefill here."""
+        """Layers k..L-1; returns what `run` does."""
         decoder, device, n = self.decoder, self.decoder.device, len(step.decode)
         index = [chunk.sequence.upper_index[chunk.start : chunk.start + chunk.count] for chunk in step.upper]  # type: ignore[index]
         hidden, positions = [half.hidden_nD], [half.position_n]
         for chunk, index_S in zip(step.upper, index, strict=True):
-            slots_S = self.cache.hidden_slots(chunk.sequence.request_id, index_S)
-            hidden.append(self.cache.hidden.flatten(0, 1)[slots_S])
+            place_S = self.cache.hidden_index(chunk.sequence.request_id, index_S)
+            hidden.append(self.cache.hidden.flatten(0, 1)[place_S])
             positions.append(index_S.to(device))
         if not n and not step.upper:
             return torch.empty(0, 0), []
@@ -142,7 +158,7 @@ class ModelRunner:
             return torch.empty(0, 0), []
         return decoder.logits(hidden_mD), sequences
 
-    def _whole_pass(self, tokens_n: torch.Tensor, held_2n: torch.Tensor, rows_LnB: Seq[torch.Tensor]) -> torch.Tensor:
+    def _whole_pass(self, tokens_n: torch.Tensor, held_2n: torch.Tensor, rows_LnB: list[torch.Tensor]) -> torch.Tensor:
         """Logits [n, V]. held_2n: tokens before it in each KV cache group; in the lower one that is its position."""
         decoder, cache = self.decoder, self.cache
         rotary = decoder.rotary(held_2n[LOWER])
@@ -176,7 +192,7 @@ class ModelRunner:
         instruction = torch.tensor(sequence.prompt.instruction_positions)
         position_S = torch.cat([instruction, sequence.visual_N])
         rotary: Rotary = self.decoder.rotary(position_S.to(self.decoder.device))
-        hidden_SD = self.cache.hidden.flatten(0, 1)[self.cache.hidden_slots(sequence.request_id, position_S)]
+        hidden_SD = self.cache.hidden.flatten(0, 1)[self.cache.hidden_index(sequence.request_id, position_S)]
         importance_N = self.decoder.visual_importance(hidden_SD, rotary, self.prune_layer, len(instruction)).cpu()
         return PruneDecision(
             kept=keep(importance_N, pruning),

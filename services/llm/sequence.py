@@ -87,21 +87,11 @@ class Sequence:
         return self.prompt_len + len(self.output_ids)
 
     @property
-    def next_position(self) -> int:
-        """RoPE position of the next token to enter the model: the lower group holds every token before it."""
-        return self.kv_lens[0]
-
-    @property
     def removed(self) -> int:
         """Visual tokens that do not go on after the prune layer: so many are known to be so far."""
         if self.decision is not None:
             return self.num_visual - len(self.decision.kept)
         return sure_to_leave(self.num_visual, self.pruning) if self.pruning else 0
-
-    @property
-    def kept_prompt_len(self) -> int:
-        """Prompt tokens that go on after the prune layer."""
-        return self.prompt_len - self.removed
 
     @property
     def max_kv_lens(self) -> tuple[int, int]:

@@ -18,13 +18,13 @@ from services.common.errors import InvalidInput
 from services.sampler.vision_guided import VisionGuidedSampler, pool, split_regions
 
 Seen = tuple[torch.Tensor, tuple[int, int]]
-"""What a selector says of an image: logits (float32 [M, K], `SampledMap.logits_MK`) and the map's H and W. Not p: where
-the softmax is saturated it is zero, and says no more of how far a region is from another branch."""
+"""A selector's view of an image: logits (float32 [M, K], `SampledMap.logits_MK`) and the map's H and W. In place of
+logits p would not do: where the softmax saturates it is zero, however far a region is from another branch."""
 
 STEPS = 20
-"""Halvings of MOST: to a ten-thousandth of a logit. Nearer to the last region that fits, rounding decides about it."""
+"""Steps of bisection from MOST: down to a ten-thousandth of a logit, below which rounding decides."""
 MOST = 64.0
-"""Of a logit a halving of resolution: past the last region that changes, unless logits lie farther apart."""
+"""Largest move tried, in logits a halving of resolution: all regions change before it, unless logits lie far apart."""
 
 
 def tokens_by_branch(map_hw: tuple[int, int], sampler: VisionGuidedSampler) -> torch.Tensor:
@@ -35,7 +35,7 @@ def tokens_by_branch(map_hw: tuple[int, int], sampler: VisionGuidedSampler) -> t
 
 def finer_for_share(sampler: VisionGuidedSampler, seen: Sequence[Seen], share: float) -> float:
     """How far a selector has to be moved towards detail (`finer` of `VisionGuidedSampler.forward`) to leave at most
-    `share` of the tokens of the feature maps seen, and nearly that; or as few as their edges allow.
+    `share` of the tokens of the feature maps seen, as near to it as can be, or as few as their edges allow.
     """
     coarseness_K, share = sampler.coarseness_K, max(share, least_share(sampler, seen))
     return _largest_within(sampler, seen, share, lambda finer: -finer * coarseness_K)[0]
@@ -56,7 +56,7 @@ def set_map_share(sampler: VisionGuidedSampler, seen: Sequence[Seen], share: flo
     before_K, coarseness_K = linear.bias.clone(), sampler.coarseness_K.to(linear.bias.device)
 
     def bias(finer: float) -> torch.Tensor:
-        """As it will be stored, rounded to the weights' dtype."""
+        """The bias as it will be stored, rounded to the weights' dtype."""
         return before_K - (finer / temperature * coarseness_K).to(before_K)
 
     def moved(finer: float) -> torch.Tensor:
@@ -68,7 +68,7 @@ def set_map_share(sampler: VisionGuidedSampler, seen: Sequence[Seen], share: flo
 
 
 def least_share(sampler: VisionGuidedSampler, seen: Sequence[Seen]) -> float:
-    """What the coarsest branch everywhere leaves: of partial regions more than of whole ones."""
+    """The share that is left with every region at the coarsest branch: more of partial regions than of whole ones."""
     least = sum(int(tokens_by_branch(map_hw, sampler).amin(1).sum()) for _, map_hw in seen)
     return least / sum(height * width for _, (height, width) in seen)
 
@@ -79,7 +79,7 @@ def _largest_within(
 ) -> tuple[float, float]:
     """The largest move towards detail that leaves no more than `share`, and what it leaves.
 
-    moved: from a move to what it adds to the logits, float32 [K].
+    moved: maps a move to what it adds to the logits, float32 [K].
     """
     tokens_MK = torch.cat([tokens_by_branch(map_hw, sampler) for _, map_hw in seen])
     logits_MK = torch.cat([logits_MK.detach().float().cpu() for logits_MK, _ in seen])

@@ -92,7 +92,7 @@ def emit(
     window: int,
     order: TokenOrder,
 ) -> tuple[torch.Tensor, int]:
-    """The cells of the branch that each region chose, in order: tokens [N, D], newlines among them; how many are those.
+    """The cells of the branch that each region chose, in order: tokens [N, D] with newlines, and how many newlines.
 
     pooled: what `pool` gives for each branch; grid: rows and columns of regions.
     """
@@ -201,7 +201,7 @@ class VisionGuidedSampler(nn.Module):
 
     @property
     def coarseness_K(self) -> torch.Tensor:
-        """float32 [K]: log2 of the tokens that one of a branch stands for; to drop is a step past pooling a window."""
+        """float32 [K]: log2 of how many tokens one token of a branch stands for; DROP is a step past a whole window."""
         kernels = (float(2 * self.window**2 if kernel == DROP else kernel[0] * kernel[1]) for kernel in self.branches)
         return torch.tensor(list(kernels)).log2()
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from cluster.checks import REPOSITORY, find_checkpoint
+from cluster.checks import REPOSITORY
 from cluster.local import LocalCluster
+from services.checkpoint.finding import find_checkpoint
 
 ENVIRONMENTS = REPOSITORY / os.environ.get("CLIENTS", ".clients")
 QUIET = {

@@ -47,7 +47,7 @@ SHAPES_HW = {
     "ribbon": (7, 150),
     "column": (190, 6),
     "just_over": (57, 57),
-    # So thin that unpadding leaves no row of the map: base tile only.
+    # Unpadding leaves no row of a map so thin: base tile only.
     "thread": (4, 396),
 }
 

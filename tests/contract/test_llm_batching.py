@@ -17,7 +17,7 @@ Answers = dict[str, tuple[list[int], str, FinishedEvent]]
 
 
 def alone(family: str, requests: Sequence[GenerateRequest]) -> Answers:
-    """Each in an engine that has nothing else to do, its prompt in one piece."""
+    """Answers of engines that run one request each, its prompt in one piece."""
     plain = tiny_llm.engine(family, prefix_reuse=False)
     answers: Answers = {}
     for asked in requests:
@@ -33,7 +33,7 @@ def alone(family: str, requests: Sequence[GenerateRequest]) -> Answers:
 
 
 def arriving(engine: Engine, requests: Sequence[GenerateRequest]) -> Answers:
-    """Some arrive together, some while others run."""
+    """Answers to requests of which some arrive together, some while others run."""
     events: list[tuple[str, Any]] = []
     waiting, step = list(requests), 0
     while waiting or engine.has_work():
@@ -51,7 +51,7 @@ def assert_equal(actual: Answers, expected: Answers) -> None:
         assert actual[request_id][:2] == (ids, text), request_id
         other = actual[request_id][2]
         assert other.reason == end.reason
-        for name in ("prompt_tokens", "completion_tokens", "visual_tokens_kept", "kv_bytes", "kv_bytes_unpruned"):
+        for name in ("prompt_tokens", "completion_tokens", "visual_tokens_kept", "kv_bytes", "kv_unpruned_bytes"):
             assert getattr(other.usage, name) == getattr(end.usage, name), (request_id, name)
 
 
@@ -127,7 +127,7 @@ def test_threshold_one_and_ratio_one_equal_off(family: str) -> None:
     assert full[0] == ratio[0] == off[0]
     for _, _, end in (full, ratio, off):
         assert end.usage.visual_tokens_kept == end.usage.visual_tokens_sampled == 40
-        assert end.usage.kv_bytes == end.usage.kv_bytes_unpruned
+        assert end.usage.kv_bytes == end.usage.kv_unpruned_bytes
         assert end.usage.prune_layer == 0
 
 
@@ -186,9 +186,9 @@ def test_penalties_and_logprobs_see_the_same_prompt_and_answer_after_a_preemptio
 def test_a_layer_in_one_call_decodes_what_its_operators_do(family: str, dtype: torch.dtype):
     folder = tiny_llm.checkpoint(family)
     whole, parts = (tiny_llm.engine(folder=folder, dtype=dtype) for _ in range(2))
-    if not whole.decoder.decode_layers:
+    if not whole.decoder.decodes_whole:
         pytest.skip("this processor has no panels for this dtype")
-    parts.decoder.decode_layers = []
+    parts.decoder.decodes_whole = False
     first, second = (
         {
             request_id: [event.logprobs for name, event in events if name == request_id and hasattr(event, "logprobs")]

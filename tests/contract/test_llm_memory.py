@@ -29,16 +29,16 @@ def test_kv_bytes_are_what_the_kept_counts_say_and_pages_of_pruned_tokens_are_fr
     assert kept < 150
     length = sequence.prompt_len
     assert sequence.kv_lens == [length, length - 300 + kept]
-    assert engine.stats().kv_blocks_used == engine.cache.pages_needed(length, length - 300 + kept)
+    assert engine.stats().kv_pages_used == engine.cache.pages_needed(length, length - 300 + kept)
     usage = tiny_llm.run(engine)["pruned"][2].usage
     held = usage.prompt_tokens + 10 - 1  # the last token is never fed back
     token_layer = 2 * 2 * 16 * 4  # K and V, 2 heads of 16, float32
-    assert usage.kv_bytes_unpruned == held * 6 * token_layer
+    assert usage.kv_unpruned_bytes == held * 6 * token_layer
     assert usage.kv_bytes == (held * 2 + (held - 300 + kept) * 4) * token_layer
     assert (usage.visual_tokens_uncompressed, usage.visual_tokens_sampled) == (600, 300)
     assert (usage.visual_tokens_kept, usage.prune_layer, usage.num_layers) == (kept, 2, 6)
     assert 0 < usage.time_to_first_token_s < 60
-    assert engine.stats().kv_blocks_used == 0
+    assert engine.stats().kv_pages_used == 0
 
 
 def test_pages_are_taken_as_tokens_come_not_for_the_worst_case() -> None:
@@ -46,10 +46,10 @@ def test_pages_are_taken_as_tokens_come_not_for_the_worst_case() -> None:
     engine.submit(tiny_llm.request(engine, images=(), max_tokens=1500))
     sequence = engine._sequences["r"]
     engine.step()
-    assert engine.stats().kv_blocks_used == engine.cache.pages_needed(sequence.prompt_len, sequence.prompt_len)
+    assert engine.stats().kv_pages_used == engine.cache.pages_needed(sequence.prompt_len, sequence.prompt_len)
     for _ in range(40):
         engine.step()
-    assert engine.stats().kv_blocks_used == engine.cache.pages_needed(*sequence.kv_lens)
+    assert engine.stats().kv_pages_used == engine.cache.pages_needed(*sequence.kv_lens)
     engine.abort("r")
 
 
@@ -130,18 +130,18 @@ def test_abort_in_every_state_frees_everything_at_once() -> None:
         engine.submit(tiny_llm.request(engine, f"r{index}", image_seed=index, keep_ratio=0.5, max_tokens=6))
     engine.step()  # r0 and r1 prefilled, r2 and r3 wait
     engine.step()
-    used = engine.stats().kv_blocks_used
+    used = engine.stats().kv_pages_used
     assert engine.abort("r3").reason == "abort"
-    assert engine.stats().kv_blocks_used == used, "a waiting request held nothing"
+    assert engine.stats().kv_pages_used == used, "a waiting request held nothing"
     end = engine.abort("r0")
     assert (end.reason, end.usage.completion_tokens) == ("abort", 2)
     engine.check_integrity()
-    assert engine.stats().kv_blocks_used == used // 2
+    assert engine.stats().kv_pages_used == used // 2
     assert engine.abort("r0") is None, "finished already"
     assert engine.abort("never seen") is None
     finished = tiny_llm.run(engine)
     assert finished.keys() == {"r1", "r2"}
-    assert engine.stats().kv_blocks_used == 0
+    assert engine.stats().kv_pages_used == 0
 
 
 def test_totals_are_of_requests_that_were_prefilled() -> None:
@@ -176,7 +176,7 @@ def test_abort_in_the_middle_of_a_split_prompt() -> None:
             engine.step()
         assert engine.abort("r").reason == "abort"
         engine.check_integrity()
-        assert engine.stats().kv_blocks_used == 0
+        assert engine.stats().kv_pages_used == 0
 
 
 @pytest.mark.parametrize("prefix_reuse", [True, False])
@@ -210,9 +210,9 @@ def test_a_storm_of_1000_aborts_leaves_the_pool_as_it_was(prefix_reuse: bool) ->
         engine.abort(name)
     engine.check_integrity()
     stats = engine.stats()
-    assert stats.kv_blocks_used == stats.running == stats.waiting == 0
-    assert engine.cache.free_pages + stats.kv_blocks_cached == stats.kv_blocks_total
-    assert bool(stats.kv_blocks_cached) == prefix_reuse
+    assert stats.kv_pages_used == stats.running == stats.waiting == 0
+    assert engine.cache.free_pages + stats.kv_pages_cached == stats.kv_pages_total
+    assert bool(stats.kv_pages_cached) == prefix_reuse
     # All of it can be had again.
     assert_runs_alone_with_the_whole_pool(engine, 600)
 
@@ -283,5 +283,5 @@ def test_a_failed_step_ends_its_requests_only_and_nobody_finds_what_it_computed(
     assert failure.value.request_ids == ("a", "b")
     assert "broken card" not in str(failure.value) and "broken card" in str(failure.value.__cause__)
     engine.check_integrity()
-    assert engine.stats().kv_blocks_cached == 0
+    assert engine.stats().kv_pages_cached == 0
     assert tiny_llm.run(engine)["c"][0] == expected

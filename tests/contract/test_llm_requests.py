@@ -106,5 +106,5 @@ def test_no_image_means_no_pruning() -> None:
     engine = tiny_llm.engine()
     usage = tiny_llm.run(engine, [tiny_llm.request(engine, images=(), threshold=0.1)])["r"][2].usage
     assert (usage.visual_tokens_sampled, usage.visual_tokens_kept, usage.prune_layer) == (0, 0, 0)
-    assert usage.kv_bytes == usage.kv_bytes_unpruned
+    assert usage.kv_bytes == usage.kv_unpruned_bytes
     assert usage.converted_share == 1.0

@@ -98,7 +98,7 @@ def test_every_answer_matches_its_constraint(model: str) -> None:
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, tuple[list[int], str]]:
-    """Each request by itself."""
+    """Answers to each request by itself."""
     engine = tiny_llm.engine()
     return {r.request_id: tiny_llm.run(engine, [r])[r.request_id][:2] for r in some(engine)}
 

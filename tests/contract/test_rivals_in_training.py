@@ -29,7 +29,7 @@ def rotate(x, angle):
 
 
 def alone(joint, encoded, sample, branch, rival):
-    """One question: words, visual tokens, question and answer; every head and every token by itself."""
+    """Runs one question: words, visual tokens, question and answer; every head and every token by itself."""
     decoder = joint.language_model.model
     visual, before = encoded.tokens_ND, len(sample.prefix_ids)
     words = decoder.embed_tokens(torch.tensor([*sample.prefix_ids, *branch.token_ids]))

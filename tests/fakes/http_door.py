@@ -41,7 +41,7 @@ class Door:
         return await self.client.chat.completions.create(**fields)
 
     async def post(self, body: dict | bytes, path: str = "/v1/chat/completions", **headers: str) -> tuple[int, dict]:
-        """A dict goes on from a question, or for text completions from a prompt."""
+        """Sends a body; a dict is added to a question, or for text completions to a prompt."""
         if isinstance(body, dict):
             asked = {"messages": [QUESTION]} if path == "/v1/chat/completions" else {"prompt": "Once"}
             body = json.dumps({"model": "tiny", **asked, **body}).encode()

@@ -57,7 +57,7 @@ def wait_for(log: pathlib.Path, pattern: str, process: subprocess.Popen, seconds
 
 
 def check_encoder_rested(folder: pathlib.Path) -> None:
-    """In the last two checkpoints, both after ENCODER_STEPS, it is the same, its selector not what it started as."""
+    """The encoder is the same in the last two checkpoints, both after ENCODER_STEPS, and its selector has learned."""
     files = sorted(folder.glob("runs/killed/checkpoint_*/state/mp_rank_00_model_states.pt"))
     states = [torch.load(file, weights_only=False) for file in files[-2:]]
     assert [state["step"] for state in states] == [STEPS - CHECKPOINT_EVERY, STEPS]

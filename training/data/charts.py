@@ -33,7 +33,7 @@ class Bar:
     colour: str
     fill: RGB
     value: int
-    """In units of the axis, from 1."""
+    """Height in units of the axis, from 1."""
 
     @property
     def top_xyxy(self) -> Box:
@@ -48,7 +48,7 @@ class Chart:
 
     box_xyxy: Box
     plot_xyxy: Box
-    """Between the axes, up to the last unit."""
+    """The area between the axes, up to the last unit."""
     top_value: int
     bars: tuple[Bar, ...]
     ticks: tuple[Text, ...]

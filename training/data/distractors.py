@@ -17,7 +17,7 @@ CONFETTI_SHARE = 0.3
 SYMBOLS = "#%&@?!*+=~$"
 """Glyphs as fine as a card's, with no letter or digit among them."""
 SYMBOL_FONTS_PX = (11, 12, 13)
-# None of them a colour of the vocabulary.
+# None of these is a colour of the vocabulary.
 DARK_FILLS: tuple[RGB, ...] = ((18, 18, 18), (70, 46, 30), (64, 64, 64))
 
 
@@ -29,7 +29,7 @@ class Distractor:
     kind: DistractorKind
     fill: RGB
     marks: tuple[Box, ...]
-    """Filled on white paper."""
+    """Boxes to fill on white paper."""
     symbols: tuple[Text, ...]
 
 

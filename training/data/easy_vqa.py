@@ -56,7 +56,7 @@ def easy_vqa(split: EasyVqaSplit, data: pathlib.Path | None = None) -> list[tupl
 
 
 def kind_of(question: str) -> str:
-    """One of EASY_VQA_KINDS: the set itself names none."""
+    """A question's kind, one of EASY_VQA_KINDS: the set itself names none."""
     words = question.rstrip("?").split()
     if words[0] == "what":
         return "colour" if "color" in words else "shape"

@@ -6,7 +6,7 @@ from functools import lru_cache
 from PIL import ImageFont
 
 Box = tuple[float, float, float, float]
-"""x0, y0, x1, y1."""
+"""A box as (x0, y0, x1, y1)."""
 
 
 @dataclass(frozen=True, kw_only=True)

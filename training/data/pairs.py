@@ -1,4 +1,4 @@
-"""Which split a word and a two-digit number may be seen together in: held-out pairs of words and numbers all known.
+"""The split in which a word and a two-digit number may be seen together: each is known, their pair may be held out.
 
 Words and numbers fall into six groups each by their hash, and the sum of a pair's groups decides its split. So every
 word and every number occurs in every split, a pair in one alone, and any words of one group go with any numbers of
@@ -20,13 +20,13 @@ SPLIT_OF_RESIDUE: tuple[PosterSplit, ...] = ("test", "validation", "train", "tra
 
 @lru_cache(maxsize=1)
 def word_groups() -> tuple[tuple[str, ...], ...]:
-    """Four words a group."""
+    """The vocabulary's words by group, four each."""
     return _groups(list(WORDS))
 
 
 @lru_cache(maxsize=1)
 def number_groups() -> tuple[tuple[str, ...], ...]:
-    """Fifteen numbers a group, as they are written."""
+    """The two-digit numbers by group, fifteen each, as they are written."""
     return _groups([str(number) for number in NUMBERS])
 
 
@@ -39,7 +39,7 @@ def cells_of(split: PosterSplit) -> list[tuple[int, int]]:
 
 
 def split_of_pair(word: str, number: str) -> PosterSplit:
-    """Decided by the pair alone. Raises ValueError for what is not in the vocabulary."""
+    """The split of a pair, which nothing else decides. Raises ValueError for what is not in the vocabulary."""
     for text, groups in ((word, word_groups()), (number, number_groups())):
         if not any(text in group for group in groups):
             raise ValueError(f"{text!r} is not in the vocabulary")

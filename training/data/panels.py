@@ -48,7 +48,7 @@ def text_width(text: str, font_px: int) -> float:
 
 
 def draw_text(draw: ImageDraw.ImageDraw, text: Text, scale: float, ink: RGB = INK) -> None:
-    """Glyph by glyph, so that the layout is the same at every scale; half-pixel sizes keep the fonts few."""
+    """Draws glyph by glyph, so that the layout is the same at every scale; half-pixel sizes keep the fonts few."""
     font = bundled_font(round(2 * text.font_px * scale) / 2)
     x, y = text.origin_xy
     for pen, character in zip(lay_out(text.text, text.font_px).pens, text.text, strict=True):

@@ -36,7 +36,7 @@ def content_boxes(poster: Poster) -> dict[Content, tuple[Box, ...]]:
 
 
 def glyph_boxes(poster: Poster) -> tuple[Box, ...]:
-    """What needs full resolution."""
+    """The boxes that need full resolution."""
     return content_boxes(poster)["glyph"]
 
 

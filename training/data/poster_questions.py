@@ -61,7 +61,7 @@ def poster_questions(poster: Poster, rng: random.Random) -> list[QuestionAnswer]
 
 
 def _by_evidence(asked: QuestionAnswer) -> QuestionAnswer:
-    """The colour of a shape is coarse; the colour of the card that says 47 needs its text to be read."""
+    """Sets card colours apart: a shape's colour is coarse, but the card that says 47 is found by reading its text."""
     if asked.kind == "colour" and not any(shape in asked.question for shape in SHAPES):
         return dataclasses.replace(asked, kind="card_colour")
     return asked

@@ -97,7 +97,7 @@ class Poster:
 
     @property
     def size_wh(self) -> tuple[int, int]:
-        """Model pixels."""
+        """Width and height in model pixels."""
         return self.scene.size_wh
 
     @property

@@ -33,7 +33,7 @@ class QuestionAnswer:
 
 
 def questions(scene: Scene, rng: random.Random) -> list[QuestionAnswer]:
-    """Every detail question, both counts, and a few on position and presence, in an order that depends on nothing."""
+    """Every detail question, both counts, and a few on position and presence, in a fixed order."""
     return [
         *_detail(scene, rng),
         *_counts(scene, rng),
@@ -73,7 +73,7 @@ def _where(scene: Scene, rng: random.Random) -> list[QuestionAnswer]:
 
 
 def _left_of(scene: Scene, rng: random.Random) -> list[QuestionAnswer]:
-    """Up to two, on different pairs: the order within a pair is random, and with it the answer."""
+    """Up to two questions, on different pairs: the order within a pair is random, and with it the answer."""
     objects = scene.objects
     pairs = [(a, b) for index, a in enumerate(objects) for b in objects[index + 1 :]]
     asked: list[QuestionAnswer] = []
@@ -89,7 +89,7 @@ def _left_of(scene: Scene, rng: random.Random) -> list[QuestionAnswer]:
 
 
 def _presence(scene: Scene, rng: random.Random) -> list[QuestionAnswer]:
-    """One yes and one no. The no is near a yes: a colour or a shape that the scene does have, put together wrongly."""
+    """One question answered yes, one no: the no puts a colour and a shape of the scene together wrongly."""
     present = rng.choice(scene.objects)
     yes_box = _fractions(scene, present.box_xyxy)
     card_colours = {card.colour for card in scene.cards}

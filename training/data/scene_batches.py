@@ -35,7 +35,7 @@ class Curriculum:
     """Small images first: among fewer patches, where to look is learned in fewer and cheaper steps."""
 
     steps: Natural = 0
-    """How long; then images of every size."""
+    """Steps that it lasts; images of every size follow."""
     max_tiles: Count = 4
     """Most tiles of an image meanwhile, the base tile not counted."""
     panel: Literal["", "keypad", "chart", "table"] = ""

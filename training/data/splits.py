@@ -24,7 +24,7 @@ def canonical_spec(scene: Scene) -> str:
 
 
 def split_of(scene: Scene) -> Split:
-    """Decided by the scene alone, so no seed can put a held-out scene into training."""
+    """The split of a scene, decided by the scene alone: no seed can put a held-out scene into training."""
     digest = hashlib.sha256(canonical_spec(scene).encode()).digest()
     return "heldout" if int.from_bytes(digest[:8], "big") < HELDOUT_SHARE * 2**64 else "train"
 

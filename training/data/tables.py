@@ -13,7 +13,7 @@ ROW_COUNT, COLUMN_COUNT = (2, 4), (1, 2)
 COLUMN_NAMES: tuple[str, ...] = ("A", "B", "C")
 FONTS_PX = (11, 12, 13, 14)
 ROW_GAP_PX, COLUMN_GAP_PX = (4, 8), (6, 10)
-"""Added to the height and width of a cell's text."""
+"""Pixels added to the height and width of a cell's text."""
 RULE, HEADER_FILLS = (160, 160, 160), ((226, 226, 226), (214, 222, 232), (234, 228, 214))
 
 
@@ -24,9 +24,9 @@ class Table:
     box_xyxy: Box
     rows: tuple[Text, ...]
     columns: tuple[Text, ...]
-    """Empty in a list: a table of one column, without a header."""
+    """Names of the columns; empty in a list, which is a table of one column without a header."""
     cells: tuple[tuple[Text, ...], ...]
-    """[row][column]."""
+    """Cells by [row][column]."""
     rules: tuple[Box, ...]
     header: tuple[Box, tuple[int, int, int]] | None
     """Where the header row is, and its fill."""

@@ -46,13 +46,13 @@ LABEL_CLASSES: dict[str, int] = {
 elsewhere; "row" and "column" are the patch's own, for where things are is asked too."""
 
 EMPTY_SHARE, THUMBNAIL_SHARE, PANEL_SHARE = 0.05, 0.15, 0.55
-"""Of all tiles: nothing on them, a whole image squeezed, cut from a poster around its keypad, chart or table."""
+"""Shares of all tiles: empty, a whole image squeezed, or cut from a poster around its keypad, chart or table."""
 ENLARGED_SHARE = 0.1
-"""Tiles with glyphs up to twice their size, as when anyres enlarges a small file."""
+"""Share of tiles with glyphs up to twice their size, as when anyres enlarges a small file."""
 PADDED_SHARE = 0.1
-"""Tiles with a black band, as anyres pads."""
+"""Share of tiles with a black band, as anyres pads."""
 DOWNSCALED_SHARE = 0.25
-"""Tiles drawn twice as large and scaled down, as anyres does with large files."""
+"""Share of tiles drawn twice as large and scaled down, as anyres does with large files."""
 
 DENSE_CANVAS_PX = 160
 OBJECT_COVERAGE = 0.35

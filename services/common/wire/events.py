@@ -1,4 +1,4 @@
-"""What the LLM stage answers <-> protobuf."""
+"""Events of the LLM stage <-> protobuf."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def usage_to_proto(usage: Usage) -> llm_pb2.Usage:
         num_layers=usage.num_layers,
         converted_share_percent=100 * usage.converted_share,
         kv_bytes=usage.kv_bytes,
-        kv_unpruned_bytes=usage.kv_bytes_unpruned,
+        kv_unpruned_bytes=usage.kv_unpruned_bytes,
         time_to_first_token_ms=1000 * usage.time_to_first_token_s,
     )
 
@@ -42,13 +42,13 @@ def usage_from_proto(message: llm_pb2.Usage) -> Usage:
         prune_layer=message.prune_layer,
         num_layers=message.num_layers,
         kv_bytes=message.kv_bytes,
-        kv_bytes_unpruned=message.kv_unpruned_bytes,
+        kv_unpruned_bytes=message.kv_unpruned_bytes,
         time_to_first_token_s=message.time_to_first_token_ms / 1000,
     )
 
 
 def event_to_proto(event: Event) -> llm_pb2.GenerateResponse:
-    """A FocusError becomes the stream's error event."""
+    """An event as protobuf; a FocusError becomes the stream's error event."""
     if isinstance(event, TokenEvent):
         logprobs = [_logprobs_to_proto(logprobs) for logprobs in event.logprobs]
         token = llm_pb2.Token(
@@ -62,7 +62,7 @@ def event_to_proto(event: Event) -> llm_pb2.GenerateResponse:
 
 
 def event_from_proto(message: llm_pb2.GenerateResponse) -> Event:
-    """An error event comes back (is not raised) as a FocusError with its code; an unknown code is INTERNAL."""
+    """An event of ours; an error event is returned (not raised) as a FocusError, whose unknown codes are INTERNAL."""
     kind = message.WhichOneof("event")
     if kind == "token":
         token = message.token

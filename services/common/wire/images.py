@@ -1,4 +1,4 @@
-"""How an image is read <-> protobuf."""
+"""Options of how an image is read <-> protobuf."""
 
 from __future__ import annotations
 

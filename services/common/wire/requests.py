@@ -1,4 +1,4 @@
-"""What the LLM stage is asked <-> protobuf."""
+"""Requests to the LLM stage <-> protobuf."""
 
 from __future__ import annotations
 

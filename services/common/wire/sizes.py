@@ -1,4 +1,4 @@
-"""What can never be answered is refused by its size alone, before a byte is copied or a word is tokenised."""
+"""Refuses by its size alone what can never be answered, before a byte is copied or a word is tokenised."""
 
 from __future__ import annotations
 

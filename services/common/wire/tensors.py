@@ -54,7 +54,7 @@ def tensor_from_proto(message: tensor_pb2.Tensor, field: str = "tensor") -> torc
     if any(size < 1 for size in shape):
         raise InvalidInput(f"is {list(shape)}, expected sizes of at least 1", field=f"{field}.shape")
     data = message.data
-    expected = math.prod(shape) * dtype.itemsize  # of Python's integers: cannot overflow
+    expected = math.prod(shape) * dtype.itemsize  # Python's integers cannot overflow
     if len(data) != expected:
         found = f"has {len(data)} bytes, expected {expected} for shape {list(shape)} of {dtype}"
         raise InvalidInput(found, field=f"{field}.data")
@@ -65,7 +65,7 @@ def tensor_from_proto(message: tensor_pb2.Tensor, field: str = "tensor") -> torc
 def tokens_to_proto(
     tokens: CompressedVisualTokens, into: encoder_pb2.CompressedVisualTokens | None = None
 ) -> encoder_pb2.CompressedVisualTokens:
-    """into: an empty message to fill, as of `tensor_to_proto`."""
+    """Visual tokens as a message; into: an empty one to fill, as in `tensor_to_proto`."""
     message = encoder_pb2.CompressedVisualTokens() if into is None else into
     tensor_to_proto(tokens.tokens_ND, message.tokens)
     message.branch_ids = tokens.branch_ids_M.cpu().numpy().astype(np.uint8).tobytes()

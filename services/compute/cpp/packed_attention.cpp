@@ -28,7 +28,7 @@ struct Tile {
 
 // Products: Brgemm or OwnProducts.
 template <typename T, typename Products>
-void packed_by(const Tensor& query, const Tensor& key, const Tensor& value, at::IntArrayRef query_lens,
+void attend_by(const Tensor& query, const Tensor& key, const Tensor& value, at::IntArrayRef query_lens,
                at::IntArrayRef key_lens, float scaling, bool causal, Tensor& out) {
   constexpr int64_t kRows = Products::kRows, kKeys = Products::kKeys;
   const int64_t heads = query.size(1), groups = key.size(1), d = query.size(2), repeats = heads / groups;
@@ -44,16 +44,16 @@ void packed_by(const Tensor& query, const Tensor& key, const Tensor& value, at::
     positions = (longest + pieces - 1) / pieces;
   }
 
-  // Where each segment begins among queries, keys and packed keys.
-  std::vector<int64_t> q_start(segments + 1, 0), k_start(segments + 1, 0), packed_start(segments + 1, 0);
+  // Where each segment begins among queries, keys and reordered keys.
+  std::vector<int64_t> q_start(segments + 1, 0), k_start(segments + 1, 0), reordered_start(segments + 1, 0);
   std::vector<Tile> tiles;
-  std::vector<std::array<int64_t, 3>> packs;  // segment, group, first key
+  std::vector<std::array<int64_t, 3>> pieces;  // segment, group, first key
   for (int64_t s = 0; s < segments; ++s) {
     q_start[s + 1] = q_start[s] + query_lens[s];
     k_start[s + 1] = k_start[s] + key_lens[s];
-    packed_start[s + 1] = packed_start[s] + key_pad(key_lens[s]);
+    reordered_start[s + 1] = reordered_start[s] + key_pad(key_lens[s]);
     for (int64_t g = 0; g < groups; ++g) {
-      for (int64_t first = 0; first < key_lens[s]; first += kKeys) packs.push_back({s, g, first});
+      for (int64_t first = 0; first < key_lens[s]; first += kKeys) pieces.push_back({s, g, first});
       for (int64_t first = 0; first < query_lens[s]; first += positions)
         tiles.push_back({s, g, first, std::min(first + positions, query_lens[s])});
     }
@@ -64,15 +64,17 @@ void packed_by(const Tensor& query, const Tensor& key, const Tensor& value, at::
   };
   std::stable_sort(tiles.begin(), tiles.end(), [&](const Tile& a, const Tile& b) { return seen(a) > seen(b); });
 
-  const int64_t packed_keys = packed_start[segments], wide = Products::value_width(d);
-  Tensor packed = at::empty({groups * packed_keys, d + wide}, query.options());
-  T *packed_key = packed.data_ptr<T>(), *packed_value = packed_key + groups * packed_keys * d;
-  for_each_task(packs.size(), [&](int64_t i) {
-    const auto [s, g, first] = packs[i];
+  const int64_t reordered_keys = reordered_start[segments], wide = Products::value_width(d);
+  Tensor reordered = at::empty({groups * reordered_keys, d + wide}, query.options());
+  T *reordered_key = reordered.data_ptr<T>(), *reordered_value = reordered_key + groups * reordered_keys * d;
+  for_each_task(pieces.size(), [&](int64_t i) {
+    const auto [s, g, first] = pieces[i];
     const int64_t count = std::min(kKeys, key_lens[s] - first), tile = key_pad(count);
-    const int64_t at = g * packed_keys + packed_start[s] + first, from = k_start[s] + first;
-    Products::pack_key(k_all + from * k_at.token + g * k_at.head, k_at.token, count, tile, d, packed_key + at * d);
-    Products::pack_value(v_all + from * v_at.token + g * v_at.head, v_at.token, count, tile, d, packed_value + at * wide);
+    const int64_t at = g * reordered_keys + reordered_start[s] + first, from = k_start[s] + first;
+    Products::reorder_key(k_all + from * k_at.token + g * k_at.head, k_at.token, count, tile, d,
+                          reordered_key + at * d);
+    Products::reorder_value(v_all + from * v_at.token + g * v_at.head, v_at.token, count, tile, d,
+                            reordered_value + at * wide);
   });
 
   const int64_t rows = positions * repeats;
@@ -97,9 +99,9 @@ void packed_by(const Tensor& query, const Tensor& key, const Tensor& value, at::
     const int64_t before = key_lens[s] - query_lens[s] + tile.first;  // keys before the tile's first position
     for (int64_t first = 0, end = seen(tile); first < end; first += kKeys) {
       const int64_t stored = key_pad(std::min(kKeys, key_lens[s] - first)), keys = std::min(stored, key_pad(end - first));
-      const int64_t at = g * packed_keys + packed_start[s] + first;
-      Products::multiply(rows, keys, d, queries.data(), d, Packed<T>{packed_key + at * d, d, stored}, scores.data(), kKeys,
-                         false);
+      const int64_t at = g * reordered_keys + reordered_start[s] + first;
+      Products::multiply(rows, keys, d, queries.data(), d, Reordered<T>{reordered_key + at * d, d, stored},
+                         scores.data(), kKeys, false);
       for (int64_t row = 0; row < rows; ++row) {
         const int64_t own = (causal ? before + std::min(row % positions, count - 1) + 1 : end) - first;
         const int64_t visible = std::clamp<int64_t>(own, 0, keys);
@@ -117,7 +119,7 @@ void packed_by(const Tensor& query, const Tensor& key, const Tensor& value, at::
         }
         total[row] += sum;
       }
-      Products::multiply(rows, wide, keys, probs.data(), kKeys, Packed<T>{packed_value + at * wide, stored, wide},
+      Products::multiply(rows, wide, keys, probs.data(), kKeys, Reordered<T>{reordered_value + at * wide, stored, wide},
                          sums.data(), wide, true);
     }
     for (int64_t r = 0; r < repeats; ++r)
@@ -132,12 +134,12 @@ void packed_by(const Tensor& query, const Tensor& key, const Tensor& value, at::
 }
 
 template <typename T>
-void packed(const Tensor& query, const Tensor& key, const Tensor& value, at::IntArrayRef query_lens,
+void attend(const Tensor& query, const Tensor& key, const Tensor& value, at::IntArrayRef query_lens,
             at::IntArrayRef key_lens, float scaling, bool causal, Tensor& out) {
 #ifdef __AVX512F__
-  if (Brgemm::computes<T>()) return packed_by<T, Brgemm>(query, key, value, query_lens, key_lens, scaling, causal, out);
+  if (Brgemm::computes<T>()) return attend_by<T, Brgemm>(query, key, value, query_lens, key_lens, scaling, causal, out);
 #endif
-  packed_by<T, OwnProducts>(query, key, value, query_lens, key_lens, scaling, causal, out);
+  attend_by<T, OwnProducts>(query, key, value, query_lens, key_lens, scaling, causal, out);
 }
 
 int64_t sum_of(at::IntArrayRef lens) { return std::accumulate(lens.begin(), lens.end(), int64_t{0}); }
@@ -154,7 +156,7 @@ Tensor packed_attention(const Tensor& query, const Tensor& key, const Tensor& va
               sum_of(key_lens) == key.size(0));
   for (size_t i = 0; i < query_lens.size(); ++i) TORCH_CHECK(0 <= query_lens[i] && query_lens[i] <= key_lens[i]);
   Tensor out = at::empty(query.sizes(), query.options());
-  FOR_DTYPE(query, packed, query, key, value, query_lens, key_lens, static_cast<float>(scaling), causal, out);
+  FOR_DTYPE(query, attend, query, key, value, query_lens, key_lens, static_cast<float>(scaling), causal, out);
   return out;
 }
 

@@ -1,4 +1,5 @@
-// The matrix products of packed attention, one operand packed before: oneDNN's small kernels (brgemm) or our own (rows.h).
+// The matrix products of packed attention, one operand reordered before: oneDNN's small kernels (brgemm) or our own
+// (rows.h).
 // brgemm is for AVX-512 and takes the processor's matrix units where it has them; without AVX-512 it has no bf16 and calls
 // a library's product for fp32. Its bf16 needs AVX-512 BF16 besides, which it says at the first product and no sooner,
 // with an exception: so it is asked for one (`computes`), and what it cannot do our own products do.
@@ -10,7 +11,7 @@
 namespace focusllava {
 
 template <typename T>
-struct Packed {  // by pack_key: d times `tile` keys, or by pack_value: `tile` keys times value_width(d)
+struct Reordered {  // by reorder_key: d times `tile` keys, or by reorder_value: `tile` keys times value_width(d)
   const T* data;
   int64_t inner, columns;
 };
@@ -29,7 +30,7 @@ struct Brgemm {
 
   // Operand layouts of brgemm: bf16 takes pairs of the inner dimension side by side, fp32 takes rows.
   // K^T of `tile` keys, columns beyond `count` zero: bf16 [d/2][tile][2], fp32 [d][tile].
-  static void pack_key(const BFloat16* in, int64_t stride, int64_t count, int64_t tile, int64_t d, BFloat16* out) {
+  static void reorder_key(const BFloat16* in, int64_t stride, int64_t count, int64_t tile, int64_t d, BFloat16* out) {
     uint32_t* pairs = reinterpret_cast<uint32_t*>(out);
     for (int64_t k = 0; k < count; ++k) {
       const BFloat16* row = in + k * stride;
@@ -37,13 +38,13 @@ struct Brgemm {
     }
     for (int64_t j = 0; j < d / 2; ++j) std::fill(pairs + j * tile + count, pairs + (j + 1) * tile, 0u);
   }
-  static void pack_key(const float* in, int64_t stride, int64_t count, int64_t tile, int64_t d, float* out) {
+  static void reorder_key(const float* in, int64_t stride, int64_t count, int64_t tile, int64_t d, float* out) {
     for (int64_t k = 0; k < count; ++k)
       for (int64_t j = 0; j < d; ++j) out[j * tile + k] = in[k * stride + j];
     for (int64_t j = 0; j < d; ++j) std::fill(out + j * tile + count, out + (j + 1) * tile, 0.0f);
   }
   // V of `tile` keys: bf16 [tile/2][d][2], fp32 [tile][d].
-  static void pack_value(const BFloat16* in, int64_t stride, int64_t count, int64_t tile, int64_t d, BFloat16* out) {
+  static void reorder_value(const BFloat16* in, int64_t stride, int64_t count, int64_t tile, int64_t d, BFloat16* out) {
     const BFloat16 zero(0.0f);
     for (int64_t k = 0; k < tile; k += 2) {
       const BFloat16 *first = in + k * stride, *second = first + stride;
@@ -56,15 +57,15 @@ struct Brgemm {
       }
     }
   }
-  static void pack_value(const float* in, int64_t stride, int64_t count, int64_t tile, int64_t d, float* out) {
+  static void reorder_value(const float* in, int64_t stride, int64_t count, int64_t tile, int64_t d, float* out) {
     for (int64_t k = 0; k < count; ++k) std::copy(in + k * stride, in + k * stride + d, out + k * d);
     std::fill(out + count * d, out + tile * d, 0.0f);
   }
 
   // c [rows, columns] = (with `add` +=) a [rows, inner] times as many rows and columns of b.
   template <typename T>
-  static void multiply(int64_t rows, int64_t columns, int64_t inner, const T* a, int64_t a_stride, Packed<T> b, float* c,
-                       int64_t c_stride, bool add) {
+  static void multiply(int64_t rows, int64_t columns, int64_t inner, const T* a, int64_t a_stride,
+                       Reordered<T> b, float* c, int64_t c_stride, bool add) {
     constexpr bool pairs = std::is_same_v<T, BFloat16>;
     at::native::cpublas::brgemm(rows, columns, inner, a_stride, b.columns, c_stride, add, a, b.data, c, pairs);
   }
@@ -78,12 +79,12 @@ struct Brgemm {
   static bool computes() {
     static const bool does = [] {
       constexpr int64_t d = 32, keys = 32;
-      std::vector<T> query(d, from_float<T>(1.0f)), key(keys * d), packed(keys * d);
+      std::vector<T> query(d, from_float<T>(1.0f)), key(keys * d), reordered(keys * d);
       for (int64_t k = 0; k < keys; ++k) std::fill_n(key.begin() + k * d, d, from_float<T>(k));
       std::vector<float> scores(keys, -1.0f);
       try {
-        pack_key(key.data(), d, keys, keys, d, packed.data());
-        multiply(1, keys, d, query.data(), d, Packed<T>{packed.data(), d, keys}, scores.data(), keys, false);
+        reorder_key(key.data(), d, keys, keys, d, reordered.data());
+        multiply(1, keys, d, query.data(), d, Reordered<T>{reordered.data(), d, keys}, scores.data(), keys, false);
         release<T>();
       } catch (const std::exception&) {
         return false;
@@ -110,7 +111,7 @@ struct OwnProducts {
 
   // K^T of `tile` keys in panels of kPanelColumns, [tile / columns][d / pair][columns][pair], zero beyond `count`.
   template <typename T>
-  static void pack_key(const T* in, int64_t stride, int64_t count, int64_t tile, int64_t d, T* out) {
+  static void reorder_key(const T* in, int64_t stride, int64_t count, int64_t tile, int64_t d, T* out) {
     const int64_t words = d / kPair<T>;
     uint32_t* to = reinterpret_cast<uint32_t*>(out);
     for (int64_t k = 0; k < tile; ++k) {
@@ -124,7 +125,7 @@ struct OwnProducts {
   }
   // V of `tile` keys likewise, [width / columns][tile / pair][columns][pair], zero beyond `count` and d.
   template <typename T>
-  static void pack_value(const T* in, int64_t stride, int64_t count, int64_t tile, int64_t d, T* out) {
+  static void reorder_value(const T* in, int64_t stride, int64_t count, int64_t tile, int64_t d, T* out) {
     const T zero(0.0f);
     for (int64_t first = 0; first < d; first += kPanelColumns)
       for (int64_t k = 0; k < tile; ++k)
@@ -146,8 +147,8 @@ struct OwnProducts {
 
   // As Brgemm's.
   template <typename T>
-  static void multiply(int64_t rows, int64_t columns, int64_t inner, const T* a, int64_t a_stride, Packed<T> b, float* c,
-                       int64_t c_stride, bool add) {
+  static void multiply(int64_t rows, int64_t columns, int64_t inner, const T* a, int64_t a_stride,
+                       Reordered<T> b, float* c, int64_t c_stride, bool add) {
     const int64_t words = inner / kPair<T>;
     for (int64_t first = 0; first < columns; first += kPanelColumns)
       for (int64_t r = 0; r < rows; r += kPassRows)

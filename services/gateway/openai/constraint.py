@@ -26,7 +26,7 @@ Choices = Annotated[list[str], Field(fail_fast=True)]
 
 
 class JsonSchema(Fields):
-    """A schema and its name. It is always held to: `strict` false asks for no less than can be had."""
+    """A schema and its name. An answer always matches it, whatever `strict` says."""
 
     without_effect = {"name": None, "description": None, "strict": None}
     schema_: Schema = Field(alias="schema", default="true")
@@ -70,7 +70,7 @@ class Constrained(Fields):
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs = StructuredOutputs()
-    # These were vLLM's before there was structured_outputs.
+    # Fields that vLLM had before structured_outputs.
     guided_json: Schema | None = None
     guided_choice: Choices | None = None
     guided_regex: str | None = None

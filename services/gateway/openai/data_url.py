@@ -24,7 +24,7 @@ def decode(url: str, field: str) -> bytes:
     """
     comma = url.find(",", 0, 1024)
     head = url[: max(comma, 0)].lower()
-    # To fetch what a stranger names would let them reach whatever this machine reaches.
+    # Fetching what a stranger names would let them reach whatever this machine reaches.
     if not (head.startswith("data:") and head.endswith(";base64")):
         expected = "expected data:image/...;base64,... (nothing is fetched: send the file itself)"
         raise InvalidInput(f"is {url[:_SHOWN_CHARS]!r}, {expected}", field=field)

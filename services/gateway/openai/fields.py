@@ -12,13 +12,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from services.common.errors import InvalidInput
 
 Accepted = tuple[Any, ...] | None
-"""Values of a field that ask for what is done anyway; None where no value changes an answer."""
+"""Values of a field that ask for what is done anyway; None where no value of it changes an answer."""
 
 _SHOWN_CHARS = 60
 """Most characters that are shown of a refused value, which may be an image."""
 
 WITHOUT_EFFECT: dict[str, Accepted] = {
-    # OpenAI's
+    # Fields of OpenAI's.
     "best_of": (1,),
     "echo": (False,),
     "metadata": None,
@@ -31,7 +31,7 @@ WITHOUT_EFFECT: dict[str, Accepted] = {
     "service_tier": None,
     "store": None,
     "user": None,
-    # vLLM's
+    # Fields of vLLM's.
     "allowed_token_ids": ([],),
     "bad_words": ([],),
     "cache_salt": (),  # keeps users' caches apart, which is not done
@@ -63,7 +63,7 @@ WITHOUT_EFFECT: dict[str, Accepted] = {
     "vllm_xargs": ({},),
     "watermarking": (False,),
 }
-"""Fields of every request for an answer that are accepted and change nothing. null says nothing, wherever it stands."""
+"""Fields of every request for an answer that are accepted and change nothing. null counts as unset everywhere."""
 
 
 class Wrong(ValueError):

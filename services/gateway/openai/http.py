@@ -25,7 +25,7 @@ from services.gateway.openai.completion import CompletionRequest
 from services.gateway.openai.errors import ModelNotFound, error_object, error_response, refusal, status_of_event
 from services.gateway.openai.merged import merged
 from services.gateway.openai.request import ChatCompletionRequest
-from services.gateway.openai.response import Answer, ChatWriter, TextWriter, Writer, whole
+from services.gateway.openai.response import ChatWriter, Collected, TextWriter, Writer, whole
 from services.gateway.openai.settings import Asked, Settings
 from services.gateway.stages import TIMEOUT_METADATA, Deadline
 
@@ -169,12 +169,12 @@ async def _again(first: IndexedEvent, events: Events) -> Events:
 
 
 async def _whole(events: Events, new_writer: Callable[..., Writer], asked: Asked) -> Response:
-    answers: dict[int, Answer] = {}
+    answers: dict[int, Collected] = {}
     async with contextlib.aclosing(events):
         async for index, event in events:
             kind = event.WhichOneof("event")
             if kind == "started":
-                answers[index] = Answer(writer=new_writer(event.started, index))
+                answers[index] = Collected(writer=new_writer(event.started, index))
             elif kind == "token":
                 answers[index].tokens.append(event.token)
             elif kind == "finished":

@@ -10,7 +10,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 _WAITING_EVENTS = 64
-"""Most events of all answers together that wait to be read; who reads slowly stops them, as a single one."""
+"""Most events of all answers together that wait to be read: a slow reader stops them, as it does a single answer."""
 
 
 async def merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:

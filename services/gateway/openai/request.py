@@ -26,19 +26,19 @@ _DETAILS = {
 
 _CHAT_WITHOUT_EFFECT: dict[str, Accepted] = {
     **WITHOUT_EFFECT,
-    # OpenAI's
+    # Fields of OpenAI's.
     "audio": (),
-    "function_call": ("none", "auto"),  # there are no functions to choose of
+    "function_call": ("none", "auto"),  # there are no functions to choose from
     "functions": ([],),
     "modalities": (["text"],),
     "parallel_tool_calls": None,
     "prediction": None,  # a guess at the answer, to have it sooner
     "reasoning_effort": None,
-    "tool_choice": ("none", "auto"),  # there are no tools to choose of
+    "tool_choice": ("none", "auto"),  # there are no tools to choose from
     "tools": ([],),
     "verbosity": None,
     "web_search_options": (),
-    # vLLM's
+    # Fields of vLLM's.
     "add_special_tokens": (False,),  # the chat template has them
     "chat_template": (),
     "chat_template_kwargs": ({},),
@@ -51,7 +51,7 @@ _CHAT_WITHOUT_EFFECT: dict[str, Accepted] = {
 
 
 def _called_never(fields: Any) -> Any:
-    """Drops the tools that the request itself says are not to be called. Others are refused before their choice."""
+    """Drops tools that the request itself forbids to call. Others are refused before `tool_choice` is looked at."""
     if isinstance(fields, dict):
         for choice, tools in (("tool_choice", "tools"), ("function_call", "functions")):
             if fields.get(choice) == "none" and isinstance(fields.get(tools), list):

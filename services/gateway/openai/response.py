@@ -16,15 +16,15 @@ _LEAST_LOGPROB = -9999.0
 
 
 @dataclass(kw_only=True)
-class Answer:
-    """A whole answer as its events bring it."""
+class Collected:
+    """A whole answer, collected from its events."""
 
     writer: Writer
     tokens: list[llm_pb2.Token] = field(default_factory=list)
     finished: llm_pb2.Finished = field(default_factory=llm_pb2.Finished)
 
 
-def whole(answers: Sequence[Answer]) -> dict[str, Any]:
+def whole(answers: Sequence[Collected]) -> dict[str, Any]:
     """Every answer to one request in one object, a choice each."""
     first, finished = answers[0], [answer.finished for answer in answers]
     return {

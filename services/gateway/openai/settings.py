@@ -43,7 +43,7 @@ def _bias(value: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """How an answer is to be written: all of a request that outlives its body, which may be 80 MB."""
+    """How an answer is to be written: what is kept of a request when its body, up to 80 MB, is dropped."""
 
     stream: bool
     usage: bool
@@ -71,7 +71,7 @@ class StreamOptions(Fields):
     include_usage: bool = False
     """The usage comes at the end."""
     continuous_usage_stats: bool = False
-    """The usage comes in every piece; vLLM's."""
+    """The usage comes in every piece: a field of vLLM's."""
 
 
 class Settings(Constrained):
@@ -94,7 +94,7 @@ class Settings(Constrained):
     stop: Annotated[list[str], Field(fail_fast=True), BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = []
     logit_bias: Annotated[dict[int, float], BeforeValidator(_bias)] = {}
 
-    # These are vLLM's, beside OpenAI's.
+    # Fields of vLLM's that OpenAI has not.
     top_k: Annotated[Count, BeforeValidator(lambda v: 0 if v == -1 else v)] | None = None
     min_p: float | None = None
     min_tokens: Count | None = None
@@ -118,7 +118,7 @@ class Settings(Constrained):
 
     @abc.abstractmethod
     def to_chat_requests(self, request_id: str) -> list[focus_pb2.ChatRequest]:
-        """The same as the gRPC API takes it, a request an answer. Raises InvalidInput for what only shows then."""
+        """The gRPC API's requests, one an answer. Raises InvalidInput for what only shows as they are made."""
 
     def asked(self, request_id: str) -> Asked:
         """How the answer is to be written. Raises InvalidInput for more than one constraint."""

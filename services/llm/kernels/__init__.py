@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from services.compute.linear import can_pack
+from services.compute.linear import onednn_multiplies
 from services.compute.processor import has_kernels
 from services.llm.kernels.cpu import CpuKernels
 from services.llm.kernels.reference import ReferenceKernels
@@ -82,9 +82,25 @@ class Elementwise(Protocol):
         ...
 
 
+class AttentionStep(Protocol):
+    """Attention of one packed pass through layers of one KV cache group."""
+
+    final_rows: torch.Tensor | None
+    """int64 [R]: the rows that are read after the model's last layer; None: all."""
+
+    def attend(
+        self, layer: int, query_SHd: torch.Tensor, key_SGd: torch.Tensor, value_SGd: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """Stores K and V in the cache and returns the attention output [S, H, d].
+
+        The last layer may bring the queries of `final_rows` only: then [R, H, d]. Inputs may be strided, d contiguous.
+        """
+        ...
+
+
 def choose_elementwise(device: torch.device, dtype: torch.dtype) -> Elementwise | None:
     """None where transformers' own layers are to run."""
-    if can_pack(device, dtype):
+    if onednn_multiplies(device, dtype):
         return torch.ops.focusllava if has_kernels(dtype) else None
     if device.type == "cuda":
         from services.llm.kernels import elementwise  # Triton comes with torch's CUDA builds only
@@ -95,7 +111,7 @@ def choose_elementwise(device: torch.device, dtype: torch.dtype) -> Elementwise 
 
 def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     """The fastest kernels that run on this device in this dtype."""
-    if can_pack(device, dtype) and has_kernels(dtype):
+    if onednn_multiplies(device, dtype) and has_kernels(dtype):
         return CpuKernels()
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         from services.llm.kernels.cuda import cuda_kernels

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-DecodePass = Callable[[torch.Tensor, torch.Tensor, Sequence[torch.Tensor]], torch.Tensor]
+DecodePass = Callable[[torch.Tensor, torch.Tensor, list[torch.Tensor]], torch.Tensor]
 """(tokens [n], tokens held before it in each KV cache group [2, n], its block tables [L, n, B]) -> [n, ...], without a
 word from the CPU."""
 Capture = Callable[[Callable[[], torch.Tensor]], tuple[Callable[[], None], torch.Tensor]]
@@ -28,7 +28,7 @@ end at once, and one width for nearly all keeps graphs few."""
 class _Graph:
     tokens_N: torch.Tensor
     held_2N: torch.Tensor
-    rows_LNB: tuple[torch.Tensor, ...]
+    rows_LNB: list[torch.Tensor]
     replay: Callable[[], None]
     out: torch.Tensor
 
@@ -42,7 +42,7 @@ class DecodeGraphs:
         self._graphs: dict[tuple[int, int], _Graph] = {}
         self._most_blocks: int | None = None  # once all are recorded
 
-    def __call__(self, tokens_n: torch.Tensor, held_2n: torch.Tensor, rows_LnB: Sequence[torch.Tensor]) -> torch.Tensor:
+    def __call__(self, tokens_n: torch.Tensor, held_2n: torch.Tensor, rows_LnB: list[torch.Tensor]) -> torch.Tensor:
         """See DecodePass. The result is overwritten by the next call."""
         count, blocks = len(tokens_n), max(rows.shape[2] for rows in rows_LnB)
         shape = round_up(count), self._width(blocks)
@@ -83,10 +83,10 @@ class DecodeGraphs:
         if graph is None:
             tokens_N = torch.zeros(count, dtype=torch.int64, device=device)
             held_2N = torch.zeros(2, count, dtype=torch.int64, device=device)
-            rows_LNB = tuple(
+            rows_LNB = [
                 torch.full((number, count, blocks), self._null_row, dtype=torch.int64, device=device)
                 for number in layers
-            )
+            ]
             replay, out = self._capture(lambda: self._run(tokens_N, held_2N, rows_LNB))
             graph = _Graph(tokens_N=tokens_N, held_2N=held_2N, rows_LNB=rows_LNB, replay=replay, out=out)
             self._graphs[count, blocks] = graph

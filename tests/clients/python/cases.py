@@ -13,7 +13,7 @@ from typing import Any, Literal
 import pydantic
 
 BASE_URL, MODEL = sys.argv[1:3]
-"""The server's, with /v1, and its model."""
+"""The server's URL, with /v1, and its model's name."""
 SAMPLE = pathlib.Path(__file__).parents[3] / "docs" / "assets" / "sample.png"
 IMAGE = SAMPLE.read_bytes()
 IMAGE_URL = "data:image/png;base64," + base64.b64encode(IMAGE).decode()

@@ -39,7 +39,7 @@ def cluster(checkpoint):
 
 
 def kill_first_raylet(local: LocalCluster, killed: list[int]) -> None:
-    """kill -9 as soon as it runs, which is before the dashboard answers."""
+    """Sends SIGKILL as soon as it runs, which is before the dashboard answers."""
     while not killed:
         with contextlib.suppress(AssertionError):  # there is no state yet
             raylet = local.state.pid_of("raylet")

@@ -107,7 +107,7 @@ def test_a_killed_proxy_is_waited_for(cluster, channel):
 
 
 def test_half_open_connections_stop_nobody_and_are_closed(cluster, channel):
-    """Six hundred: one half without the end of their headers, the other without the end of their bodies."""
+    """Six hundred connect: one half sends no end of its headers, the other no end of its bodies."""
     url = cluster.openai_url + "/models"
     host, port = url.split("/")[2].split(":")
     headers = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"

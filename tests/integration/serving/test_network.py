@@ -1,4 +1,4 @@
-"""What a default start opens to the network, and to who has no token on this machine: nothing that runs code."""
+"""What a default start opens to the network, and on this machine to callers without a token: nothing that runs code."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_the_token_is_for_its_owner(cluster, token):
 
 @pytest.mark.parametrize("name, path", [("dashboard", "/api/jobs/"), ("agent", "/api/job_agent/jobs/")])
 def test_a_job_needs_the_token(cluster, token, tmp_path, name, path):
-    """Ways 1 and 2: the job API of the dashboard, and of the dashboard's agent."""
+    """Ways 1 and 2 to run code: the job API of the dashboard, and of the dashboard's agent."""
     url = f"http://127.0.0.1:{getattr(cluster.state.ports, name)}{path}"
 
     def status(entrypoint: str, headers: dict[str, str]) -> int:
@@ -105,7 +105,7 @@ def test_a_job_needs_the_token(cluster, token, tmp_path, name, path):
 
 
 def test_no_port_speaks_to_rays_client(cluster, listening, token):
-    """Way 3: its server runs what it is sent."""
+    """Way 3 to run code: the server of Ray's client runs what it is sent."""
     titles = [" ".join(psutil.Process(pid).cmdline()) for pid in cluster.state.pids() if psutil.pid_exists(pid)]
     assert titles and not [title for title in titles if "ray.util.client.server" in title]
     request = ray_client_pb2.ClusterInfoRequest(type=ray_client_pb2.ClusterInfoType.PING).SerializeToString()
@@ -114,7 +114,7 @@ def test_no_port_speaks_to_rays_client(cluster, listening, token):
 
 
 def test_a_replica_unpickles_nothing_from_who_has_no_token(listening, token, tmp_path):
-    """Way 4: the gRPC port of each replica."""
+    """Way 4 to run code: the gRPC port of each replica."""
     method, codes = "/ray.serve.ASGIService/HandleRequest", []
     stolen, ran = tmp_path / "stolen", tmp_path / "ran"
     for port in ports_of(listening, "ray::ServeReplica"):

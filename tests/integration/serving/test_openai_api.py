@@ -56,7 +56,7 @@ def test_a_stream_comes_in_pieces(client):
     assert pieces > 100
 
 
-def test_a_client_that_leaves_frees_its_slot(cluster, client):
+def test_a_client_that_leaves_frees_its_kv_cache(cluster, client):
     outcomes = r"^ray_focusllava_generate_requests_total\{[^\n]*outcome=\"cancelled\"[^\n]*\} (\S+)$"
 
     def cancelled() -> float:
@@ -77,7 +77,7 @@ def test_a_client_that_leaves_frees_its_slot(cluster, client):
             )
     assert until(lambda: cancelled() > before), "the llm stage saw none of five whole answers cancelled"
     assert until(lambda: gauge(cluster, "focusllava_running_requests") == 0)
-    assert until(lambda: gauge(cluster, "focusllava_kv_blocks_used") == 0)
+    assert until(lambda: gauge(cluster, "focusllava_kv_pages_used") == 0)
 
 
 def test_the_request_id_is_there_once(client):

@@ -88,7 +88,7 @@ def test_two_clients_stream_at_the_same_time(cluster):
     assert first_a < last_b and first_b < last_a
 
 
-def test_a_cancelled_call_frees_its_slot(cluster, channel):
+def test_a_cancelled_call_frees_its_kv_cache(cluster, channel):
     stub = focus_pb2_grpc.FocusServiceStub(channel)
     sampling = llm_pb2.SamplingParams(max_tokens=1000, ignore_eos=True)
     outcomes = r"^ray_focusllava_generate_requests_total\{[^\n]*outcome=\"cancelled\"[^\n]*\} (\S+)$"
@@ -108,9 +108,9 @@ def test_a_cancelled_call_frees_its_slot(cluster, channel):
     assert until(lambda: cancelled() >= before + 16), (
         f"of 20 calls {cancelled() - before} were cancelled at the llm stage"
     )
-    assert until(lambda: gauge(cluster, "focusllava_kv_blocks_used") == 0), "KV blocks of a cancelled call stay taken"
+    assert until(lambda: gauge(cluster, "focusllava_kv_pages_used") == 0), "KV pages of a cancelled call stay taken"
     assert gauge(cluster, "focusllava_running_requests") == 0
-    assert gauge(cluster, "focusllava_kv_blocks_total") > 0
+    assert gauge(cluster, "focusllava_kv_pages_total") > 0
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def test_a_file_that_holds_no_config_is_refused(tmp_path):
 
 
 def test_checkpoints_that_exist_are_read_and_written_as_they_are():
-    """Value for value: a number that changed its type would change their fingerprints."""
+    """Every value keeps its type: a number that changed it would change the fingerprint."""
     for file in (pathlib.Path(__file__).parents[3] / "checkpoints").glob("*/config.json"):
         raw = json.loads(file.read_text("utf8"))
         assert json.dumps(FocusLlavaConfig.from_dict(raw).to_dict(), sort_keys=True) == json.dumps(raw, sort_keys=True)

@@ -108,7 +108,7 @@ def test_config_tokenizer_and_defaults(tmp_path: pathlib.Path) -> None:
 
 
 def test_fields_of_old_files_are_understood(tmp_path: pathlib.Path) -> None:
-    """As in llava-hf's config.json: rope_theta and torch_dtype, and only what differs from the library's defaults."""
+    """llava-hf's config.json has rope_theta and torch_dtype, and only what differs from the library's defaults."""
     hub = make_hub_checkpoint(tmp_path / "hub")
     raw = json.loads((hub / "config.json").read_text())
     text = {name: raw["text_config"][name] for name in (
@@ -146,7 +146,7 @@ def test_chat_template_is_found(file: str, tmp_path: pathlib.Path) -> None:
 
 
 def _several_templates(hub: pathlib.Path, *names: str) -> None:
-    """As older tokenizers were saved."""
+    """Templates by name, as older tokenizers saved them."""
     named = [{"name": name, "template": CHAT_TEMPLATES["llama"] if name == "default" else "other"} for name in names]
     edit_json(hub / "tokenizer_config.json", chat_template=named)
 

@@ -187,7 +187,7 @@ def test_retries_end(client: FocusClient, gateway: ScriptedGateway) -> None:
 
 
 def test_a_server_that_went_is_waited_for_and_one_that_never_was_is_not_for_long(gateway: ScriptedGateway) -> None:
-    """The default policy, its times a tenth: a proxy that is killed is back after 5 to 30 s."""
+    """The default policy has its times cut to a tenth: a proxy that is killed is back after 5 to 30 s."""
     default = RetryPolicy()
     assert default.attempts is None and default.patience_s >= 45 and default.patience_to_connect_s >= 10
     waited: list[FocusClientError] = []

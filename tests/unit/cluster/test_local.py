@@ -12,12 +12,13 @@ import time
 import pytest
 import yaml
 
-from cluster import checks, local, ray_head, serve_api
+from cluster import local, ray_head, serve_api
 from cluster.app import encoder, gateway, llm
-from cluster.checks import ClusterError, Ports, check_disk, check_host, check_port, find_checkpoint, free_ports
+from cluster.checks import ClusterError, Ports, check_disk, check_host, check_port, free_ports
 from cluster.deployer import Deployer
 from cluster.interrupts import SIGNALS, signals_interrupt
 from cluster.ray_head import ClusterState
+from services.checkpoint.finding import CHECKPOINT_VARIABLE, find_checkpoint
 from services.common.errors import InvalidInput
 
 CONFIGS = sorted(pathlib.Path(local.__file__).parent.glob("serve*.yaml"))
@@ -26,7 +27,7 @@ PORTS = Ports(grpc=1, dashboard=2, metrics=3, gcs=4, agent=5, agent_grpc=6, runt
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.delenv(checks.CHECKPOINT_VARIABLE, raising=False)
+    monkeypatch.delenv(CHECKPOINT_VARIABLE, raising=False)
     monkeypatch.setattr(ray_head.tempfile, "tempdir", str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     return tmp_path
@@ -129,7 +130,7 @@ def test_a_configuration_of_applications_alone_has_both_doors(tmp_path):
 def test_the_checkpoint_comes_from_the_argument_then_the_environment(folder, tmp_path_factory, monkeypatch):
     other = tmp_path_factory.mktemp("other")
     (other / "config.json").write_text("{}")
-    monkeypatch.setenv(checks.CHECKPOINT_VARIABLE, str(other))
+    monkeypatch.setenv(CHECKPOINT_VARIABLE, str(other))
     assert find_checkpoint() == other and find_checkpoint(folder) == folder
     with pytest.raises(InvalidInput, match="checkpoint: no config.json in .*nowhere: name a checkpoint folder"):
         find_checkpoint(folder / "nowhere")

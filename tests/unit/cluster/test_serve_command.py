@@ -10,13 +10,13 @@ import sys
 
 import pytest
 
-from cluster import checks
 from cluster.interrupts import SIGNALS
 from focusllava.cli import main
+from services.checkpoint import finding
 
 SCRIPT = """
 import os, pathlib, signal, sys, time, types
-import cluster.local, focusllava.serve
+import cluster.commands, cluster.local
 
 class Cluster:
     dashboard_url = metrics_url = grpc_address = openai_url = "somewhere"
@@ -51,7 +51,7 @@ cluster.local.LocalCluster = Cluster
 placement = types.SimpleNamespace(lines=(), cluster_arguments={})
 sys.modules["cluster.placing"] = types.SimpleNamespace(Wishes=dict, place=lambda *_: placement)
 cluster.local.opened = lambda state: ["OpenAI's API somewhere"]
-focusllava.serve.POLL_S = 0.1
+cluster.commands.POLL_S = 0.1
 from focusllava.cli import main
 sys.exit(main(["serve"]))
 """
@@ -136,7 +136,7 @@ def test_the_end_of_ray_ends_it(tmp_path: pathlib.Path) -> None:
 
 def test_no_checkpoint_in_an_installed_package(tmp_path: pathlib.Path, monkeypatch, capsys) -> None:
     monkeypatch.delenv("FOCUSLLAVA_CHECKPOINT", raising=False)
-    monkeypatch.setattr(checks, "DEFAULT_CHECKPOINT", tmp_path / "missing")
+    monkeypatch.setattr(finding, "DEFAULT_CHECKPOINT", tmp_path / "missing")
     image = tmp_path / "image.png"
     image.write_bytes(b"png")
     for arguments in (["serve"], ["explain", str(image), "What?", "-o", str(tmp_path / "focus.png")]):

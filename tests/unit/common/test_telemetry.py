@@ -83,11 +83,11 @@ def test_a_wrong_kind_tag_or_name_is_a_bug_even_without_a_backend(backend):
     with pytest.raises(AssertionError):
         metrics.count("focusllava_requests")
     with pytest.raises(KeyError):
-        metrics.count("focusllava_kv_blocks_used")
+        metrics.count("focusllava_kv_pages_used")
 
 
 def test_the_dashboard_names_only_metrics_of_our_table_and_draws_every_one():
-    """Ray's own names are checked at the live endpoint, in tests/integration/test_serving.py."""
+    """Ray's own names are checked at the live endpoint, in tests/integration/serving/test_public_api.py."""
     drawn = {name for text in expressions() for name in re.findall(r"ray_focusllava_[a-z_]+", text)}
     ours = {name for spec in METRICS for name in spec.prometheus_names}
     assert drawn <= ours, drawn - ours

@@ -267,7 +267,7 @@ def test_finished_round_trip(reason: str) -> None:
         prune_layer=2,
         num_layers=6,
         kv_bytes=2**33,
-        kv_bytes_unpruned=2**34,
+        kv_unpruned_bytes=2**34,
         time_to_first_token_s=0.25,
     )
     message = wire.event_to_proto(FinishedEvent(reason=reason, usage=usage))

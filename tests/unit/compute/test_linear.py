@@ -1,4 +1,4 @@
-"""Packed and quantised linear layers against plain ones, and a whole engine on either."""
+"""oneDNN's, panel and quantised linear layers against plain ones, and a whole engine on either."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from services.common.errors import InvalidInput
-from services.compute.linear import Int8Linear, PackedLinear, prepare_linears
-from services.llm.kernels.panel_linear import FEW_TOKENS, PanelLinear, lies_in_panels, pack_linear
+from services.compute.linear import fastest_linear, prepare_linears
+from services.compute.onednn_linear import Int8Linear, OneDnnLinear
+from services.compute.panel_linear import FEW_TOKENS, PanelLinear, lies_in_panels
 from services.llm.kernels.reference import ReferenceKernels
 from services.llm.model import Decoder
 from tests import tiny_llm
-from tests.processor import PACKED_DTYPES, needs_bf16, needs_vnni
+from tests.processor import ONEDNN_DTYPES, needs_bf16, needs_vnni
 
 TORCH_THREADS = 2
 CPU = torch.device("cpu")
@@ -25,28 +26,28 @@ def linear(inputs: int, outputs: int, bias: bool, dtype: torch.dtype, seed: int 
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("dtype", PACKED_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ONEDNN_DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("inputs, outputs", [(64, 128), (100, 33), (512, 96)])
-def test_packed_linear_is_linear(inputs: int, outputs: int, bias: bool, dtype: torch.dtype) -> None:
+def test_onednns_linear_is_linear(inputs: int, outputs: int, bias: bool, dtype: torch.dtype) -> None:
     plain = linear(inputs, outputs, bias, dtype)
-    packed = PackedLinear(plain)
-    assert not list(packed.parameters()) and not packed.state_dict()
+    onednn = OneDnnLinear(plain)
+    assert not list(onednn.parameters()) and not onednn.state_dict()
     for tokens in (1, 2, 16, 300):
         x = torch.randn(1, tokens, inputs).to(dtype)
         exact = F.linear(x.double(), plain.weight.double(), None if plain.bias is None else plain.bias.double())
-        out = packed(x)
+        out = onednn(x)
         assert out.dtype == dtype and out.shape == (1, tokens, outputs)
         rounding = 2**-8 if dtype == torch.bfloat16 else 2**-20
         torch.testing.assert_close(out.double(), exact, rtol=rounding, atol=rounding)
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("dtype", PACKED_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ONEDNN_DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 def test_several_linears_of_one_input_are_one(bias: bool, dtype: torch.dtype) -> None:
     parts = [linear(100, outputs, bias, dtype, seed=outputs) for outputs in (48, 16, 33)]
-    joined = PackedLinear(*parts)
+    joined = OneDnnLinear(*parts)
     assert (joined.in_features, joined.out_features) == (100, 97)
     x = torch.randn(2, 30, 100).to(dtype)
     rounding = 2**-8 if dtype == torch.bfloat16 else 2**-20
@@ -55,12 +56,12 @@ def test_several_linears_of_one_input_are_one(bias: bool, dtype: torch.dtype) ->
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("dtype", PACKED_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ONEDNN_DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("inputs, outputs", [(64, 128), (100, 33), (512, 96)])
 def test_the_fastest_form_is_linear(inputs: int, outputs: int, bias: bool, dtype: torch.dtype) -> None:
     plain = linear(inputs, outputs, bias, dtype)
-    layer = pack_linear(plain)
+    layer = fastest_linear(plain)
     for tokens in (1, 17, FEW_TOKENS, FEW_TOKENS + 1, 300):
         x = torch.randn(tokens, inputs).to(dtype)
         exact = F.linear(x.double(), plain.weight.double(), None if plain.bias is None else plain.bias.double())
@@ -72,15 +73,15 @@ def test_the_fastest_form_is_linear(inputs: int, outputs: int, bias: bool, dtype
 @pytest.mark.parametrize("inputs, outputs", [(64, 128), (512, 96), (64, 100)])
 def test_what_two_kernels_multiply_from_is_in_memory_once(inputs: int, outputs: int) -> None:
     plain = linear(inputs, outputs, True, torch.bfloat16)
-    packed = PackedLinear(plain)
-    if not lies_in_panels(packed, plain):
-        assert not getattr(pack_linear(plain), "packed", None)
+    onednn = OneDnnLinear(plain)
+    if not lies_in_panels(onednn, plain):
+        assert not getattr(fastest_linear(plain), "onednn", None)
         return
-    panels, own = PanelLinear(plain, packed), PanelLinear(plain)
+    panels, own = PanelLinear(plain, onednn), PanelLinear(plain)
     assert torch.equal(panels.weight_PKNp, own.weight_PKNp)
-    assert panels.weight_PKNp.data_ptr() == packed.memory().data_ptr() != own.weight_PKNp.data_ptr()
+    assert panels.weight_PKNp.data_ptr() == onednn.memory().data_ptr() != own.weight_PKNp.data_ptr()
     plain.weight[-1, -1] += 1
-    assert not lies_in_panels(packed, plain), "one weight elsewhere is another layout"
+    assert not lies_in_panels(onednn, plain), "one weight elsewhere is another layout"
 
 
 @needs_vnni
@@ -123,18 +124,18 @@ def test_int8_takes_zeros_and_the_largest_values(dtype: torch.dtype) -> None:
     assert still(torch.ones(1, 64)).isfinite().all()
 
 
-def test_every_linear_of_a_loaded_decoder_is_packed() -> None:
+def test_every_linear_of_a_loaded_decoder_has_its_fastest_form() -> None:
     decoder = Decoder.from_checkpoint(tiny_llm.checkpoint(), dtype=torch.float32)
     kinds = {type(module) for module in decoder.lm.modules()}
-    assert kinds & {PackedLinear, PanelLinear} and nn.Linear not in kinds and nn.RMSNorm in kinds
+    assert kinds & {OneDnnLinear, PanelLinear} and nn.Linear not in kinds and nn.RMSNorm in kinds
 
 
 @needs_vnni
 def test_every_linear_of_a_quantised_layer_is_int8() -> None:
     quantised = Decoder.from_checkpoint(tiny_llm.checkpoint(), dtype=torch.float32, quantize="int8")
-    assert isinstance(quantised.lm.lm_head, PackedLinear | PanelLinear), "the head keeps its precision"
+    assert isinstance(quantised.lm.lm_head, OneDnnLinear | PanelLinear), "the head keeps its precision"
     kinds = {type(module) for module in quantised.layers.modules()}
-    assert Int8Linear in kinds and not kinds & {PackedLinear, PanelLinear}
+    assert Int8Linear in kinds and not kinds & {OneDnnLinear, PanelLinear}
 
 
 @needs_vnni

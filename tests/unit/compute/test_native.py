@@ -12,12 +12,13 @@ from transformers import AutoModelForCausalLM
 
 from services.checkpoint.config import FocusLlavaConfig
 from services.compute import native
-from services.compute.linear import PackedLinear
-from services.llm.fused_layer import can_fuse
-from services.llm.kernels.panel_linear import PanelLinear, add_linear, gated_linear, linears
+from services.compute.merged_linear import GateUpLinear, MergedLinear, add_linear
+from services.compute.onednn_linear import OneDnnLinear
+from services.compute.panel_linear import PanelLinear
+from services.llm.kernels.fused_layer import can_fuse
 from services.llm.model import Decoder
 from tests.attention_oracle import prefill_oracle
-from tests.processor import HAS_COMPILER, PACKED_DTYPES, needs_compiler
+from tests.processor import HAS_COMPILER, ONEDNN_DTYPES, needs_compiler
 from tests.tiny_llm import checkpoint
 
 TORCH_THREADS = 2
@@ -95,10 +96,10 @@ def test_panel_linears(inputs: int, outputs: int, bias: bool, dtype: torch.dtype
     assert not list(panels[0].parameters()) and not panels[0].state_dict()
     for tokens in (1, 5, 13, 16, 17, 32, 49, 97, 200):  # passes of 12 tokens or 32, tasks of 96
         x, hidden = torch.randn(tokens, inputs).to(dtype), torch.randn(tokens, outputs).to(dtype)
-        for layer, out in zip((first, other, second), linears(x, *panels), strict=True):
+        for layer, out in zip((first, other, second), MergedLinear(*panels)(x), strict=True):
             close(out, exactly(layer, x), SUMS)
         exact = F.silu(exactly(first, x)) * exactly(second, x)
-        close(gated_linear(x, panels[0], panels[2], ops), exact, SUMS)
+        close(GateUpLinear(panels[0], panels[2]).gated(x, ops.silu_mul_), exact, SUMS)
         exact = hidden.double() + exactly(first, x)
         assert add_linear(hidden, x, panels[0]) is hidden
         close(hidden, exact, SUMS)
@@ -111,26 +112,28 @@ def test_panel_linears(inputs: int, outputs: int, bias: bool, dtype: torch.dtype
 @pytest.mark.parametrize("inputs", [512, 4128, 5000])
 def test_a_tokens_products_are_the_same_bit_for_bit_in_any_batch(inputs: int, dtype: torch.dtype) -> None:
     gate, up = (PanelLinear(linear(inputs, 200, bias, dtype)) for bias in (True, False))
+    both = GateUpLinear(gate, up)
     x, hidden = torch.randn(230, inputs).to(dtype), torch.randn(230, 200).to(dtype)
-    whole = [*linears(x, gate, up), gated_linear(x, gate, up, ops), add_linear(hidden.clone(), x, up)]
+    whole = [*both(x), both.gated(x, ops.silu_mul_), add_linear(hidden.clone(), x, up)]
     for first, last in ((0, 1), (95, 97), (3, 20), (4, 36), (7, 103), (1, 230)):
         part = x[first:last].clone()
-        alone = [*linears(part, gate, up), gated_linear(part, gate, up, ops)]
+        alone = [*both(part), both.gated(part, ops.silu_mul_)]
         alone.append(add_linear(hidden[first:last].clone(), part, up))
         assert all(torch.equal(one, all_[first:last]) for one, all_ in zip(alone, whole, strict=True))
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("dtype", PACKED_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ONEDNN_DTYPES, ids=str)
 def test_layers_of_another_kind_give_what_panels_give(dtype: torch.dtype) -> None:
     gate, up, down = linear(64, 100, True, dtype), linear(64, 100, False, dtype), linear(100, 64, True, dtype)
     x = torch.randn(9, 64).to(dtype)
     results = []
-    for made in (PackedLinear, PanelLinear):
-        gated = gated_linear(x, made(gate), made(up), ops)
-        results.append([*linears(x, made(gate), made(up)), gated, add_linear(x.clone(), gated, made(down))])
-    for packed, panels in zip(*results, strict=True):
-        torch.testing.assert_close(packed, panels, rtol=3 * DTYPES[dtype], atol=3 * DTYPES[dtype])
+    for made in (OneDnnLinear, PanelLinear):
+        both = GateUpLinear(made(gate), made(up))
+        gated = both.gated(x, ops.silu_mul_)
+        results.append([*both(x), gated, add_linear(x.clone(), gated, made(down))])
+    for onednn, panels in zip(*results, strict=True):
+        torch.testing.assert_close(onednn, panels, rtol=3 * DTYPES[dtype], atol=3 * DTYPES[dtype])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """The CPU's operators and an engine on them, as on processors that have less than this one.
 
-`make processors` runs every test so.
+`make processors` runs every test on them.
 """
 
 from __future__ import annotations

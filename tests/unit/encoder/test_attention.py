@@ -1,4 +1,4 @@
-"""The packed vision tower's attention against the formula in float64, and a tile's independence from its batch."""
+"""The vision tower's attention on a CPU against the formula in float64, and a tile's independence from its batch."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def test_a_question_falls_back_to_its_form_then_to_its_kind():
         question: baselines.question_only(_asked("number", question, ""))
         for question in ("Read the red card.", "Read the blue card.", "Read the pink card.", "What is it?")
     }
-    # Five times seen; four times, so its form decides; never, but its form was; neither.
+    # Seen five times; seen four times, so its form decides; only its form was seen; neither was.
     assert list(guesses.values()) == ["11", "22", "22", "33"]
     assert baselines.majority(_asked("number", "Read the red card.", "")) == "33"
     assert baselines.question_only(_asked("new", "What is it?", "")) == "cat"

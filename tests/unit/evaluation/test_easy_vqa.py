@@ -9,11 +9,10 @@ import sys
 import pytest
 from PIL import Image
 
-from evaluation.easy_vqa_score import COLUMNS, baseline_scores, score
-from evaluation.score import SETTINGS, answer, table
+from evaluation.easy_vqa_score import COLUMNS, DIGITS, GROUPS
+from evaluation.score import SETTINGS, answers, baseline_scores, score, table
 from services.common.errors import InvalidInput
-from services.encoder.pipeline import EncoderPipeline
-from services.llm.engine import Engine
+from services.local.model import LocalModel
 from tests.tiny_checkpoints import make_random_checkpoint
 from tests.tiny_training import tiny_run
 from training.data import easy_vqa as module
@@ -127,21 +126,19 @@ def test_a_stage_trains_on_the_training_split(installed, tmp_path):
 
 def test_score_counts_by_kind_and_group(tmp_path):
     make_random_checkpoint(tmp_path, tile_px=28)
-    pipeline = EncoderPipeline.from_checkpoint(tmp_path)
-    engine = Engine.from_checkpoint(tmp_path, kv_cache_bytes=1 << 24)
+    model = LocalModel(tmp_path, "cpu", "float32")
     both = next(setting for setting in SETTINGS if setting.name == "both")
     forms = {"colour": "what color is the shape?", "shape": "what is the red shape?", "presence": "is there a circle?"}
     file = _png("red")
-    (tokens,) = pipeline.encode([pipeline.prepare(file)], [True])
     asked = [QuestionAnswer(kind=k, question=q, answer="?", box_xyxy=None) for k, q in forms.items()]
-    said = [text for text, _ in answer(engine, tokens, asked, text=True, threshold=None)]
+    said = [answer.text.strip() for answer in answers(model, file, asked, both)]
     # The model's own words are the right answers to colour and presence, and something else is that to shape.
-    answers = [said[0], said[1] + "x", said[2]]
+    right = [said[0], said[1] + "x", said[2]]
     data = [
         (file, [QuestionAnswer(kind=k, question=forms[k], answer=a, box_xyxy=None)])
-        for k, a in zip(forms, answers, strict=True)
+        for k, a in zip(forms, right, strict=True)
     ]
-    result = score(pipeline, engine, data, both)
+    result = score(model, data, both, None, GROUPS, DIGITS)
     assert result["exact_percent"] == {
         "all": 66.67, "colour": 100, "presence": 100, "shape": 0, "what": 50, "yes or no": 100,
     }  # fmt: skip
@@ -154,7 +151,8 @@ def test_score_counts_by_kind_and_group(tmp_path):
 
 
 def test_baselines_see_training_answers_only(installed):
-    results = baseline_scores(easy_vqa("test")[:9], easy_vqa("train")[:30])
+    training = [question for _, asked in easy_vqa("train")[:30] for question in asked]
+    results = baseline_scores(easy_vqa("test")[:9], training, GROUPS, DIGITS)
     # Three colours in ten images each: the first in the alphabet, and never more than one in three.
     for name in ("majority", "question only"):
         assert results[name]["exact_percent"]["colour"] == 33.33

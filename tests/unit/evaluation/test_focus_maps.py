@@ -20,7 +20,7 @@ from evaluation.focus_maps.page import page, shown_layers
 from evaluation.focus_maps.report import explain, report
 from services.checkpoint.config import FocusLlavaConfig, TextSamplerConfig, VisionSamplerConfig
 from services.common.errors import InvalidInput
-from services.common.types import CompressedVisualTokens, ImageTiles, ProjectedFeatureMap, SamplerSettings
+from services.common.types import CompressedVisualTokens, ImageTiles, ProjectedFeatureMap
 from services.encoder.anyres import join_tiles, tile_image
 from services.encoder.model import EncoderModel
 from services.sampler.text_guided import keep_by_share
@@ -195,7 +195,7 @@ def test_tokens_are_in_the_encoders_order(
 
 @pytest.fixture(scope="module")
 def shipped() -> FocusModel:
-    return FocusModel.from_checkpoint(SHIPPED)
+    return FocusModel(SHIPPED)
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2"])
@@ -203,29 +203,29 @@ def random_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     folder = tmp_path_factory.mktemp("checkpoint") / request.param
     sampler = VisionSamplerConfig(base_grid=(4, 4), similarity="normalized", base_tile="sample")
     make_random_checkpoint(folder, request.param, vision_sampler=sampler)
-    return folder, FocusModel.from_checkpoint(folder)
+    return folder, FocusModel(folder)
 
 
 def test_importance_where_the_model_prunes_is_the_engines_own(shipped: FocusModel, random_model: Any) -> None:
     for model in (shipped, random_model[1]):
         pictures = [model.encode(png((90, 61))), model.encode(png((5, 9), seed=1)), model.encode(png((70, 200)))]
-        for chosen, samplers in (
-            (pictures[:1], SamplerSettings()),
-            (pictures, SamplerSettings(threshold=0.4)),
-            (pictures[1:], SamplerSettings(keep_ratio=0.3)),
+        for chosen, prune in (
+            (pictures[:1], {}),
+            (pictures, {"threshold": 0.4}),
+            (pictures[1:], {"keep_ratio": 0.3}),
         ):
-            focus = model.ask(chosen, "What number is on the red card?", samplers=samplers, max_tokens=3)
+            focus = model.ask(chosen, "What number is on the red card?", **prune, max_tokens=3)
             decision = focus.decision
             assert decision is not None and decision.layer == model.pipeline.config.text_sampler.layer
-            assert focus.importance_KN.shape[0] == model.engine.decoder.num_layers - 1
+            assert focus.importance_KN.shape[0] == model.local.engine.decoder.num_layers - 1
             assert torch.equal(focus.importance_KN[decision.layer - 1], decision.importance)
             assert focus.kept_N.nonzero().flatten().tolist() == decision.kept.tolist()
             assert 0 < focus.usage.visual_tokens_kept == len(decision.kept) < len(focus.kept_N)
             assert sum(len(picture.layout) for picture in chosen) == focus.usage.visual_tokens_sampled
-        unpruned = model.ask(chosen, "What number is on the red card?", samplers=SamplerSettings(text_sampler=False))
+        unpruned = model.ask(chosen, "What number is on the red card?", text_sampler=False)
         assert unpruned.decision is None and unpruned.kept_N.all()
         assert torch.equal(unpruned.importance_KN, focus.importance_KN)
-        model.engine.check_integrity()
+        model.local.engine.check_integrity()
 
 
 def test_importance_of_every_layer_is_that_of_an_unpruned_pass_in_transformers(random_model: Any) -> None:
@@ -233,9 +233,9 @@ def test_importance_of_every_layer_is_that_of_an_unpruned_pass_in_transformers(r
     picture = model.encode(png((61, 44)))
     focus = model.ask([picture], tiny_llm.QUESTIONS[0], max_tokens=1)
     lm = tiny_llm.reference_lm(folder)
-    asked = replace(tiny_llm.request(model.engine), images=(picture.tokens,))
-    prompt = model.engine.prepare(asked).prompt
-    embeddings_SD = tiny_llm.reference_embeddings(lm, model.engine, asked)
+    asked = replace(tiny_llm.request(model.local.engine), images=(picture.tokens,))
+    prompt = model.local.engine.prepare(asked).prompt
+    embeddings_SD = tiny_llm.reference_embeddings(lm, model.local.engine, asked)
     with torch.no_grad():
         hidden = lm(inputs_embeds=embeddings_SD[None], output_hidden_states=True).hidden_states
         rotary = lm.model.rotary_emb(embeddings_SD[None], torch.arange(len(embeddings_SD))[None])
@@ -308,9 +308,7 @@ def test_a_page_for_several_images_and_with_both_samplers_off(random_model: Any)
     assert page(focus).width == 1600
     assert shown_layers(focus) == [1, 2, 3, 4, 5] and shown_layers(focus, most=2) in ([1, 5], [2, 5])
     assert 2 in shown_layers(focus, most=2)
-    plain = model.ask(
-        [model.encode(png((90, 61)), vision_sampler=False)], "How?", samplers=SamplerSettings(text_sampler=False)
-    )
+    plain = model.ask([model.encode(png((90, 61)), vision_sampler=False)], "How?", text_sampler=False)
     assert page(plain).width == 1600
     made = report(focus, ["a", "b", "c"])
     assert json.loads(json.dumps(made)) == made and made["visual_tokens"]["kept"] == len(focus.decision.kept)

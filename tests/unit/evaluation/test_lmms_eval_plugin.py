@@ -17,8 +17,7 @@ from evaluation.lmms_eval_plugin.example import make
 from evaluation.lmms_eval_plugin.questions import Question, RequestFailed, image_file, sampling_settings, turns
 from services.common.errors import InvalidInput
 from services.common.types import SamplerSettings, SamplingParams
-from services.encoder.pipeline import EncoderPipeline
-from services.llm.engine import Engine
+from services.local.model import LocalModel
 from tests.fakes.gateway import ScriptedGateway
 from tests.tiny_checkpoints import make_random_checkpoint
 
@@ -127,10 +126,10 @@ def test_other_media_and_missing_files_are_refused():
 
 
 @pytest.fixture(scope="module")
-def stages(tmp_path_factory):
+def local(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
     make_random_checkpoint(folder)
-    return EncoderPipeline.from_checkpoint(folder), Engine.from_checkpoint(folder, kv_cache_bytes=1 << 24)
+    return LocalModel(folder, "cpu", "float32")
 
 
 QUESTIONS = [
@@ -141,25 +140,25 @@ QUESTIONS = [
 ]
 
 
-def test_a_batch_changes_nobody_s_answer_and_encodes_an_image_once(stages, monkeypatch):
-    pipeline, engine = stages
+def test_a_batch_changes_nobody_s_answer_and_encodes_an_image_once(local, monkeypatch):
+    pipeline = local.pipeline
     encoded = []
     encode = pipeline.encode
     monkeypatch.setattr(pipeline, "encode", lambda images, flags: encoded.append(len(images)) or encode(images, flags))
-    model = InProcess(pipeline, engine, SamplerSettings())
+    model = InProcess(local, SamplerSettings())
     batched = model.answer(QUESTIONS)
     assert encoded == [2], "four questions, two distinct images"
     assert model.answer(QUESTIONS[:1]) == batched[:1] and encoded == [2], "the image of the batch before is kept"
-    alone = [InProcess(pipeline, engine, SamplerSettings()).answer([question])[0] for question in QUESTIONS]
+    alone = [InProcess(local, SamplerSettings()).answer([question])[0] for question in QUESTIONS]
     assert alone == batched
     assert batched[0] == batched[3] and batched[1].visual_tokens_uncompressed == 0
     assert batched[2].visual_tokens_uncompressed > batched[0].visual_tokens_uncompressed
     assert all(reply.completion_tokens for reply in batched)
 
 
-def test_the_samplers_are_those_of_the_arguments(stages):
+def test_the_samplers_are_those_of_the_arguments(local):
     def converted(**samplers) -> float:
-        (reply,) = InProcess(*stages, SamplerSettings(**samplers)).answer(QUESTIONS[:1])
+        (reply,) = InProcess(local, SamplerSettings(**samplers)).answer(QUESTIONS[:1])
         return reply.converted_visual_tokens / reply.visual_tokens_uncompressed
 
     assert converted(vision_sampler=False, text_sampler=False) == 1.0
@@ -168,15 +167,15 @@ def test_the_samplers_are_those_of_the_arguments(stages):
     assert converted(threshold=0.3) < converted(threshold=0.9) < vision_alone
 
 
-def test_an_error_names_its_request_and_leaves_no_work_behind(stages):
-    pipeline, engine = stages
+def test_an_error_names_its_request_and_leaves_no_work_behind(local):
+    engine = local.engine
     damaged = Question(name="task/test/7", turns=turns_of(b"no image"), sampling=SamplingParams())
     beyond = dataclasses.replace(
         asked(picture(1), name="task/test/8"), sampling=SamplingParams(stop_token_ids=(10**6,))
     )
     for wrong in (damaged, beyond):
         with pytest.raises(RequestFailed, match=wrong.name) as failed:
-            InProcess(pipeline, engine, SamplerSettings()).answer([QUESTIONS[0], wrong])
+            InProcess(local, SamplerSettings()).answer([QUESTIONS[0], wrong])
         assert isinstance(failed.value.__cause__, InvalidInput)
         assert not engine.has_work()
         engine.check_integrity()

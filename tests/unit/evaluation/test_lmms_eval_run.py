@@ -7,15 +7,13 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from evaluation.lmms_eval_plugin.answering import InProcess
 from evaluation.lmms_eval_plugin.example import scenes
 from evaluation.lmms_eval_plugin.questions import Question, RequestFailed, sampling_settings, turns
 from services.common.errors import InvalidInput
 from services.common.types import SamplerSettings
-from services.encoder.pipeline import EncoderPipeline
-from services.llm.engine import Engine
+from services.local.model import LocalModel
 
 pytest.importorskip("lmms_eval.evaluator", reason="lmms-eval has an environment of its own")
 
@@ -34,11 +32,10 @@ def messages(row):
 
 def expected(rows) -> list[str]:
     """The stages' own answers."""
-    pipeline = EncoderPipeline.from_checkpoint(CHECKPOINT, dtype=torch.float32)
-    engine = Engine.from_checkpoint(CHECKPOINT, dtype=torch.float32, kv_cache_bytes=1 << 26)
+    model = LocalModel(CHECKPOINT, "cpu", "float32")
     sampling = sampling_settings({"max_new_tokens": 8, "do_sample": False, "until": ["\n\n"]})
     batch = [Question(name="", turns=turns(messages(row)), sampling=sampling) for row in rows]
-    return [reply.text.strip() for reply in InProcess(pipeline, engine, SamplerSettings()).answer(batch)]
+    return [reply.text.strip() for reply in InProcess(model, SamplerSettings()).answer(batch)]
 
 
 def test_the_command_line_scores_the_stages_own_answers(tmp_path):

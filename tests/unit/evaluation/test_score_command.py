@@ -13,7 +13,7 @@ from evaluation.score import main
         (["--settings", "both,bothh"], "'bothh' is not one of off, vision, text, both"),
         (["--images", "0"], "0 is not positive"),
         (["--threshold", "7"], "prune.threshold: is 7.0, expected (0, 1]"),
-        ([], "checkpoint: nowhere has no config.json"),
+        ([], "checkpoint: no config.json in nowhere"),
     ],
 )
 def test_what_cannot_be_scored_is_named(arguments, message, monkeypatch, capsys):

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from evaluation.scenes import benchmark_images
-from evaluation.score import answer
+from evaluation.score import SETTINGS as SAMPLERS
+from evaluation.score import answers
 from evaluation.study import evaluate as evaluate_module
 from evaluation.study.evaluate import benchmark_samples, calibrate, evaluate, schedule_of
 from evaluation.study.runs import Study, run_config
 from evaluation.study.scoring import trained_task
 from evaluation.study.settings import SETTINGS
-from services.encoder.pipeline import EncoderPipeline
-from services.llm.engine import Engine
+from services.local.model import LocalModel
 
 CHECKPOINT = pathlib.Path(__file__).parents[3] / "checkpoints/focusllava-tiny"
 IMAGES = 3
@@ -36,18 +36,19 @@ def test_scores_are_the_served_engines(tmp_path, name):
         setting = dataclasses.replace(setting, text=(task.config.text_sampler.layer, setting.text[1]))
     model = task.module.eval()
     model.schedule = schedule_of(setting)
-    pipeline = EncoderPipeline.from_checkpoint(CHECKPOINT, dtype=torch.float32)
-    engine = Engine.from_checkpoint(CHECKPOINT, dtype=torch.float32, kv_cache_bytes=1 << 26)
+    served = LocalModel(CHECKPOINT, "cpu", "float32")
+    samplers = next(one for one in SAMPLERS if one.name == name)
     served_right = served_converted = served_full = kept = 0.0
     for asked, (file, questions) in zip(
         benchmark_samples(task, "test", IMAGES), benchmark_images("test", IMAGES), strict=True
     ):
         assert asked.questions == questions
         ours = model.answer([asked.sample], random.Random(0))
-        (tokens,) = pipeline.encode([pipeline.prepare(file)], [name == "both"])
+        (tokens,) = served.encode([file], vision_sampler=samplers.vision)
         torch.testing.assert_close(ours.encoded[0].tokens_ND, tokens.tokens_ND, rtol=1e-3, atol=1e-3)
         threshold = setting.text[1] if setting.text else None
-        for q, (text, usage) in enumerate(answer(engine, tokens, questions, name == "both", threshold)):
+        for q, answer in enumerate(answers(served, file, questions, samplers, threshold)):
+            text, usage = answer.text.strip(), answer.usage
             assert bool(ours.exact_BQ[0, q]) == (text == questions[q].answer)
             seen_L = ours.tokens_BQL[0, q]
             assert (int(seen_L[0]), int(seen_L[-1])) == (usage.visual_tokens_sampled, usage.visual_tokens_kept)

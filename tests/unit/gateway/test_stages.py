@@ -237,7 +237,7 @@ async def test_a_refusal_by_a_stage_comes_before_any_event():
 
 
 async def test_visual_tokens_that_the_model_refuses_are_our_fault_and_leave_the_cache():
-    """NaN out of an encoder, or out of a cache that someone wrote to."""
+    """They hold NaN: out of an encoder, or out of a cache that someone wrote to."""
     refused = (0, grpc.StatusCode.INVALID_ARGUMENT, "images[0].tokens: holds NaN, infinity, or values beyond")
     encoder = Encoder()
     async with serving(LanguageModel(refused), encoder) as clients:

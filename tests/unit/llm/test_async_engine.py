@@ -29,7 +29,7 @@ async def running(**options) -> AsyncIterator[AsyncEngine]:
     finally:
         engine.close()
         engine.engine.check_integrity()
-        assert engine.engine.stats().kv_blocks_used == 0
+        assert engine.engine.stats().kv_pages_used == 0
 
 
 async def answer(engine: AsyncEngine, request: GenerateRequest) -> tuple[list[int], FinishedEvent]:
@@ -75,7 +75,7 @@ async def test_closing_or_cancelling_frees_the_request() -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
         await until_idle(engine)
-        assert engine.stats().kv_blocks_used == 0
+        assert engine.stats().kv_pages_used == 0
         # The id is free again.
         assert (await answer(engine, tiny_llm.request(engine.engine, max_tokens=3)))[1].usage.completion_tokens == 3
 
@@ -95,7 +95,7 @@ async def test_a_request_that_waits_can_be_cancelled() -> None:
 
 
 async def test_requests_cancelled_before_their_intake_are_never_read(monkeypatch) -> None:
-    """Three hundred that wait behind a slow one: the threads of the intake are few."""
+    """Three hundred wait behind a slow one: the threads of the intake are few."""
     async with running() as engine:
         read: list[str] = []
         slow = threading.Event()
@@ -197,7 +197,7 @@ async def test_a_step_that_could_not_be_planned_leaves_no_block_that_holds_nothi
             both.set()
             assert await asked == [InternalError] * 2
         assert calls == 3 and engine.stats().failed_steps == 1
-        assert engine.stats().kv_blocks_cached == 0
+        assert engine.stats().kv_pages_cached == 0
         assert (await answer(engine, later))[0] == expected
 
 

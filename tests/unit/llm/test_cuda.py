@@ -1,4 +1,4 @@
-"""The GPU's path but for the numbers (test_llm_kernels.py): its calls, its machine code, an engine that runs on it."""
+"""The GPU's path but for the numbers (test_kernels.py): its calls, its machine code, an engine that runs on it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import torch
 
 from services.common.types import TokenEvent, TokenLogprob
 from services.compute import linear
+from services.compute.merged_linear import MergedLinear
 from services.llm import model
-from services.llm.kernels.panel_linear import join_linears, linears
 from services.llm.kernels.reference import ReferenceKernels
 from services.sampler.text_guided import apply_rotary
 from tests import gpu, tiny_llm
@@ -46,7 +46,7 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path: pathlib.Path, 
 
 
 def test_prefill_calls_torchs_flash_attention_as_it_is_declared() -> None:
-    """On meta tensors, through the operator that torch registers."""
+    """Calls it on meta tensors, through the operator that torch registers."""
     from torch.nn.attention.varlen import varlen_attn
 
     pytest.importorskip("triton", reason=gpu.NO_TRITON)
@@ -74,7 +74,7 @@ def test_rotary_embedding_in_place(tokens: int, heads: int, width: int) -> None:
 
 @pytest.mark.parametrize("tokens, width", [(0, 8), (1, 8), (3, 1100)])
 def test_gate_in_place(tokens: int, width: int) -> None:
-    """Of the two halves of one product."""
+    """Gate and up are the two halves of one product."""
     whole = torch.randn(tokens, 2 * width, dtype=gpu.DTYPE, device=gpu.DEVICE).mul_(4)
     gate, up = whole.split(width, dim=1)
     expected, rest = torch.nn.functional.silu(gate.double()) * up.double(), up.clone()
@@ -106,34 +106,39 @@ def test_keys_and_values_go_into_their_slots(tokens: int, groups: int, width: in
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_joined_layers_are_one_product(bias: bool) -> None:
+def test_merged_layers_are_one_product(bias: bool) -> None:
     layers = [torch.nn.Linear(16, outputs, bias=bias) for outputs in (12, 4, 8)]
     x = torch.randn(5, 16)
     apart = [layer(x) for layer in layers]
     weights = [layer.weight.clone() for layer in layers]
-    join_linears(*layers)
+    merged = MergedLinear(*layers)
     assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers, weights, strict=True))
-    for first, last in ((0, 3), (1, 3), (0, 2), (2, 3)):
-        outputs = linears(x, *layers[first:last])
+    assert len({layer.weight.untyped_storage().data_ptr() for layer in layers}) == 1, "no weight is there twice"
+    for first in range(3):
+        outputs = merged(x, first)
         assert len({output.untyped_storage().data_ptr() for output in outputs}) == 1
-        for output, other in zip(outputs, apart[first:last], strict=True):
+        for output, other in zip(outputs, apart[first:], strict=True):
             torch.testing.assert_close(output, other)
-    for layer, other in zip(linears(x, layers[0], layers[2]), (apart[0], apart[2]), strict=True):
-        torch.testing.assert_close(layer, other)  # not neighbours
+
+
+def test_layers_that_cannot_be_one_product_are_merged_all_the_same() -> None:
+    layers = [torch.nn.Linear(16, 8, bias=bias) for bias in (True, False)]
+    x = torch.randn(5, 16)
+    assert all(torch.equal(one, layer(x)) for one, layer in zip(MergedLinear(*layers)(x), layers, strict=True))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_an_engine_on_the_gpus_kernels_gives_the_same_answers(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Linear layers unpacked, flash attention, pages read in place, decode by graphs: all that differs from a CPU's
+    """Linear layers of torch, flash attention, pages read in place, decode by graphs: all that differs from a CPU's
     engine."""
     kernels, elementwise = gpu.kernels(), gpu.elementwise()
     if gpu.DEVICE.type == "cuda":
         pytest.skip("compares fp32 engines: a GPU's kernels take bf16 and fp16")
     plain = tiny_llm.engine(family, dtype=torch.float32)
-    monkeypatch.setattr(linear, "can_pack", lambda *_: False)
+    monkeypatch.setattr(linear, "onednn_multiplies", lambda *_: False)
     monkeypatch.setattr(model, "choose_elementwise", lambda *_: elementwise)
     engine = tiny_llm.engine(family, dtype=torch.float32)
-    assert engine.runner.decoder.elementwise is elementwise and not engine.runner.decoder.decode_layers
+    assert engine.runner.decoder.elementwise is elementwise and not engine.runner.decoder.decodes_whole
     recorder = Recorder()
     engine.runner.kernels = kernels
     engine.runner.use_graphs(recorder)

@@ -76,7 +76,7 @@ def test_nothing_is_recorded_after_the_warm_up() -> None:
     recorded = recorder.recorded
     assert any(mixed) and not engine.has_work() and recorded >= 3
     stats = engine.stats()
-    assert not stats.completion_tokens and not stats.prefill_passes and not stats.kv_blocks_used
+    assert not stats.completion_tokens and not stats.prefill_passes and not stats.kv_pages_used
     requests = [tiny_llm.request(engine, f"r{n}", images=(40 * n,), max_tokens=30) for n in range(1, 9)]
     answers = tiny_llm.run(engine, requests)
     assert all(len(answer[0]) == 30 for answer in answers.values())

@@ -21,7 +21,7 @@ TEXTS = (
 
 
 def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
-    """As Llama 2's: words with a leading "▁", every other character as <0x..> bytes."""
+    """A tokenizer like Llama 2's: words with a leading "▁", every other character as <0x..> bytes."""
     vocab = {"<unk>": 0, "▁The": 1, "▁word": 2, "s": 3, "▁": 4, ".": 5, **{f"<0x{b:02X}>": 6 + b for b in range(256)}}
     tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
     tokenizer.decoder = decoders.Sequence(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import time
 from collections.abc import Iterator
@@ -206,6 +207,57 @@ def test_the_end_waits_unless_nothing_else_is_left(grammars: Grammars, early: di
     assert guide is not None
     guide.take(a)
     assert allowed(grammars, guide) == {EOS}, "the constraint leaves nothing but its end"
+
+
+FORCED = [
+    schema(PERSON),
+    schema({"enum": ["red", 3, None, "red and blue"]}),
+    schema({"$defs": {"node": NODE}, "$ref": "#/$defs/node"}),
+    Constraint(kind="choice", choices=("yes", "yes!", 'say "é"\n', "zebra crossing 中文")),
+    Constraint(kind="regex", text=r"\d{2}-abcdef(ghi)?x{1,3}"),
+    Constraint(kind="grammar", text='start: "a" x*\nx: "bcd" | /[0-9]{2}/'),
+]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+def test_a_forced_text_is_looked_for_once_and_comes_as_each_tokens_own_mask_says(family: str) -> None:
+    """The masks of random answers, against those that the matcher computes with every token before it consumed."""
+    tokenizer, rng, runs = make_tokenizer(family), random.Random(7), 0
+    grammars = Grammars(tokenizer, vocabulary=len(tokenizer), eos_token_ids=[tokenizer.eos_token_id])
+    for constraint in FORCED * 8:
+        guide = grammars.guide(SamplingParams(constraint=constraint), 500)
+        assert guide is not None
+        slow = grammars.compile(constraint).matcher.deep_copy()
+        for _ in range(60):
+            kept = len(guide.forced)
+            mask_W = grammars.masks([guide])[0]
+            bits = np.frombuffer(slow.compute_bitmask(), dtype=np.uint32)
+            assert tokens_of(mask_W) == tokens_of(bits), constraint
+            runs += len(guide.forced) > 1 and not kept
+            token = rng.choice(sorted(tokens_of(mask_W)))
+            if token == tokenizer.eos_token_id:
+                break
+            guide.take(token)
+            assert slow.consume_token(token) and not guide.error
+    grammars.close()
+    assert runs >= 20, "texts of several tokens that were forced"
+
+
+@pytest.mark.parametrize("closes", [False, True])
+def test_an_answer_that_leaves_its_forced_text_or_its_way_to_the_end_is_noticed(
+    grammars: Grammars, closes: bool
+) -> None:
+    """As where a row's scores are no numbers: any token may come out."""
+    constraint = Constraint(kind="regex", text="[jk]abcdefghi[lm]")
+    way = grammars.compile(constraint).way
+    assert way
+    guide = grammars.guide(SamplingParams(constraint=constraint), len(way) if closes else 500)
+    assert guide is not None and guide.closes == closes
+    guide.take(way[0])
+    assert len(allowed(grammars, guide)) == 1 and len(guide.forced) > 1
+    guide.take(TOKENIZER.convert_tokens_to_ids("z"))
+    grammars.masks([guide])
+    assert guide.error.startswith("cannot be followed any further")
 
 
 def test_a_tokenizer_that_cannot_spell_a_byte_is_named() -> None:

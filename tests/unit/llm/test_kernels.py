@@ -102,7 +102,7 @@ def test_without_a_mask_each_query_sees_all_keys_of_its_segment(
 
 @pytest.mark.parametrize("query_scale, key_offset", [(1, 0), (3, 0), (6, 0), (1, 3)])
 def test_bf16_prefill_is_as_exact_as_sdpa(query_scale: float, key_offset: float) -> None:
-    """Large scores too (up to 30), and keys with a common offset such as Qwen2's bias makes."""
+    """Scores go up to 30, and keys have a common offset such as Qwen2's bias makes."""
     tokens, heads, width = 700, 2, 64
     query, key, value = random_tensors(*[(tokens, heads, width)] * 3, dtype=torch.float32)
     query = (query * query_scale + key_offset / 2).bfloat16()

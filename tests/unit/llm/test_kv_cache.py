@@ -1,4 +1,4 @@
-"""The paged KV cache: every page and slot accounted for, both groups served by one pool, full blocks shared."""
+"""The paged KV cache: every page and buffer accounted for, both groups served by one pool, full blocks shared."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests import tiny_llm
 
 
 def make(layers: int = 6, prune_layer: int = 2, blocks: float = 20, block_size: int = 4, **options: bool) -> KVCache:
-    """With room for so many blocks of unpruned tokens."""
+    """A KV cache with room for so many blocks of unpruned tokens."""
 
     def build(kv_cache_bytes: int) -> KVCache:
         return KVCache(
@@ -33,7 +33,7 @@ def make(layers: int = 6, prune_layer: int = 2, blocks: float = 20, block_size: 
 
 
 def test_a_budget_below_one_block_is_refused_with_the_bytes_of_a_block() -> None:
-    assert make(blocks=1).num_slots == 1
+    assert make(blocks=1).num_buffers == 1
     block_bytes = make().block_bytes
     with pytest.raises(InvalidInput, match=rf"kv_cache_bytes: is {block_bytes // 2}, expected {block_bytes} or more"):
         make(blocks=0.5)
@@ -59,14 +59,14 @@ def keys_of(*names: str) -> list[bytes]:
 @pytest.mark.parametrize(
     ("layers", "prune_layer", "per_page"), [(6, 2, 2), (32, 8, 8), (7, 3, 1), (12, 6, 6), (28, 8, 4)]
 )
-def test_pages_divide_both_groups_and_the_budget_pays_for_slots_too(
+def test_pages_divide_both_groups_and_the_budget_pays_for_buffers_too(
     layers: int, prune_layer: int, per_page: int
 ) -> None:
     cache = make(layers, prune_layer)
     assert cache.layers_per_page == per_page
     assert cache.page_bytes == per_page * 4 * 2 * 2 * 8 * 4
     assert cache.block_bytes == layers * 4 * 2 * 2 * 8 * 4 + 4 * 32 * 4
-    assert (cache.num_slots, cache.num_pages) == (20, 20 * layers // per_page)
+    assert (cache.num_buffers, cache.num_pages) == (20, 20 * layers // per_page)
     assert cache.pages_needed(4, 4) == layers // per_page
     assert cache.pages_needed(5, 0) == 2 * prune_layer // per_page
     assert cache.pages_needed(0, 5) == 2 * (layers - prune_layer) // per_page
@@ -93,7 +93,7 @@ def test_every_token_of_every_layer_has_a_place_of_its_own(layers: int, prune_la
             seen |= set(slots.flatten().tolist())
     assert len(seen) == sum(a * prune_layer + b * (layers - prune_layer) for a, b in lengths.values())
     assert max(seen) < cache.null_row * cache.block_size, "the null page is nobody's"
-    hidden = [cache.hidden_slots(name, torch.arange(tokens[0])) for name, tokens in lengths.items()]
+    hidden = [cache.hidden_index(name, torch.arange(tokens[0])) for name, tokens in lengths.items()]
     assert len(set(torch.cat(hidden).tolist())) == 30
     cache.check_integrity(set(lengths))
 
@@ -161,14 +161,14 @@ def test_eviction_takes_the_least_recently_used_and_the_end_of_a_prefix_first() 
         cache.free(name)
     assert prefill(cache, "again", 8, 4, keys_of("a1", "a2")) == 8
     cache.free("again")
-    # 10 slots: 6 hold known blocks, 4 are free; this needs 3 of those: b2, then b1, then c2.
+    # 10 buffers: 6 hold known blocks, 4 are free; this needs 3 of those: b2, then b1, then c2.
     prefill(cache, "new", 28, 4)
     found = {name: len(cache.pool.find(keys_of(f"{name}1", f"{name}2"))) for name in "abc"}
     assert found == {"a": 2, "b": 0, "c": 1}
     cache.check_integrity({"new"})
 
 
-def test_a_slot_is_taken_from_a_running_sequence_when_no_other_is_left_but_never_from_a_prefill() -> None:
+def test_a_buffer_is_taken_from_a_running_sequence_when_no_other_is_left_but_never_from_a_prefill() -> None:
     cache = make(blocks=4)
     prefill(cache, "runs", 12, 0, keys_of("1", "2", "3"))
     cache.open("b")
@@ -179,7 +179,7 @@ def test_a_slot_is_taken_from_a_running_sequence_when_no_other_is_left_but_never
     assert cache.capacity("runs", LOWER) == 12
     cache.grow("b", LOWER, 16)
     cache.open("c")
-    assert not cache.can_grow("c", LOWER, 1), "every slot is read"
+    assert not cache.can_grow("c", LOWER, 1), "every buffer is read"
     assert cache.can_grow("c", UPPER, 4)
     assert not cache.can_open([], 1, 1, 0)
     cache.end_prefill("b")
@@ -206,8 +206,8 @@ def _double_a_page(cache: KVCache) -> None:
     cache.pool._free.append(cache.pool._free[0])
 
 
-def _lose_a_slot(cache: KVCache) -> None:
-    cache.pool._free_slots.pop()
+def _lose_a_buffer(cache: KVCache) -> None:
+    cache.pool._free_buffers.pop()
 
 
 def _miscount(cache: KVCache) -> None:
@@ -225,7 +225,7 @@ def _share_above(cache: KVCache) -> None:
 
 
 @pytest.mark.parametrize(
-    "spoil", [_lose_a_page, _double_a_page, _lose_a_slot, _miscount, _misread, _share_above, lambda c: c.open("x")]
+    "spoil", [_lose_a_page, _double_a_page, _lose_a_buffer, _miscount, _misread, _share_above, lambda c: c.open("x")]
 )
 def test_integrity_check_finds_what_is_wrong(spoil: Callable[[KVCache], None]) -> None:
     cache = make()

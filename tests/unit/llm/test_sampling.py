@@ -100,7 +100,7 @@ def test_draws_follow_the_oracles_distribution(settings: dict) -> None:
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_a_uniform_number_picks_the_oracles_token(settings: dict) -> None:
-    """The exact inverse of the cumulative distribution: in order of probability where it is limited, else of ids."""
+    """The draw inverts the cumulative distribution: in order of probability where it is limited, else of ids."""
     params = SamplingParams(**{"temperature": 1.0, **settings})
     for seed in range(100):
         row = logits(1, seed=seed)[0]
@@ -197,7 +197,7 @@ MIXED += [SamplingParams(temperature=0.0, logprobs=3), SamplingParams(temperatur
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_comes_out_the_same_in_any_batch(dtype: torch.dtype) -> None:
-    """Bit for bit, logprobs too, with ties (bfloat16) and with nuclei wider than the candidates."""
+    """A row is the same bit for bit, logprobs too, with ties (bfloat16) and with nuclei wider than the candidates."""
     rows = logits(len(MIXED), 5000).to(dtype)
     outputs: list[list[int]] = [[] for _ in MIXED]
     together, apart = ([new_generator(p) for p in MIXED] for _ in range(2))
@@ -250,7 +250,7 @@ def test_impossible_tokens_are_never_drawn(settings: dict) -> None:
     params = SamplingParams(temperature=1.0, seed=3, **settings)
     row = torch.tensor([0.5, 0.0, 0.5, 0.0]).log()
     assert set(draws(params, 500, row)) == {0, 2}
-    # Not even by a uniform number that rounds up to the whole mass.
+    # A uniform number that rounds up to the whole mass does not draw it either.
     largest = torch.tensor([[1 - 2**-53]], dtype=torch.float64)
     cumulative = row.softmax(-1)[None].cumsum(-1, dtype=torch.float64)
     assert sampling._pick(cumulative, cumulative[:, -1:], largest).item() == 2

@@ -23,7 +23,7 @@ def stepping(engine: Engine) -> list[Step]:
 
 
 def cost(step: Step) -> float:
-    """In tokens through all layers."""
+    """The cost of a step, in tokens through all layers."""
     layers = sum(c.count for c in step.lower) * K + sum(c.count for c in step.upper) * (LAYERS - K)
     return len(step.decode) + layers / LAYERS
 

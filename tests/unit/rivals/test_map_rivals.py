@@ -40,7 +40,7 @@ def test_prumerge_counts_outliers_by_hand():
     assert PruMergePlus(budget=None).select(attention).tolist() == [0, 2, 4, 6, 8, 10, 12, 14, 16, 17, 18, 19]
     assert PruMergePlus(budget=0.1).select(attention).tolist() == [18, 19]
     assert PruMergePlus(budget=0.25).select(attention).tolist() == [0, 8, 17, 18, 19]
-    # None stands out: the first counts as one.
+    # No patch stands out: the first counts as one.
     assert PruMergePlus(budget=None).select(torch.ones(20)).tolist() == [0, 6, 12, 18]
 
 

@@ -41,7 +41,7 @@ def built(branches: str, std: float = 0.3) -> VisionGuidedSampler:
 
 
 def looks(sampler: VisionGuidedSampler) -> list[tuple[torch.Tensor, tuple[int, int]]]:
-    """What it says of random maps, and their sizes."""
+    """The sampler's logits for random maps, and their sizes."""
     generator = torch.Generator().manual_seed(1)
     maps = [torch.randn(*size, WIDTH, generator=generator) for size in SIZES]
     with torch.no_grad():
@@ -49,7 +49,7 @@ def looks(sampler: VisionGuidedSampler) -> list[tuple[torch.Tensor, tuple[int, i
 
 
 def emitted(sampler: VisionGuidedSampler, **options: float) -> int:
-    """Tokens that it makes of the same maps, newlines not counted."""
+    """Tokens that the sampler makes of the same maps, newlines not counted."""
     generator = torch.Generator().manual_seed(1)
     total = 0
     rest = torch.zeros(4, WIDTH), torch.zeros(WIDTH)
@@ -168,7 +168,7 @@ def test_a_checkpoint_is_set_by_one_command(
 def test_the_share_reported_is_what_the_stored_biases_leave(
     share: float, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Even where weights are stored in bfloat16 and this machine computes in float32."""
+    """It holds even where weights are stored in bfloat16 and this machine computes in float32."""
     monkeypatch.setattr("services.encoder.pipeline.dtype_of_stored", lambda *_: torch.float32)
     sampler = VisionSamplerConfig(base_grid=(4, 4))  # raw inner products, which saturate
     make_random_checkpoint(tmp_path / "checkpoint", dtype="bfloat16", vision_sampler=sampler)

@@ -94,7 +94,7 @@ def heads_of(projection, normed, position, theta):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_training_prunes_equals_the_naive_loop(family):
-    """Two images of unequal length; a branch whose words lie apart, one of a single word, and one that is padding."""
+    """Images have unequal lengths; the words of one branch lie apart, another has one word, another is padding."""
     layer, rotary, config = decoder_layer(family)
     prefix = WORDS + max(VISUAL)
     hidden = torch.randn(2, prefix + 3 * LENGTH, HEADS * HEAD)

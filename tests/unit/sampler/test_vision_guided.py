@@ -38,7 +38,7 @@ def of_window(window_and_branches: tuple[int, tuple[oracle.Kernel, ...]]) -> str
 
 
 def sampler(std: float = 1.0, **options: Any) -> VisionGuidedSampler:
-    """One whose selector is untrained but not fresh, so that all branches occur."""
+    """A sampler whose selector is untrained but not fresh, so that all branches occur."""
     torch.manual_seed(0)
     built = VisionGuidedSampler(D, BASE, **options)
     linear = built.selector.linear

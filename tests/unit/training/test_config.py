@@ -64,7 +64,7 @@ def test_mistakes_are_named(change, message):
     ],
 )
 def test_a_prune_schedule_that_the_decoder_cannot_follow_is_refused(prune):
-    """Else a layer beyond the last would prune nothing without a word."""
+    """A layer beyond the last would prune nothing, without a word."""
     with pytest.raises(InvalidInput, match=r"stage\.prune\.\w+: is .*expected an ascending pair"):
         JointTask(tiny_run("unused", stage={"prune": prune}))
 
@@ -197,7 +197,7 @@ PROCESSORS = {(True, True): "bfloat16", (True, False): "float32", (False, True):
 
 
 def _agree(_: int, rank: int, store: str, found: str) -> None:
-    """One worker."""
+    """Runs as one worker."""
     torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
     names = []
     for processors in PROCESSORS:

@@ -13,7 +13,7 @@ from training.joint_stage import JointTask
 
 SHARE, AFTER = 0.5, 4
 REGION = 16
-"""Tokens of a whole one."""
+"""Tokens of a whole region."""
 
 
 def task_of(folder, **hold):
@@ -74,7 +74,7 @@ def test_the_share_may_fall_to_it_step_by_step(tmp_path):
 
 @pytest.mark.parametrize("selector_steps", [0, AFTER])
 def test_the_task_goes_on_teaching_it_unless_it_rests(tmp_path, selector_steps):
-    """At rest its gradient is there for ZeRO, and its learning rate is zero."""
+    """A selector at rest has a gradient, for ZeRO, and a learning rate of zero."""
     joint, batch = (task := task_of(tmp_path, share=SHARE, after=AFTER)).module.train(), task.batch(0, 0, 1)
     joint.selector_steps = selector_steps
     joint(batch, AFTER)[0].backward()
@@ -87,7 +87,7 @@ def test_regions_keep_their_order_and_chances_are_moved_alike(tmp_path):
     with torch.no_grad():
         free, held = (joint.encode(samples, random.Random(0), share=share) for share in (None, SHARE))
     log_MK = [torch.cat([image.sampled.probs_MK for image in images]).log() for images in (free, held)]
-    # Of a region's log-odds between neighbouring branches, two halvings of each side apart: one number for all.
+    # All regions' log-odds between neighbouring branches, two halvings of each side apart, have moved by one number.
     moved = [(log[:, k] - log[:, k + 1]) for k in (0, 1) for log in log_MK]
     finer_M = torch.cat((moved[1] - moved[0], moved[3] - moved[2]))
     torch.testing.assert_close(finer_M, finer_M[:1].expand_as(finer_M), rtol=1e-3, atol=1e-3)

@@ -260,7 +260,7 @@ async def test_the_callers_deadline_holds():
 
 
 async def test_a_client_tries_again_what_may_succeed_and_nothing_else():
-    """With its own retries on: a full stage is asked again, a deadline that passed is not."""
+    """The client's own retries are on: a full stage is asked again, a deadline that passed is not."""
     full = (0, grpc.StatusCode.RESOURCE_EXHAUSTED, "... backpressure ...")
     async with open_door(LanguageModel(full)) as door:
         answer = await door.client.with_options(max_retries=1).chat.completions.create(

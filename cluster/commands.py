@@ -1,15 +1,18 @@
-"""The command `focusllava serve`: both stages and the gateway on this machine, until a signal or Ray's own end."""
+"""The commands `focusllava serve` and `focusllava import`.
+
+They import what they need when they run: `focusllava --help` loads this module.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import pathlib
+import sys
 import time
-from typing import Any
+from typing import Any, Self
 
 import click
 
-from focusllava.extras import find_checkpoint, part
 from focusllava.sizes import parse_size
 
 POLL_S = 5.0
@@ -89,8 +92,10 @@ def serve(
     Sizes and places follow from the checkpoint and the machine, and are printed; what could never answer one image of
     the largest size is refused before anything is loaded.
     """
-    local, interrupts = part("cluster.local", "serve"), part("cluster.interrupts", "serve")
-    placing = part("cluster.placing", "serve")
+    from cluster import local, placing
+    from cluster.interrupts import signals_interrupt
+    from services.checkpoint.finding import find_checkpoint
+
     folder, file = find_checkpoint(checkpoint), config or local.SERVE_CONFIG
     wished = placing.Wishes(dtype=DTYPES[dtype] if dtype else None, **wishes)
     placement = placing.place(folder, file, wished)
@@ -98,7 +103,7 @@ def serve(
         click.echo(line)
     try:
         with (
-            interrupts.signals_interrupt(),
+            signals_interrupt(),
             local.LocalCluster(
                 checkpoint=folder,
                 host=host,
@@ -123,3 +128,39 @@ def serve(
             raise local.ClusterError(f"Ray has ended: something else stopped it, or it died; its logs, if any: {logs}")
     except local.ClusterError as error:
         raise click.ClickException(str(error)) from None
+
+
+@click.command("import")
+@click.argument("source", metavar="SRC", type=click.Path(exists=True, file_okay=False, path_type=pathlib.Path))
+@click.argument("destination", metavar="DST", type=click.Path(file_okay=False, path_type=pathlib.Path))
+def import_checkpoint(source: pathlib.Path, destination: pathlib.Path) -> None:
+    """Turn a hub-format LLaVA-NeXT folder SRC into a FocusLLaVA checkpoint DST, with fresh samplers.
+
+    Before DST appears it answers two tokens about an image, with as many layers as half of the free memory holds.
+    """
+    from cluster.dry_run import dry_run
+    from services.checkpoint.import_llava_next import import_llava_next
+
+    with _Percent("importing") as percent:
+        click.echo(import_llava_next(source, destination, progress=percent, dry_run=dry_run))
+
+
+class _Percent:
+    """Progress on standard error: one line, rewritten; nothing where nobody watches."""
+
+    def __init__(self, what: str):
+        self._what = what
+        self._shown = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._shown >= 0:
+            click.echo(err=True)
+
+    def __call__(self, done: int, total: int) -> None:
+        percent = 100 * done // max(total, 1)
+        if percent != self._shown and sys.stderr.isatty():
+            self._shown = percent
+            click.echo(f"\r{self._what} {percent} %", nl=False, err=True)

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import sys
 from typing import Any
 
 import click
 
-from focusllava.extras import find_checkpoint, part
 from focusllava.messages import ImageSource, SamplerSettings, read_image
-from focusllava.setting_options import setting_options
-
-
-def no_file(context: click.Context, parameter: click.Parameter, question: str) -> str:
-    """A QUESTION that is the path of a file is the last image of a command without its question."""
-    if question == "-" or os.path.isfile(question):
-        raise click.UsageError(f"QUESTION is missing: the last argument, {question!r}, names an image")
-    return question
+from focusllava.options import no_file, setting_options
 
 
 @click.command()
@@ -54,16 +45,11 @@ def explain(
 
     Needs no server: both stages of the checkpoint run in this process (the [serve] extra). IMAGE "-" is standard input.
     """
+    from evaluation.focus_maps.report import explain as draw
+
     sources: list[ImageSource] = [sys.stdin.buffer if image == "-" else image for image in images]
     files = [(name, read_image(source)) for name, source in zip(images, sources, strict=True)]
-    report = part("evaluation.focus_maps.report", "serve").explain(
-        find_checkpoint(checkpoint),
-        files,
-        question,
-        output,
-        samplers={name: value for name, value in samplers.items() if value is not None},
-        max_tokens=max_tokens,
-    )
+    report = draw(checkpoint, files, question, output, max_tokens=max_tokens, **samplers)
     summary: dict[str, Any] = {
         "text": report["answer"],
         "visual_tokens": report["visual_tokens"],

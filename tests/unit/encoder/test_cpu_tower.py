@@ -1,4 +1,4 @@
-"""The packed encoder against the plain modules that it is made from, and against them in float64."""
+"""The encoder of a CPU against the plain modules that it is made from, and against them in float64."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import nn
 
 from services.checkpoint.config import FocusLlavaConfig
 from services.common.types import ImageTiles
+from services.encoder.cpu_tower import CpuLayer, prepare_encoder, quick_gelu_
 from services.encoder.model import EncoderModel
-from services.encoder.packed import PackedLayer, pack_encoder, quick_gelu_
 from services.encoder.pipeline import EncoderPipeline
-from tests.processor import PACKED_DTYPES, needs_bf16
+from tests.processor import ONEDNN_DTYPES, needs_bf16
 from tests.tiny_checkpoints import make_random_checkpoint
 
 TORCH_THREADS = 2
@@ -23,7 +23,7 @@ TILE_PX = 28
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory):
-    path = tmp_path_factory.mktemp("packed") / "checkpoint"
+    path = tmp_path_factory.mktemp("cpu_tower") / "checkpoint"
     make_random_checkpoint(path)
     return path
 
@@ -51,53 +51,53 @@ def pixels_of(tiles: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("stem", ["patch", "conv"])
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu", "gelu_pytorch_tanh", "silu"])
-def test_packed_computes_what_the_plain_modules_do(folder, activation, stem):
+def test_it_computes_what_the_plain_modules_do(folder, activation, stem):
     model = model_of(folder, torch.float32, activation, stem)
     plain = features(model, pixels_of(5))
     names = set(model.state_dict())
-    pack_encoder(model)
-    assert all(isinstance(layer, PackedLayer) for layer in model.vision_tower.encoder.layers)
+    prepare_encoder(model)
+    assert all(isinstance(layer, CpuLayer) for layer in model.vision_tower.encoder.layers)
     torch.testing.assert_close(features(model, pixels_of(5)), plain, rtol=1e-4, atol=1e-4)
     assert set(model.state_dict()) < names and not any(p.requires_grad for p in model.parameters())
 
 
 @needs_bf16
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
-def test_in_bf16_packed_is_no_farther_from_exact_than_plain(folder, activation):
+def test_in_bf16_it_is_no_farther_from_exact_than_plain(folder, activation):
     model = model_of(folder, torch.bfloat16, activation)
     pixels = pixels_of(5).bfloat16()
     exact = features(copy.deepcopy(model).double(), pixels)
     plain = features(model, pixels)
-    pack_encoder(model)
-    packed = features(model, pixels)
-    assert packed.dtype == torch.bfloat16
+    prepare_encoder(model)
+    ours = features(model, pixels)
+    assert ours.dtype == torch.bfloat16
 
     def error(actual: torch.Tensor) -> float:
         return float((actual.double() - exact).norm() / exact.norm())
 
-    assert 1e-4 < error(plain) < 0.05 and error(packed) < 1.1 * error(plain)
+    assert 1e-4 < error(plain) < 0.05 and error(ours) < 1.1 * error(plain)
 
 
-@pytest.mark.parametrize("dtype", PACKED_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ONEDNN_DTYPES, ids=str)
 def test_a_tile_does_not_depend_on_its_batch(folder, dtype):
     model = model_of(folder, dtype)
-    pack_encoder(model)
+    prepare_encoder(model)
     pixels = pixels_of(7)
     together = features(model, pixels)
     for tile in (0, 3, 6):
         assert torch.equal(features(model, pixels[tile : tile + 1])[0], together[tile])
 
 
-def test_serving_packs_and_the_sampler_keeps_its_selector(folder):
-    pipeline = EncoderPipeline.from_checkpoint(folder, dtype=PACKED_DTYPES[-1])
+def test_serving_prepares_it_and_the_sampler_keeps_its_selector(folder):
+    pipeline = EncoderPipeline.from_checkpoint(folder, dtype=ONEDNN_DTYPES[-1])
     linears = [name for name, module in pipeline.model.named_modules() if type(module) is nn.Linear]
     assert linears == ["vision_guided_sampler.selector.linear"]
     # A dtype that oneDNN does not multiply in is served by the plain modules.
     plain = EncoderPipeline.from_checkpoint(folder, dtype=torch.float64)
     tiles = ImageTiles(pixels_T3HW=pixels_of(2), image_size_hw=(TILE_PX, TILE_PX), grid_hw=(1, 1))
     with torch.inference_mode():
-        (packed_map,), (plain_map,) = pipeline.model.project([tiles]), plain.model.project([tiles])
-    torch.testing.assert_close(packed_map.base_PD.double(), plain_map.base_PD, rtol=0.05, atol=0.02)
+        (our_map,), (plain_map,) = pipeline.model.project([tiles]), plain.model.project([tiles])
+    torch.testing.assert_close(our_map.base_PD.double(), plain_map.base_PD, rtol=0.05, atol=0.02)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

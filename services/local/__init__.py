@@ -1,0 +1,1 @@
+"""Both stages in one process: a checkpoint that answers without a server."""
