@@ -24,7 +24,7 @@ from services.common.types import (
     GenerateRequest,
     ImagePart,
     PromptTurn,
-    PruneParams,
+    SamplerSettings,
     SamplingParams,
     TextPart,
     TokenEvent,
@@ -68,7 +68,7 @@ def run_once(model: LocalModel, image: bytes, question: str, setting: str, token
         turns=(PromptTurn(role="user", parts=(ImagePart(image=0), TextPart(text=question))),),
         images=(visual_tokens,),
         sampling=SamplingParams(max_tokens=tokens, ignore_eos=True),
-        prune=PruneParams(enabled=text),
+        samplers=SamplerSettings(text_sampler=text),
     )
     first = ended = 0.0
     usage = None

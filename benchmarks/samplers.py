@@ -36,13 +36,13 @@ class Selection:
         self.bench = bench
         self.seconds = 0.0
         self._decide = bench.engine.runner._decide
-        bench.engine.runner._decide = self._timed  # type: ignore[method-assign]
+        bench.engine.runner._decide = self._timed  # type: ignore[assignment, method-assign]
 
-    def _timed(self, sequence: Any) -> Any:
+    def _timed(self, *arguments: Any) -> Any:
         device = self.bench.decoder.device
         wait(device)
         began = time.perf_counter()
-        decision = self._decide(sequence)
+        decision = self._decide(*arguments)
         wait(device)
         self.seconds += time.perf_counter() - began
         return decision

@@ -28,7 +28,7 @@ from services.common.types import (
     GenerateRequest,
     ImagePart,
     PromptTurn,
-    PruneParams,
+    SamplerSettings,
     SamplingParams,
     TextPart,
     TokenEvent,
@@ -78,9 +78,9 @@ def _run(folder: pathlib.Path, config: FocusLlavaConfig, dtype: torch.dtype, dev
     # What the checkpoint's template and pruning make of it, down to one visual token.
     turn = PromptTurn(role="user", parts=(ImagePart(image=0), TextPart(text="What is shown here?")))
     sampling = SamplingParams(max_tokens=TOKENS, ignore_eos=True, logprobs=1)
-    prune = PruneParams(keep_ratio=0.5)
+    samplers = SamplerSettings(keep_ratio=0.5)
     engine.submit(
-        GenerateRequest(request_id="dry-run", turns=(turn,), images=(tokens,), sampling=sampling, prune=prune)
+        GenerateRequest(request_id="dry-run", turns=(turn,), images=(tokens,), sampling=sampling, samplers=samplers)
     )
     events: list[Any] = []
     while engine.has_work():

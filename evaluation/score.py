@@ -29,8 +29,8 @@ from evaluation.scenes.scoring import GROUPS
 from focusllava import user
 from focusllava.messages import Settings
 from services.common.errors import InvalidInput
-from services.common.ranges import check_prune
-from services.common.types import PruneParams
+from services.common.ranges import check_samplers
+from services.common.types import SamplerSettings
 from services.local.model import LocalModel
 from services.local.stream import LocalAnswer
 from training.data.questions import QuestionAnswer
@@ -86,7 +86,7 @@ def score(
     began = time.perf_counter()
     for file, asked in data:
         given += answers(model, file, asked, samplers, threshold)
-        (tokens,) = model.encode([file], vision_sampler=samplers["vision_sampler"])
+        (tokens,) = model.encode([file], vision_sampler=samplers["vision_sampler"] is not False)
         branches += torch.bincount(tokens.branch_ids_M.long(), minlength=len(branches))[: len(branches)]
     usages = [answer.usage for answer in given]
     uncompressed = sum(usage.visual_tokens_uncompressed for usage in usages)
@@ -151,7 +151,7 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
 def load(arguments: argparse.Namespace) -> LocalModel:
     """The model of the arguments. Ends the program where they are of no use."""
     try:
-        check_prune(PruneParams(threshold=arguments.threshold))
+        check_samplers(SamplerSettings(threshold=arguments.threshold))
         return LocalModel(arguments.checkpoint, arguments.device, arguments.dtype)
     except InvalidInput as error:
         sys.exit(str(error))

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from services.checkpoint.config import FocusLlavaConfig
 from services.common.errors import InvalidInput
-from services.common.settings import Count, Range, Share, Steps, require
+from services.common.settings import Count, Natural, Range, Share, require
 from services.sampler.rivals.base import MapRival
 from services.sampler.rivals.layers import LayerRival
 from services.sampler.rivals.registry import layer_rival, map_rival
@@ -37,7 +37,7 @@ class RivalSettings:
     """Rows of the map that share a newline."""
     source: Source | None = None
     """Whose attention in the vision tower says what matters."""
-    layer: Steps | None = None
+    layer: Natural | None = None
     """The first layer that sees fewer tokens."""
 
     @property

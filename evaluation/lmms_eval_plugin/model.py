@@ -18,8 +18,8 @@ from evaluation.lmms_eval_plugin.questions import Question, RequestFailed, sampl
 from focusllava import Answer
 from focusllava.messages import Settings
 from services.common.errors import InvalidInput
-from services.common.ranges import check_prune
-from services.common.types import PruneParams
+from services.common.ranges import check_samplers
+from services.common.types import SamplerSettings
 from services.compute.dtypes import Dtype
 from services.local.model import LocalModel
 
@@ -67,7 +67,7 @@ class FocusLlava(lmms):
             raise InvalidInput(f"is {batch_size!r}, expected a number of questions", field="batch_size")
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise InvalidInput("is above 1: run one process; for several GPUs evaluate a gateway", field="WORLD_SIZE")
-        check_prune(PruneParams(threshold=threshold, keep_ratio=keep_ratio), field="model_args")
+        check_samplers(SamplerSettings(threshold=threshold, keep_ratio=keep_ratio), field="model_args")
         self.batch_size = int(batch_size)
         samplers = Settings(
             vision_sampler=_flag("vision_sampler", vision_sampler),

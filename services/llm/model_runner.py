@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from services.common.types import PruneDecision
+from services.common.types import PruneDecision, SamplerSettings
 from services.llm.attention import DecodeBatch, PackedStep
 from services.llm.kernels import choose_kernels
 from services.llm.kernels.decode_graphs import Capture, DecodeGraphs, cuda_capture
@@ -26,7 +26,7 @@ from services.llm.kv_cache import LOWER, UPPER, KVCache
 from services.llm.model import Decoder, Rotary
 from services.llm.scheduler import Chunk, Step
 from services.llm.sequence import Sequence
-from services.sampler.text_guided import keep_by_ratio, keep_by_share
+from services.sampler.text_guided import keep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +113,8 @@ class ModelRunner:
         for chunk in step.lower:
             chunk.sequence.kv_lens[LOWER] += chunk.count
         for sequence in step.selecting:
-            if sequence.is_pruned and sequence.decision is None:
-                sequence.decision = self._decide(sequence)
+            if sequence.pruning and sequence.decision is None:
+                sequence.decision = self._decide(sequence, sequence.pruning)
             sequence.select()
         return HalfStep(
             hidden_nD=hidden_SD[:n], position_n=position_S[:n], rows_LnB=rows_LnB, upper_lengths_n=upper_lengths_n
@@ -184,23 +184,19 @@ class ModelRunner:
             parts = [part.to(device, hidden_SD.dtype, non_blocking=True) for part in features]
             hidden_SD.index_copy_(0, torch.cat(rows).to(device), torch.cat(parts) if len(parts) > 1 else parts[0])
 
-    def _decide(self, sequence: Sequence) -> PruneDecision:
+    def _decide(self, sequence: Sequence, pruning: SamplerSettings) -> PruneDecision:
         """Eq. 6-9 on the hidden states entering layer k of the instruction and of every visual token."""
         instruction = torch.tensor(sequence.prompt.instruction_positions)
         position_S = torch.cat([instruction, sequence.visual_N])
         rotary: Rotary = self.decoder.rotary(position_S.to(self.decoder.device))
         hidden_SD = self.cache.hidden.flatten(0, 1)[self.cache.hidden_index(sequence.request_id, position_S)]
         importance_N = self.decoder.visual_importance(hidden_SD, rotary, self.prune_layer, len(instruction)).cpu()
-        if sequence.keep_ratio is not None:
-            kept_K = keep_by_ratio(importance_N, sequence.keep_ratio)
-        else:
-            kept_K = keep_by_share(importance_N, 1.0 if sequence.threshold is None else sequence.threshold)
         return PruneDecision(
-            kept=kept_K,
+            kept=keep(importance_N, pruning),
             importance=importance_N,
             layer=self.prune_layer,
-            threshold=sequence.threshold,
-            keep_ratio=sequence.keep_ratio,
+            threshold=pruning.threshold,
+            keep_ratio=pruning.keep_ratio,
         )
 
 

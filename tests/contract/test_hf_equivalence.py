@@ -25,7 +25,7 @@ from services.common.types import (
     ImageOptions,
     ImagePart,
     PromptTurn,
-    PruneParams,
+    SamplerSettings,
     SamplingParams,
     TextPart,
     TokenEvent,
@@ -165,7 +165,7 @@ def check_answer(
         turns=turns,
         images=tuple(visual),
         sampling=SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True),
-        prune=PruneParams(enabled=False),
+        samplers=SamplerSettings(text_sampler=False),
     )
     tokens, logits_SV = run_engine(pair, request)
 

@@ -163,7 +163,7 @@ def test_two_images_in_another_order_and_a_system_prompt() -> None:
 def test_the_least_recently_used_prefix_goes_first_and_evicted_ones_are_computed_again() -> None:
     cache = tiny_llm.engine().cache
     engine = tiny_llm.engine(kv_cache_bytes=cache.blocks(450) * cache.block_bytes)
-    requests = [tiny_llm.request(engine, f"r{i}", images=(100,), image_seed=i, prune=False) for i in range(5)]
+    requests = [tiny_llm.request(engine, f"r{i}", images=(100,), image_seed=i, text_sampler=False) for i in range(5)]
     expected = ids(tiny_llm.engine(prefix_reuse=False), requests)
 
     def reused(asked: GenerateRequest) -> int:

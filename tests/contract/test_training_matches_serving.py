@@ -18,7 +18,7 @@ from services.common.types import (
     GenerateRequest,
     ImagePart,
     PromptTurn,
-    PruneParams,
+    SamplerSettings,
     SamplingParams,
     TextPart,
 )
@@ -106,7 +106,7 @@ def test_the_served_first_token_is_the_trained_one(kind, pruned, request):
                     turns=(turn,),
                     images=(tokens,),
                     sampling=SamplingParams(max_tokens=1, ignore_eos=True),
-                    prune=PruneParams(enabled=pruned, threshold=0.6),
+                    samplers=SamplerSettings(text_sampler=pruned, threshold=0.6),
                 )
             )
             ids = []

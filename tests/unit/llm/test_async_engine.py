@@ -54,7 +54,7 @@ async def test_concurrent_streams_equal_the_engine_alone() -> None:
 
 async def test_tokens_come_as_they_are_made_and_not_at_the_end() -> None:
     async with running() as engine:
-        request = tiny_llm.request(engine.engine, max_tokens=1500, prune=False)
+        request = tiny_llm.request(engine.engine, max_tokens=1500, text_sampler=False)
         async with contextlib.aclosing(engine.generate(request)) as events:
             await anext(events)
             await anext(events)
@@ -173,7 +173,7 @@ async def test_an_engine_whose_every_step_fails_is_unwell_until_a_request_ends_w
 
 async def test_a_step_that_could_not_be_planned_leaves_no_block_that_holds_nothing(monkeypatch) -> None:
     async with running() as engine:
-        first, later = (tiny_llm.request(engine.engine, name, images=(60,), prune=False) for name in ("a", "c"))
+        first, later = (tiny_llm.request(engine.engine, name, images=(60,), text_sampler=False) for name in ("a", "c"))
         expected = tiny_llm.run(tiny_llm.engine(), [first])["a"][0]
         cache, calls = engine.engine.cache, 0
         append = cache._append
@@ -190,7 +190,7 @@ async def test_a_step_that_could_not_be_planned_leaves_no_block_that_holds_nothi
             patch.setattr(cache, "_append", fail)
             both = threading.Event()
             engine._inbox.put(both.wait)
-            other = tiny_llm.request(engine.engine, "b", images=(70,), image_seed=5, prune=False)
+            other = tiny_llm.request(engine.engine, "b", images=(70,), image_seed=5, text_sampler=False)
             asked = asyncio.create_task(outcomes(engine, first, other))
             while engine._inbox.qsize() < 2:
                 await asyncio.sleep(0.005)
