@@ -46,8 +46,8 @@ processor rounds otherwise, and a few answers differ.
 
 {notes}
 
-A grounding loss (`training/grounding.py`) is used in the first stage: it is not in the paper, whose models ground words
-before they meet the samplers. All splits use the same words, numbers and phrasings.
+A grounding loss (`training/experiments/grounding.py`) is used in the first stage: it is not in the paper, whose models
+ground words before they meet the samplers. All splits use the same words, numbers and phrasings.
 """
 
 

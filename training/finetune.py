@@ -8,4 +8,4 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from training.trainer import main
 
 if __name__ == "__main__":
-    main(("training.joint_stage", "JointTask"), "Fine-tunes the joint model end to end with both samplers.")
+    main(("training.experiments.task", "ExperimentTask"), "Fine-tunes the joint model end to end with both samplers.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,13 +17,9 @@ from services.common.settings import Amount, Natural, Share
 from services.encoder.model import EncodedImage, EncoderModel
 from services.sampler.balance import balance_loss
 from services.sampler.calibration import finer_for_share
-from services.sampler.rivals.base import MapRival
-from services.sampler.rivals.layers import LayerRival, asking_tokens
-from training.branch_controls import BranchControl
-from training.grounding import Evidence, branch_attention, evidence_tokens, grounding_loss, reading_loss
+from training.hooks import AttentionLossHook, BranchHook, LayerHook, MapHook
 from training.layout import ATTENTION_NAME, Sample, TextBatch, attention_mask, pack_text, positions
-from training.rivals import drop, encode_with_rival, stage_index
-from training.stochastic_prune import PruneSchedule, decide, gather_index
+from training.stochastic_prune import PruneSchedule, decide, gather_index, stage_index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,15 +28,6 @@ class LossWeights:
     """alpha of Eq. 3."""
     balance_warmup: Natural = 0
     """Steps in which alpha rises from 0 to `balance`: regions that need their detail are told from the others first."""
-    grounding: Amount = 0.0
-    """Weight of the grounding loss (from-scratch pre-training only; not in the paper)."""
-    grounding_layers: tuple[int, ...] = ()
-    reading_layers: tuple[int, ...] = ()
-    """Layers below them, in which the last prompt token is to read the question."""
-
-    @property
-    def taught_layers(self) -> set[int]:
-        return {*self.grounding_layers, *self.reading_layers}
 
     def balance_at(self, step: int) -> float:
         """The weight of the balance loss in a step, counted from 0."""
@@ -82,22 +70,25 @@ class Answers:
     encoded: list[EncodedImage]
     exact_BQ: torch.Tensor
     """bool: every token of the branch's answer, its end included, is the likeliest: what greedy decoding would say."""
-    asked_BQ: torch.Tensor
-    """bool: False for a branch that is padding."""
     tokens_BQL: torch.Tensor
     """int64: visual tokens that each decoder layer sees; their mean is Sec. 4.4's converted count."""
 
 
 class JointModel(nn.Module):
-    """forward gives the loss and what to print. `schedule` None turns text-guided pruning off."""
+    """forward gives the loss and what to print. `schedule` None turns text-guided pruning off.
+
+    Where `map_rival`, `layer_rival`, `branch_control` and `grounding` stand, `training.hooks` says.
+    """
 
     def __init__(self, config: FocusLlavaConfig, *, weights: LossWeights, schedule: PruneSchedule | None,
                  vision_sampler: bool, pad_id: int, seed: int = 0, selector_steps: int = 0,
-                 encoder_steps: int = 0, map_rival: MapRival | None = None, layer_rival: LayerRival | None = None,
-                 branch_control: BranchControl | None = None, hold: HeldShare | None = None):  # fmt: skip
+                 encoder_steps: int = 0, map_rival: MapHook | None = None, layer_rival: LayerHook | None = None,
+                 branch_control: BranchHook | None = None, grounding: AttentionLossHook | None = None,
+                 hold: HeldShare | None = None):  # fmt: skip
         super().__init__()
         self.config, self.weights, self.schedule = config, weights, schedule
-        self.map_rival, self.layer_rival, self.branch_control = map_rival, layer_rival, branch_control
+        self.map_rival, self.layer_rival = map_rival, layer_rival
+        self.branch_control, self.grounding = branch_control, grounding
         self.vision_sampler, self.pad_id, self.seed = vision_sampler, pad_id, seed
         self.selector_steps, self.encoder_steps, self.hold = selector_steps, encoder_steps, hold
         self.encoder = EncoderModel(config)
@@ -118,13 +109,11 @@ class JointModel(nn.Module):
             encoded = self.encode(samples, random.Random(f"{self.seed}/{step}/{rank}/branches"), share=share)
         text = pack_text(samples, self.pad_id)
         # Only the unsampled map has its tokens where evidence can be looked up.
-        grounding = (
-            [evidence_tokens(*pair) for pair in zip(samples, encoded, strict=True)] if self.weights.grounding else None
-        )
-        hidden_BQTD, extra = self._run(encoded, text, grounding, rng)
+        evidence = self.grounding.evidence(samples, encoded) if self.grounding else None
+        hidden_BQTD, extra = self._run(encoded, text, evidence, rng)
         loss, metrics = self._language_loss(hidden_BQTD, text)
-        if self.weights.grounding:
-            loss = loss + self.weights.grounding * extra["grounding"]
+        if self.grounding:
+            loss = loss + self.grounding.weight * extra["grounding"]
             metrics["grounding"] = extra["grounding"].item()
         if self.vision_sampler:
             probs = torch.cat([e.sampled.probs_MK for e in encoded if e.sampled])
@@ -156,7 +145,7 @@ class JointModel(nn.Module):
         """
         images = [s.image for s in samples]
         if self.map_rival:
-            return encode_with_rival(self.encoder, images, self.map_rival)
+            return self.map_rival(self.encoder, images)
         if share is not None:
             maps = self.encoder.project(images)
             finer = finer_for_share(self.encoder.vision_guided_sampler, self.encoder.seen(maps), share)
@@ -181,10 +170,10 @@ class JointModel(nn.Module):
         likeliest = self.language_model.lm_head(hidden_BQTD[:, :, :-1]).argmax(-1)
         exact_BQ = ((likeliest == target) | (target == -100)).all(-1)
         tokens_BQL = extra["visual_tokens_LR"].T.unflatten(0, text.answer_start_BQ.shape)
-        return Answers(encoded=encoded, exact_BQ=exact_BQ, asked_BQ=text.answer_start_BQ > 0, tokens_BQL=tokens_BQL)
+        return Answers(encoded=encoded, exact_BQ=exact_BQ, tokens_BQL=tokens_BQL)
 
-    def _run(self, encoded: list[EncodedImage], text: TextBatch, grounding: list[list[Evidence | None]] | None,
-             rng: random.Random) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
+    def _run(self, encoded: list[EncodedImage], text: TextBatch, evidence: Any, rng: random.Random
+             ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
         decoder = self.language_model.model
         batch, branches, length = text.token_ids_BQT.shape
         before, visual_lens = len(text.prefix_ids), [len(e.tokens_ND) for e in encoded]
@@ -200,7 +189,7 @@ class JointModel(nn.Module):
         mask: torch.Tensor | None = attention_mask(prefix_lens_B, prefix, branches, length)
         cut = self.schedule.draw_layer(rng) if self.schedule else len(decoder.layers)
         extra: dict[str, torch.Tensor] = {}
-        grounded = []
+        grounded: list[torch.Tensor] = []
         stages = dict(self.layer_rival.stages) if self.layer_rival else {}
         present = totals = [count for count in visual_lens for _ in range(branches)]
         asked = (text.answer_start_BQ > 0).flatten().tolist()
@@ -214,8 +203,7 @@ class JointModel(nn.Module):
                     source, starts = gather_index(whole, before, prefix, length)
                     hidden, cos, sin = (x[row // branches, source] for x in (hidden, cos, sin))
                     mask = None
-                asking = asking_tokens(self.layer_rival.asks, text.instruction_BQT, text.answer_start_BQ).flatten(0, 1)
-                stay = drop(self.layer_rival, stages[index], layer, hidden, cos, sin, asking, before, present, totals)
+                stay = self.layer_rival.keep(stages[index], layer, hidden, cos, sin, text, before, present, totals)
                 source, starts = stage_index(stay, before, starts, length)
                 hidden, cos, sin = hidden[row, source], cos[row, source], sin[row, source]
                 present = [len(kept) for kept in stay]
@@ -233,13 +221,9 @@ class JointModel(nn.Module):
                 present = [len(k) for of_image in kept for k in of_image]
                 shares = [count / total for count, total, real in zip(present, totals, asked, strict=True) if real]
                 extra["kept_share"] = torch.tensor(sum(shares) / len(shares))
-            if grounding is not None and index in self.weights.taught_layers:
+            if self.grounding and evidence is not None and index in self.grounding.taught_layers:
                 assert mask is not None
-                attention = branch_attention(layer, hidden, cos, sin, mask, text, prefix)
-                if index in self.weights.reading_layers:
-                    grounded.append(reading_loss(attention, text, prefix))
-                if index in self.weights.grounding_layers:
-                    grounded.append(grounding_loss(attention, text, grounding))
+                grounded += self.grounding.losses(index, layer, hidden, cos, sin, mask, text, prefix, evidence)
             tokens_LR.append(present)
             hidden = layer(hidden, attention_mask=mask, position_embeddings=(cos, sin))
         extra["visual_tokens_LR"] = torch.tensor(tokens_LR)

@@ -31,11 +31,14 @@ SHARE_BATCHES = 8
 
 
 class JointTask:
-    """Task of `training/pretrain.py` and `training/finetune.py`."""
+    """A joint stage on one worker. `training.experiments.task` adds what the paper does not have."""
+
+    stage_type: type[JointStage] = JointStage
+    """The dataclass that `run.stage` has the fields of."""
 
     def __init__(self, run: RunConfig):
         self.run = run
-        self.stage = stage = build_settings(JointStage, run.stage, "stage.")
+        self.stage = stage = build_settings(self.stage_type, run.stage, "stage.")
         source = pathlib.Path(run.init_from) if run.init_from else None
         self._whole = whole = source is not None and (source / "config.json").exists()
         # From nothing, the model's words are those of the scenes.
@@ -53,9 +56,7 @@ class JointTask:
             selector_steps=run.optimizer.selector_steps,
             encoder_steps=run.optimizer.encoder_steps,
             hold=stage.hold,
-            map_rival=stage.make_map_rival(),
-            layer_rival=stage.make_layer_rival(self.config.text_config.num_hidden_layers),
-            branch_control=stage.branch_control,
+            **stage.hooks(self.config),
         )
         if whole and source:
             load_joint(self.module, source, fresh_selector=stage.fresh_selector)

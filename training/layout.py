@@ -19,6 +19,8 @@ from transformers import AttentionInterface
 
 from services.common.types import ImageTiles
 
+Boxes = Sequence[tuple[float, float, float, float]]
+"""Left, top, right and bottom of each, as fractions of the image's width and height."""
 ATTENTION_NAME = "focusllava_branches"
 BLOCK = 320
 """Query rows of a causal block: what lies right of it is not computed."""
@@ -63,7 +65,6 @@ class TextBatch:
     instruction_BQT: torch.Tensor
     answer_start_BQ: torch.Tensor
     """Index of each branch's first answer token; 0 marks a branch that is padding."""
-    length_BQ: torch.Tensor
 
 
 def pack_text(samples: Sequence[Sample], pad_id: int) -> TextBatch:
@@ -72,7 +73,7 @@ def pack_text(samples: Sequence[Sample], pad_id: int) -> TextBatch:
     shape = (len(samples), branches, length)
     ids, labels = torch.full(shape, pad_id), torch.full(shape, -100)
     instruction = torch.zeros(shape, dtype=torch.bool)
-    start, lengths = torch.zeros(shape[:2], dtype=torch.long), torch.ones(shape[:2], dtype=torch.long)
+    start = torch.zeros(shape[:2], dtype=torch.long)
     for b, sample in enumerate(samples):
         assert sample.prefix_ids == samples[0].prefix_ids
         for q, branch in enumerate(sample.branches):
@@ -80,14 +81,13 @@ def pack_text(samples: Sequence[Sample], pad_id: int) -> TextBatch:
             ids[b, q, :size] = torch.tensor(branch.token_ids)
             labels[b, q, :size] = torch.tensor(branch.labels)
             instruction[b, q, :size] = torch.tensor(branch.instruction)
-            start[b, q], lengths[b, q] = branch.answer_start, size
+            start[b, q] = branch.answer_start
     return TextBatch(
         prefix_ids=torch.tensor(samples[0].prefix_ids),
         token_ids_BQT=ids,
         labels_BQT=labels,
         instruction_BQT=instruction,
         answer_start_BQ=start,
-        length_BQ=lengths,
     )
 
 

@@ -8,4 +8,4 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from training.trainer import main
 
 if __name__ == "__main__":
-    main(("training.joint_stage", "JointTask"), "Pre-trains the joint model with all visual tokens.")
+    main(("training.experiments.task", "ExperimentTask"), "Pre-trains the joint model with all visual tokens.")

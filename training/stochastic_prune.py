@@ -76,3 +76,12 @@ def gather_index(
             rows.append(torch.cat((words, visual + before, prefix + q * length + torch.arange(length))))
             starts.append(before + len(visual))
     return nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor(starts)
+
+
+def stage_index(
+    kept_R: list[torch.Tensor], before: int, starts_R: torch.Tensor, length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each row's new sequence comes from in its old one, [R, S'], and where its branch starts now, [R]."""
+    words, branch = torch.arange(before), torch.arange(length)
+    rows = [torch.cat((words, before + kept, start + branch)) for kept, start in zip(kept_R, starts_R, strict=True)]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([before + len(kept) for kept in kept_R])

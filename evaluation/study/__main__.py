@@ -7,7 +7,6 @@ import math
 import pathlib
 import sys
 
-from evaluation.study.figures import draw_figure
 from evaluation.study.page import write_page
 from evaluation.study.results import load_results
 from evaluation.study.runs import ROOT, Study, conduct, weights_of
@@ -28,14 +27,11 @@ def main() -> None:
         cores=arguments.runs_at_once,
     )
     try:
-        settings = settings_of(arguments.table, arguments.figure)
+        settings = [] if arguments.page else settings_of(arguments.table, arguments.figure)
         left = conduct(study, settings, minutes=arguments.budget_minutes)
         results = load_results(study.folder)
         # Focus maps are drawn from a model with both samplers, the study's own; without its weights the old ones stay.
-        checkpoint = weights_of(study, SETTINGS[OURS], 0, results)
-        if arguments.figure is not None and not left:
-            print(f"drawn: {draw_figure(arguments.figure, results, study.folder, checkpoint or study.start)}")
-        write_page(results, study.folder, checkpoint)
+        write_page(results, study.folder, weights_of(study, SETTINGS[OURS], 0, results))
     except (InvalidInput, RuntimeError) as error:
         sys.exit(str(error))
     print(f"page: {study.folder / 'index.html'}, {len(results)} results")
@@ -47,17 +43,12 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "--table",
-        type=int,
-        help=f"{min(TABLES)} to {max(TABLES)}; the study's own are 9, the gate, 10, the order of tokens, "
-        "11 and 12, longer training, 13, keep or drop",
-    )
+    own = "9, the gate, and 10, the order of tokens, are the study's own"
+    what.add_argument("--table", type=int, help=f"{min(TABLES)} to {max(TABLES)}; {own}")
     what.add_argument("--figure", type=int, help=f"{min(FIGURES)} to {max(FIGURES)}")
     what.add_argument("--all", action="store_true", help="the gate first, then the samplers and rivals, then the rest")
-    parser.add_argument(
-        "--budget-minutes", type=_not_negative, default=math.inf, help="start no run that would end later"
-    )
+    what.add_argument("--page", action="store_true", help="run nothing, write the page from the results that there are")
+    parser.add_argument("--budget-minutes", type=float, default=math.inf, help="start no run that would end later")
     parser.add_argument("--start", type=pathlib.Path, default=ROOT / "checkpoints/focusllava-tiny-start",
                         help="checkpoint that every run starts from")  # fmt: skip
     parser.add_argument("--folder", type=pathlib.Path, default=ROOT / "docs/study", help="of the results and the page")
@@ -74,12 +65,6 @@ def _positive(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not positive")
     return int(text)
-
-
-def _not_negative(text: str) -> float:
-    if not float(text) >= 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return float(text)
 
 
 if __name__ == "__main__":

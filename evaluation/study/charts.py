@@ -7,6 +7,7 @@ on white and on black, and told apart by shape as well as by colour. Error bars 
 from __future__ import annotations
 
 import io
+import pathlib
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,39 +29,15 @@ MARKERS = ("o", "s", "^", "D", "v")
 HATCHES = ("", "//", "..", "xx", "\\\\", "++", "--")
 """A branch is told by its hatching too."""
 INK = "#010203"
-"""Stands for `currentColor` while drawing; nothing else has this colour."""
+"""The colour that stands for `currentColor` while drawing, also in charts.mplstyle; nothing else has it."""
 LIGHT_THEME_INK, DARK_THEME_INK = "#1c1c21", "#e6e6ea"
-STYLE: Any = {
-    "svg.hashsalt": "focusllava",
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "text.color": INK,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.titlesize": 10,
-    "axes.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "grid.color": INK,
-    "grid.alpha": 0.15,
-    "hatch.linewidth": 0.5,
-    "legend.frameon": False,
-    "figure.facecolor": "none",
-    "savefig.facecolor": "none",
-}
 WIDTH_IN = 7.2
 LETTERS_PER_IN, LINE_IN = 15, 0.16
 """Sizes of captions, in letters of 8 points."""
 LEAST_LABELLED_PERCENT = 8
 PLATE: Any = {
-    "ha": "center",
-    "va": "center",
-    "color": "black",
-    "fontsize": 8,
     "bbox": {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none"},
+    **{"ha": "center", "va": "center", "color": "black", "fontsize": 8},
 }
 """How a number is written on a bar: black on white in either theme."""
 
@@ -73,14 +50,6 @@ class Series:
     x: Sequence[float]
     y: Sequence[float]
     error: Sequence[float] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bar:
-    """One stacked bar: shares 0..1 of the branches, finest first."""
-
-    label: str
-    shares: Sequence[float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +81,7 @@ def lines(panels: Mapping[str, Sequence[Series]], *, x_label: str, reference: Ma
                 _points(axes, one, number + index, joined=True)
             if reference and y_label in reference:
                 axes.axhline(reference[y_label], color=INK, linestyle=":", linewidth=1)
-            axes.set_xlabel(x_label)
-            axes.set_ylabel(y_label)
+            axes.set(xlabel=x_label, ylabel=y_label)
             axes.set_xticks(sorted({x for one in series for x in one.x}))
             axes.grid(axis="y")
             if len(series) > 1:
@@ -128,21 +96,20 @@ def scatter(series: Sequence[Series], *, x_label: str, y_label: str) -> str:
         axes = figure.add_subplot()
         for index, one in enumerate(series):
             _points(axes, one, index, joined=False)
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
+        axes.set(xlabel=x_label, ylabel=y_label)
         axes.grid()
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
         return _svg(figure)
 
 
-def stacked_bars(bars: Sequence[Bar], branches: Sequence[str], *, x_label: str) -> str:
-    """Horizontal bars of branch shares in percent, labelled where there is room; the first bar is on top."""
+def stacked_bars(bars: Mapping[str, Sequence[float]], branches: Sequence[str], *, x_label: str) -> str:
+    """Horizontal bars of branch shares (0..1, finest first), the first on top; labelled where there is room."""
     with _style():
         figure = _figure(WIDTH_IN, 1.0 + 0.34 * len(bars))
         axes = figure.add_subplot()
         left = [0.0] * len(bars)
         for branch, name in enumerate(branches):
-            widths = [100 * bar.shares[branch] for bar in bars]
+            widths = [100 * shares[branch] for shares in bars.values()]
             drawn = axes.barh(
                 range(len(bars)), widths, left=left, label=name, color=_branch(branch), edgecolor=INK, linewidth=0.7
             )
@@ -152,10 +119,9 @@ def stacked_bars(bars: Sequence[Bar], branches: Sequence[str], *, x_label: str) 
                 if width >= LEAST_LABELLED_PERCENT:
                     axes.text(left[row] + width / 2, row, f"{width:.0f}", **PLATE)
             left = [start + width for start, width in zip(left, widths, strict=True)]
-        axes.set_yticks(range(len(bars)), [bar.label for bar in bars])
+        axes.set_yticks(range(len(bars)), list(bars))
         axes.invert_yaxis()
-        axes.set_xlim(0, 100)
-        axes.set_xlabel(x_label)
+        axes.set(xlim=(0, 100), xlabel=x_label)
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(branches))
         return _svg(figure)
 
@@ -171,9 +137,8 @@ def stacked_areas(rows: Sequence[Sequence[Run]], branches: Sequence[str], *, x_l
                 axes = figure.add_subplot(len(rows), columns, row_number * columns + column + 1)
                 shares = [[100 * step[branch] for step in run.shares] for branch in range(len(branches))]
                 colours = [_branch(branch) for branch in range(len(branches))]
-                areas = axes.stackplot(
-                    run.steps, *shares, colors=colours, labels=branches, edgecolor=INK, linewidth=0.6
-                )
+                look: Any = {"colors": colours, "labels": branches, "edgecolor": INK, "linewidth": 0.6}
+                areas = axes.stackplot(run.steps, *shares, **look)
                 for branch, area in enumerate(areas):
                     area.set_hatch(HATCHES[branch % len(HATCHES)])
                 legend = legend or axes.get_legend_handles_labels()
@@ -226,18 +191,8 @@ def _points(axes: Axes, one: Series, index: int, *, joined: bool) -> None:
     colour = PALETTE[index % len(PALETTE)]
     # A further round of the colours has other shapes.
     marker = MARKERS[(index + index // len(PALETTE)) % len(MARKERS)]
-    axes.errorbar(
-        one.x,
-        one.y,
-        yerr=one.error or None,
-        label=one.label,
-        color=colour,
-        marker=marker,
-        markersize=6,
-        capsize=3,
-        linewidth=1.6,
-        linestyle="-" if joined else "",
-    )
+    look: Any = {"markersize": 6, "capsize": 3, "linewidth": 1.6, "linestyle": "-" if joined else ""}
+    axes.errorbar(one.x, one.y, yerr=one.error or None, label=one.label, color=colour, marker=marker, **look)
 
 
 def _branch(branch: int) -> str:
@@ -246,12 +201,12 @@ def _branch(branch: int) -> str:
 
 
 def _style() -> Any:
-    """matplotlib's settings for the drawing of one chart. Raises InvalidInput where it is not installed."""
+    """matplotlib's settings while one chart is drawn. Raises InvalidInput where it is not installed."""
     try:
         import matplotlib
     except ImportError as error:
         raise InvalidInput("is not installed; pip install '.[study]' in the source tree", field="matplotlib") from error
-    return matplotlib.rc_context(STYLE)
+    return matplotlib.rc_context(fname=pathlib.Path(__file__).parent / "charts.mplstyle")
 
 
 def _figure(width_in: float, height_in: float) -> Figure:

@@ -7,7 +7,7 @@ import pathlib
 import secrets
 import subprocess
 import sys
-import threading
+from functools import cached_property
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Ray lives in a process of its own, which ends with this one, however that ends: its standard input is then closed.
@@ -25,8 +25,6 @@ class SharedRay:
     def __init__(self, cores: int):
         self.cores = cores
         self._process: subprocess.Popen[str] | None = None
-        self._address, self._token = "", secrets.token_hex(32)
-        self._lock = threading.Lock()
 
     def __enter__(self) -> SharedRay:
         return self
@@ -35,32 +33,27 @@ class SharedRay:
         if self._process is not None:
             self._process.communicate()
 
-    @property
+    @cached_property
     def environment(self) -> dict[str, str]:
         """Variables with which a program finds it. Raises RuntimeError when Ray does not start."""
         variables = {
             "PYTHONPATH": str(ROOT),
             "RAY_AUTH_MODE": "token",  # whoever reaches Ray runs code, so it asks for this and stays on 127.0.0.1
-            "RAY_AUTH_TOKEN": self._token,
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         }
-        with self._lock:
-            if self._process is None:
-                inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-                self._process = subprocess.Popen(
-                    [sys.executable, "-c", PROGRAM, str(self.cores)],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL,
-                    text=True,
-                    cwd=ROOT,
-                    env={**inherited, **variables, "OMP_NUM_THREADS": "1"},
-                )
-                assert self._process.stdout is not None
-                for line in self._process.stdout:
-                    if line.startswith("ray at "):
-                        self._address = line.split()[-1]
-                        break
-        if not self._address:
-            raise RuntimeError("Ray did not start: try `ray start --head` to see why")
-        return {**variables, "RAY_ADDRESS": self._address}
+        inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(self.cores)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            cwd=ROOT,
+            env={**inherited, **variables, "OMP_NUM_THREADS": "1"},
+        )
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("ray at "):
+                return {**variables, "RAY_ADDRESS": line.split()[-1]}
+        raise RuntimeError("Ray did not start: try `ray start --head` to see why")

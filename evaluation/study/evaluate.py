@@ -1,4 +1,6 @@
-"""Scores a trained run on a split of the benchmark, in the training model: a branch a question, teacher-forced.
+"""Scores a trained run on splits of the benchmark, in the training model: a branch a question, teacher-forced.
+
+    python -m evaluation.study.evaluate JOB.json SCORES.json
 
 A branch is right when every token of its answer, the end included, is the likeliest, which is what greedy decoding
 would say. Sampler, pruning and counts are the served model's (tests/unit/evaluation/test_study_evaluate.py).
@@ -7,46 +9,62 @@ would say. Sampler, pruning and counts are the served model's (tests/unit/evalua
 from __future__ import annotations
 
 import dataclasses
+import json
+import pathlib
 import random
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from evaluation.scenes import SEEDS, PosterSplit, asked_of
 from evaluation.scenes.scoring import GROUPS, Tally
+from evaluation.study.results import Scores
 from evaluation.study.settings import Setting
+from services.common.settings import build_settings
 from services.encoder.reading import tiles_of
-from services.sampler.calibration import Seen, set_map_share
-from training.branch_controls import BranchControl, regions_touched
+from services.sampler.vision_guided import SampledMap
+from training.config import RunConfig
 from training.data.branches import Exchange
 from training.data.poster_boxes import content_boxes
 from training.data.posters import Poster, poster_at, render_poster
 from training.data.questions import QuestionAnswer
+from training.experiments.branch_controls import BranchControl, regions_touched
+from training.experiments.task import ExperimentTask
 from training.joint_model import Answers
 from training.joint_stage import JointTask
 from training.layout import Sample
 from training.stochastic_prune import PruneSchedule
 
 IMAGES_AT_ONCE = 4
-CALIBRATION_IMAGES = 60
 TIMED_QUESTIONS = 24
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scores:
-    """What `evaluate` finds; the fields are those of `Result`."""
+class Job:
+    """What a process of its own is to score, and how."""
 
-    exact: dict[str, Tally]
-    sampled_percent: float
-    kept_percent: float
-    converted_percent: float
-    map_percent: float
-    branch_shares: dict[str, list[float]]
-    question_ms: float | None
+    setting: Setting
+    config: dict[str, Any]
+    """The configuration of the training that made the weights."""
+    weights: str
+    """Checkpoint folder."""
+    splits: tuple[PosterSplit, ...]
+    images: int
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Job:
+        raw = json.loads(text)
+        setting = {**raw["setting"], "text": tuple(raw["setting"]["text"]) if raw["setting"]["text"] else None}
+        return cls(**{**raw, "setting": Setting(**setting), "splits": tuple(raw["splits"])})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +76,12 @@ class Asked:
     sample: Sample
 
 
+def trained_task(config: dict[str, Any], weights: str) -> ExperimentTask:
+    """The training's own task, filled with what it exported."""
+    stage = {**config["stage"], "fresh_selector": False}
+    return ExperimentTask(build_settings(RunConfig, {**config, "init_from": weights, "stage": stage}))
+
+
 def evaluate(task: JointTask, setting: Setting, split: PosterSplit, images: int, *, timed: bool = True) -> Scores:
     """Scores `task`'s weights as the setting says; the benchmark's own first `images` images and their questions."""
     model = task.module.eval()
@@ -66,8 +90,7 @@ def evaluate(task: JointTask, setting: Setting, split: PosterSplit, images: int,
         model.branch_control = BranchControl(name="permuted")
     tally = _Tally(task)
     pending: list[Asked] = []
-    drawn = benchmark_samples(task, split, images)
-    for number, asked in enumerate(drawn, start=1):
+    for number, asked in enumerate(benchmark_samples(task, split, images), start=1):
         pending.append(asked)
         if len(pending) == IMAGES_AT_ONCE or number == images:
             # Named by split and place, so that a control that draws gives every run the same branches.
@@ -75,16 +98,6 @@ def evaluate(task: JointTask, setting: Setting, split: PosterSplit, images: int,
             tally.add(pending, answers)
             pending = []
     return tally.scores(_question_ms(task, split, min(images, TIMED_QUESTIONS)) if timed else None)
-
-
-@torch.no_grad()
-def calibrate(task: JointTask, share: float) -> None:
-    """Sets the selector to leave so much of the feature maps of validation images."""
-    encoder = task.module.eval().encoder
-    seen: list[Seen] = []
-    for asked in benchmark_samples(task, "validation", CALIBRATION_IMAGES):
-        seen += encoder.seen(encoder.project([asked.sample.image]))
-    set_map_share(encoder.vision_guided_sampler, seen, share)
 
 
 def schedule_of(setting: Setting) -> PruneSchedule | None:
@@ -135,36 +148,31 @@ class _Tally:
             self.map_cells += height * width
             self.map_tokens += encoded.map_tokens
             if encoded.sampled is not None:
-                self._count_regions(asked.poster, encoded.sampled.branch_ids_M, encoded.map_hw,
-                                    encoded.sampled.region_grid)  # fmt: skip
+                self._count_regions(asked.poster, encoded.sampled, encoded.map_hw)
 
-    def _count_regions(
-        self, poster: Poster, branch_ids_M: torch.Tensor, map_hw: tuple[int, int], grid: tuple[int, int]
-    ) -> None:
-        rest_M = torch.ones(len(branch_ids_M), dtype=torch.bool)
+    def _count_regions(self, poster: Poster, sampled: SampledMap, map_hw: tuple[int, int]) -> None:
+        rest_M = torch.ones(len(sampled.branch_ids_M), dtype=torch.bool)
         members = {"all": rest_M}
         for kind, boxes in content_boxes(poster).items():
-            members[kind] = regions_touched(boxes, map_hw, self.window, grid) & rest_M
+            members[kind] = regions_touched(boxes, map_hw, self.window, sampled.region_grid) & rest_M
             rest_M = rest_M & ~members[kind]
         members["empty"] = rest_M
         for name, member_M in members.items():
-            self.counts[name] += torch.bincount(branch_ids_M[member_M], minlength=self.branches)
+            self.counts[name] += torch.bincount(sampled.branch_ids_M[member_M], minlength=self.branches)
 
     def scores(self, question_ms: float | None) -> Scores:
         def percent(count: float, of: float) -> float:
             return round(100 * count / of, 2)
 
+        counted = {kind: count / count.sum() for kind, count in self.counts.items() if count.sum()}
+        shares = {kind: [round(float(share), 4) for share in of_kind] for kind, of_kind in counted.items()}
         return Scores(
             exact={name: Tally(right=sum(hits), asked=len(hits)) for name, hits in sorted(self.right.items())},
             sampled_percent=percent(self.sampled, self.uncompressed),
             kept_percent=percent(self.kept, self.uncompressed),
             converted_percent=percent(self.converted, self.uncompressed),
             map_percent=percent(self.map_tokens, self.map_cells),
-            branch_shares={
-                kind: [round(float(share), 4) for share in count / count.sum()]
-                for kind, count in self.counts.items()
-                if count.sum()
-            },
+            branch_shares=shares,
             question_ms=question_ms,
         )
 
@@ -179,3 +187,22 @@ def _question_ms(task: JointTask, split: PosterSplit, questions: int) -> float:
         taken.append(1000 * (time.perf_counter() - began))
     # The first one warms up.
     return round(statistics.median(taken[1:]), 1)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    job_file, scores_file = map(pathlib.Path, sys.argv[1:])
+    job = Job.from_json(job_file.read_text(encoding="utf8"))
+    task = trained_task(job.config, job.weights)
+    found: dict[str, Scores] = {}
+    for split in job.splits:
+        scores = evaluate(task, job.setting, split, job.images, timed=not found)
+        # The first split is timed, for all.
+        question_ms = next(iter(found.values())).question_ms if found else scores.question_ms
+        found[split] = dataclasses.replace(scores, question_ms=question_ms)
+    text = json.dumps({split: dataclasses.asdict(scores) for split, scores in found.items()}, indent=1)
+    scores_file.write_text(text + "\n", encoding="utf8")
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from xml.etree import ElementTree
 
 from evaluation.focus_maps.focus import FocusModel
-from evaluation.study.charts import Bar, Run, Series, described, lines, scatter, stacked_areas, stacked_bars
+from evaluation.study.charts import Run, Series, described, lines, scatter, stacked_areas, stacked_bars
 from evaluation.study.document import Image
 from evaluation.study.focus_figures import FOCUS_FIGURES, focus_figure
 from evaluation.study.results import Result, Spread, of_setting, spread
@@ -27,38 +27,29 @@ REGION_KINDS = {
 }
 """Keys of Result.branch_shares, and what the figure calls them."""
 GROUPS = ("fine", "coarse")
+AS_PICTURES = (1, 2, 9)
+"""Tables that a chart of score against tokens follows."""
 SEEDS_SHOWN = 3
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def draw_figure(
-    number: int, results: Sequence[Result], folder: pathlib.Path, checkpoint: pathlib.Path | None = None
-) -> pathlib.Path:
-    """Writes figure-NUMBER.svg to the folder and says where.
+def drawn(results: Sequence[Result], checkpoint: pathlib.Path | None = None) -> list[Image]:
+    """All figures that there are results for; those of FOCUS_FIGURES where there is a checkpoint to draw them from.
 
-    Figures 2 and 3 are drawn from results, 4 to 10 from a checkpoint. Raises InvalidInput for another number, and
-    where what the figure is drawn from is not there.
+    Raises InvalidInput where matplotlib is not installed.
     """
-    if number not in FIGURES:
-        raise InvalidInput(f"is {number}, expected {min(FIGURES)}..{max(FIGURES)}", field="figure")
-    if number in FOCUS_FIGURES:
-        if checkpoint is None:
-            raise InvalidInput(f"is missing, figure {number} is drawn from one", field="checkpoint")
-        image = focus_figure(number, FocusModel(checkpoint))
-    else:
-        drawn = {2: by_layer, 3: branch_shares}[number](results)
-        if drawn is None:
-            raise InvalidInput(f"none of {', '.join(FIGURES[number])} was run", field=f"figure {number}")
-        image = drawn
-    return save_image(folder, image)
+    found = [by_layer(results), branch_shares(results), balance_history(results)]
+    found += [score_by_tokens(results, number) for number in AS_PICTURES]
+    if checkpoint:
+        model = FocusModel(checkpoint)
+        found += [focus_figure(number, model) for number in FOCUS_FIGURES]
+    return [image for image in found if image]
 
 
-def save_image(folder: pathlib.Path, image: Image) -> pathlib.Path:
+def save_image(folder: pathlib.Path, image: Image) -> None:
     """Writes the file with its own alternative text and caption in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / image.file
-    target.write_text(described(image.svg, title=image.alt, description=image.caption), encoding="utf8")
-    return target
+    text = described(image.svg, title=image.alt, description=image.caption)
+    (folder / image.file).write_text(text, encoding="utf8")
 
 
 def load_image(path: pathlib.Path) -> Image | None:
@@ -92,11 +83,11 @@ def by_layer(results: Sequence[Result]) -> Image | None:
         "exact match, %": scores,
         "visual tokens, converted, %": [Series(label="converted tokens", x=layers, y=tokens)],
     }
-    timed = [(layer, ms) for layer, name in at_layer if (ms := _question_ms(results, name))]
-    if timed:
-        panels["questions/s"] = [
-            Series(label="speed", x=[layer for layer, _ in timed], y=[1000 / ms.mean for _, ms in timed])
-        ]
+    runs = {layer: of_setting(results, name) for layer, name in at_layer}
+    times = {layer: [run.question_ms for run in of_layer if run.question_ms] for layer, of_layer in runs.items()}
+    speed = {layer: 1000 / spread(of_layer).mean for layer, of_layer in times.items() if of_layer}
+    if speed:
+        panels["questions/s"] = [Series(label="speed", x=list(speed), y=list(speed.values()))]
     off = score(results, "off", "fine")
     told = "; ".join(
         f"layer {layer}: fine {fine:.1f}, coarse {coarse:.1f}, tokens {share:.1f} %"
@@ -117,22 +108,21 @@ def branch_shares(results: Sequence[Result]) -> Image | None:
     runs = [run for run in of_setting(results, SHARES_OF) if run.branch_shares]
     if not runs:
         return None
-    names, bars = branch_names(SETTINGS[SHARES_OF]), []
+    names, bars = branch_names(SETTINGS[SHARES_OF]), {}
     for kind, label in REGION_KINDS.items():
         of_kind = [run.branch_shares[kind] for run in runs if sum(run.branch_shares.get(kind, ()))]
         if of_kind:
-            bars.append(Bar(label=label, shares=[sum(column) / len(of_kind) for column in zip(*of_kind, strict=True)]))
+            bars[label] = [sum(column) / len(of_kind) for column in zip(*of_kind, strict=True)]
     told = "; ".join(
-        f"{bar.label}: "
-        + ", ".join(f"{name} {100 * share:.0f} %" for name, share in zip(names, bar.shares, strict=True))
-        for bar in bars
+        f"{label}: " + ", ".join(f"{name} {100 * share:.0f} %" for name, share in zip(names, shares, strict=True))
+        for label, shares in bars.items()
     )
     return Image(
         file="figure-3.svg",
         svg=stacked_bars(bars, names, x_label="regions, %"),
         alt=f"Share of regions pooled by each branch. {told}.",
         caption=f"Figure 3. Branches that the vision-guided sampler chooses, by what the region shows "
-        f"({_seeds(len(runs))}; nobody asks about distractors).",
+        f"({'one seed' if len(runs) == 1 else f'mean of {len(runs)} seeds'}; nobody asks about distractors).",
     )
 
 
@@ -192,12 +182,3 @@ def _series(label: str, x: Sequence[float], found: Sequence[Spread | None]) -> S
         y=[one.mean for _, one in points],
         error=[float("nan") if one.standard_error is None else one.standard_error for _, one in points],
     )
-
-
-def _question_ms(results: Sequence[Result], setting: str) -> Spread | None:
-    timed = [run.question_ms for run in of_setting(results, setting) if run.question_ms]
-    return spread(timed) if timed else None
-
-
-def _seeds(count: int) -> str:
-    return "one seed" if count == 1 else f"mean of {count} seeds"

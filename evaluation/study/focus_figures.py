@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -53,84 +53,41 @@ class Shown:
         return max(itertools.combinations(self.fine, 2), key=_distance)
 
 
+Panels = Callable[[FocusModel, Shown, EncodedPicture], Iterable[Picture]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FocusFigure:
+    """A figure of the paper: which posters, and the panels of each in a row."""
+
+    what: str
+    posters: Callable[[], Sequence[Shown]]
+    panels: Panels
+    across: int = 0
+    """Panels a row, where that is not a poster's."""
+    key: tuple[str, ...] = ()
+    """Colours that the key explains: "scales", "kept"."""
+
+
 def focus_figure(number: int, model: FocusModel) -> Image:
     """One of FOCUS_FIGURES. Which posters are shown depends on the posters alone, never on the answers."""
-    return FOCUS_FIGURES[number](model)
-
-
-def _figure_4(model: FocusModel) -> Image:
-    rows = []
-    for shown in _kinds():
-        picture = model.encode(shown.file)
-        focus = model.ask([picture], shown.fine[0].question)
-        rows.append([_picture(picture), _scales(picture), _kept(focus, shown.fine[0])])
-    return _image(4, model, rows, "What each sampler selects on a poster rich in text, one with shapes, and one mostly "
-                  "empty: the picture, its scale map, and what is kept for a question.", scales=True)  # fmt: skip
-
-
-def _figure_5(model: FocusModel) -> Image:
-    rows = []
-    for shown in _posters()[:3]:
-        picture = model.encode(shown.file)
-        focus = model.ask([picture], shown.fine[0].question)
-        layers = shown_layers(focus, LAYERS_SHOWN)
-        asked = Picture(image=fitted(picture.picture, SMALL_BOX_WH), caption=_told(focus, shown.fine[0]))
-        rows.append([asked, *(_importance(focus, layer, SMALL_BOX_WH) for layer in layers)])
-    return _image(5, model, rows, "Importance of visual tokens (Eq. 8) by layer, for one question each; light is more.")
-
-
-def _figure_6(model: FocusModel) -> Image:
-    encoded = [model.encode(shown.file) for shown in _posters()[3:7]]
-    rows = [[_picture(picture), _scales(picture)] for picture in encoded]
-    paired = [[*left, *right] for left, right in zip(rows[::2], rows[1::2], strict=True)]
-    return _image(6, model, paired, "More scale maps of the vision-guided sampler.", scales=True)
-
-
-def _figure_7(model: FocusModel) -> Image:
-    panels = []
-    for shown in _posters()[3:7]:
-        picture = model.encode(shown.file)
-        panels += [_picture(picture), _kept(model.ask([picture], shown.fine[0].question), shown.fine[0])]
-    return _image(7, model, [panels[:4], panels[4:]], "More regions kept by the text-guided sampler.")
-
-
-def _figure_8(model: FocusModel) -> Image:
-    return _two_questions(8, model, _posters()[7:9])
-
-
-def _figure_9(model: FocusModel) -> Image:
-    return _two_questions(9, model, _posters()[9:11])
-
-
-def _two_questions(number: int, model: FocusModel, posters: Sequence[Shown]) -> Image:
-    rows = []
-    for shown in posters:
-        picture = model.encode(shown.file)
-        answers = [_kept(model.ask([picture], asked.question), asked) for asked in shown.far_apart]
-        rows.append([_picture(picture), *answers])
-    return _image(number, model, rows, "What is kept of one image for two questions whose answers lie far apart.")
-
-
-def _figure_10(model: FocusModel) -> Image:
-    shown = _posters()[11]
-    asked, picture = shown.fine[0], model.encode(shown.file)
-    focus = model.ask([picture], asked.question)
-    panels = [Picture(image=fitted(picture.picture, BOX_WH), caption=_told(focus, asked))]
-    panels += [_importance(focus, layer, BOX_WH) for layer in shown_layers(focus)]
-    rows = [panels[first : first + 3] for first in range(0, len(panels), 3)]
-    return _image(10, model, rows, "Importance of visual tokens (Eq. 8) through the layers, for one question; light is "
-                  "more.")  # fmt: skip
-
-
-FOCUS_FIGURES: dict[int, Callable[[FocusModel], Image]] = {
-    4: _figure_4,
-    5: _figure_5,
-    6: _figure_6,
-    7: _figure_7,
-    8: _figure_8,
-    9: _figure_9,
-    10: _figure_10,
-}
+    figure = FOCUS_FIGURES[number]
+    rows = [list(figure.panels(model, shown, model.encode(shown.file))) for shown in figure.posters()]
+    if figure.across:
+        panels = list(itertools.chain.from_iterable(rows))
+        rows = [panels[first : first + figure.across] for first in range(0, len(panels), figure.across)]
+    branches = enumerate(model.pipeline.config.vision_sampler.branches)
+    scales = {f"pooled {height}x{width}": _hex(branch_colour(branch)) for branch, (height, width) in branches}
+    key = (scales if "scales" in figure.key else {}) | (
+        {"kept by the text-guided sampler": _hex(KEPT_COLOUR)} if "kept" in figure.key else {}
+    )
+    told = (f"Row {row}: {' | '.join(one.caption for one in of_row)}" for row, of_row in enumerate(rows, start=1))
+    return Image(
+        file=f"figure-{number}.svg",
+        svg=pictures(rows, key=key or None),
+        alt=f"{figure.what} {' '.join(told)}",
+        caption=f"Figure {number}. {figure.what} Model {model.pipeline.fingerprint[:12]}.",
+    )
 
 
 @lru_cache(maxsize=1)
@@ -160,35 +117,53 @@ def _things(poster: Poster) -> int:
 
 
 def _distance(pair: tuple[QuestionAnswer, QuestionAnswer]) -> float:
-    """Between the centres of the evidence, in shares of the sides."""
+    """Distance between the centres of the evidence, in shares of the sides."""
     centres = [((x0 + x1) / 2, (y0 + y1) / 2) for asked in pair for x0, y0, x1, y1 in (asked.box_xyxy or (0, 0, 0, 0),)]
     return math.dist(*centres)
 
 
-def _picture(picture: EncodedPicture) -> Picture:
+def _scales(model: FocusModel, shown: Shown, picture: EncodedPicture) -> list[Picture]:
+    """The picture and its scale map."""
     width, height = picture.picture.size
-    return Picture(image=fitted(picture.picture, BOX_WH), caption=f"{width} x {height} px")
-
-
-def _scales(picture: EncodedPicture) -> Picture:
     shares = " / ".join(f"{100 * share:.0f}" for share in picture.layout.branch_shares())
     caption = f"{len(picture.layout)} tokens of {picture.tokens.uncompressed_tokens}; branches {shares} %"
-    return Picture(image=scale_map(picture, BOX_WH), caption=caption)
+    return [
+        Picture(image=fitted(picture.picture, BOX_WH), caption=f"{width} x {height} px"),
+        Picture(image=scale_map(picture, BOX_WH), caption=caption),
+    ]
 
 
-def _kept(focus: Focus, asked: QuestionAnswer) -> Picture:
-    picture = focus.pictures[0]
-    on_map = picture.layout.is_map_N
-    count = f"{int((focus.kept_N & on_map).sum())} of {int(on_map.sum())} tokens of the grid tiles"
-    return Picture(
-        image=kept_map(picture, focus.kept_N, "map", BOX_WH), caption=f"{_told(focus, asked)} Kept: {count}."
-    )
+def _kept(questions: Callable[[Shown], Iterable[QuestionAnswer]]) -> Panels:
+    """The picture, and what is kept of it for each of these questions."""
+
+    def panels(model: FocusModel, shown: Shown, picture: EncodedPicture) -> Iterable[Picture]:
+        yield _scales(model, shown, picture)[0]
+        on_map = picture.layout.is_map_N
+        for asked in questions(shown):
+            focus = model.ask([picture], asked.question)
+            count = f"{int((focus.kept_N & on_map).sum())} of {int(on_map.sum())} tokens of the grid tiles"
+            drawn = kept_map(picture, focus.kept_N, "map", BOX_WH)
+            yield Picture(image=drawn, caption=f"{_told(focus, asked)} Kept: {count}.")
+
+    return panels
 
 
-def _importance(focus: Focus, layer: int, box_wh: tuple[int, int]) -> Picture:
-    prunes = " (prunes)" if focus.decision is not None and focus.decision.layer == layer else ""
-    drawn = importance_map(focus.pictures[0], focus.importance_KN[layer - 1], "map", box_wh)
-    return Picture(image=drawn, caption=f"layer {layer}{prunes}")
+_kept_for_one = _kept(lambda shown: shown.fine[:1])
+_kept_for_two = _kept(lambda shown: shown.far_apart)
+
+
+def _layers(box_wh: tuple[int, int], *most: int) -> Panels:
+    """The picture with a question, and importance at each layer, or at so many layers at most."""
+
+    def panels(model: FocusModel, shown: Shown, picture: EncodedPicture) -> Iterable[Picture]:
+        focus = model.ask([picture], shown.fine[0].question)
+        yield Picture(image=fitted(picture.picture, box_wh), caption=_told(focus, shown.fine[0]))
+        for layer in shown_layers(focus, *most):
+            prunes = " (prunes)" if focus.decision is not None and focus.decision.layer == layer else ""
+            drawn = importance_map(picture, focus.importance_KN[layer - 1], "map", box_wh)
+            yield Picture(image=drawn, caption=f"layer {layer}{prunes}")
+
+    return panels
 
 
 def _told(focus: Focus, asked: QuestionAnswer) -> str:
@@ -196,21 +171,34 @@ def _told(focus: Focus, asked: QuestionAnswer) -> str:
     return f"{asked.question} {focus.answer or '(nothing)'} ({verdict})."
 
 
-def _image(
-    number: int, model: FocusModel, rows: Sequence[Sequence[Picture]], what: str, *, scales: bool = False
-) -> Image:
-    branches = model.pipeline.config.vision_sampler.branches
-    key = {"kept by the text-guided sampler": "#{:02x}{:02x}{:02x}".format(*KEPT_COLOUR)}
-    if scales:
-        key = {
-            f"pooled {height}x{width}": "#{:02x}{:02x}{:02x}".format(*branch_colour(branch))
-            for branch, (height, width) in enumerate(branches)
-        } | (key if number == 4 else {})
-    told = " ".join(f"Row {row_number}: {' | '.join(one.caption for one in row)}" for row_number, row in
-                    enumerate(rows, start=1))  # fmt: skip
-    return Image(
-        file=f"figure-{number}.svg",
-        svg=pictures(rows, key=key if scales or number in (7, 8, 9) else None),
-        alt=f"{what} {told}",
-        caption=f"Figure {number}. {what} Model {model.pipeline.fingerprint[:12]}.",
-    )
+def _hex(colour: Sequence[int]) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*colour)
+
+
+_TWO = "What is kept of one image for two questions whose answers lie far apart."
+FOCUS_FIGURES: dict[int, FocusFigure] = {
+    4: FocusFigure(
+        what="What each sampler selects on a poster rich in text, one with shapes, and one mostly empty: the picture, "
+        "its scale map, and what is kept for a question.",
+        posters=_kinds,
+        panels=lambda *of: (*_scales(*of), list(_kept_for_one(*of))[1]),
+        key=("scales", "kept"),
+    ),
+    5: FocusFigure(
+        what="Importance of visual tokens (Eq. 8) by layer, for one question each; light is more.",
+        posters=lambda: _posters()[:3],
+        panels=_layers(SMALL_BOX_WH, LAYERS_SHOWN),
+    ),
+    6: FocusFigure(what="More scale maps of the vision-guided sampler.", posters=lambda: _posters()[3:7],
+                   panels=_scales, across=4, key=("scales",)),
+    7: FocusFigure(what="More regions kept by the text-guided sampler.", posters=lambda: _posters()[3:7],
+                   panels=_kept_for_one, across=4, key=("kept",)),
+    8: FocusFigure(what=_TWO, posters=lambda: _posters()[7:9], panels=_kept_for_two, key=("kept",)),
+    9: FocusFigure(what=_TWO, posters=lambda: _posters()[9:11], panels=_kept_for_two, key=("kept",)),
+    10: FocusFigure(
+        what="Importance of visual tokens (Eq. 8) through the layers, for one question; light is more.",
+        posters=lambda: _posters()[11:12],
+        panels=_layers(BOX_WH),
+        across=3,
+    ),
+}  # fmt: skip

@@ -1,4 +1,4 @@
-"""What one run of the study found, one JSON file each, and its spread over seeds."""
+"""What each run of the study found, a line of JSON each, and the spread over seeds."""
 
 from __future__ import annotations
 
@@ -11,19 +11,40 @@ import statistics
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from evaluation.scenes.scoring import Tally
 from services.common.errors import InvalidInput
 from training.data.pairs import PosterSplit
 
-RESULTS_FOLDER = "results"
-"""Of the study's folder."""
+FILE_NAME = "results.jsonl"
+"""The file in the study's folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
-    """One setting, trained with one seed, scored on one split. Percentages run from 0 to 100."""
+class Scores:
+    """What scoring a run on one split finds. Percentages run from 0 to 100."""
+
+    exact: dict[str, Tally]
+    """Exact match by kind of question, by group ("fine", "coarse") and over "all"."""
+    sampled_percent: float
+    """Visual tokens that enter the language model, of the uncompressed ones; base tile and newlines count."""
+    kept_percent: float
+    """Visual tokens left in its last layer, after the text-guided sampler or a rival inside the model."""
+    converted_percent: float
+    """Visual tokens averaged over its layers: the paper's converted remaining tokens (Sec. 4.4)."""
+    map_percent: float
+    """Tokens that come out of the feature map, base tile and newlines apart, of the map's."""
+    branch_shares: dict[str, list[float]] = field(default_factory=dict)
+    """Share of regions that use each branch: of "all", and of those with a "glyph" (or a bar), else a "shape", else a
+    "distractor", else the rest of a "panel" (card, chart or table), or "empty". No entries without a vision-guided
+    sampler."""
+    question_ms: float | None = None
+    """Median time from pixels to the first answer token, one image and one question, one thread."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result(Scores):
+    """The scores of one setting, trained with one seed, on one split."""
 
     setting: str
     """Name in `evaluation.study.settings.SETTINGS`."""
@@ -34,32 +55,16 @@ class Result:
     """Training steps; what is only evaluated has those of the weights that it takes."""
     images: int
     """Images scored."""
-    exact: dict[str, Tally]
-    """Exact match by kind of question, by group ("fine", "coarse") and over "all"."""
-    sampled_percent: float
-    """Visual tokens that enter the language model, of the uncompressed ones; base tile and newlines count."""
-    kept_percent: float
-    """Those left in its last layer, after the text-guided sampler or a rival inside the model."""
-    converted_percent: float
-    """Averaged over its layers: the paper's converted remaining tokens (Sec. 4.4)."""
-    map_percent: float
-    """Tokens that come out of the feature map, base tile and newlines apart, of the map's."""
-    branch_shares: dict[str, list[float]] = field(default_factory=dict)
-    """Share of regions that use each branch: of "all", and of those with a "glyph" (or a bar), else a "shape", else a
-    "distractor", else the rest of a "panel" (card, chart or table), or "empty". No entries without a vision-guided
-    sampler."""
     history: list[dict[str, float]] = field(default_factory=list)
     """Lines of the training log: step, loss, exact (share of questions), branch_0, branch_1, ..., sampled_share (of
     the uncompressed tokens), kept_share (of those that entered the model); running means over some ten steps."""
-    question_ms: float | None = None
-    """Median time from pixels to the first answer token, one image and one question, one thread."""
     minutes: float
     """Training and scoring; scoring alone where nothing is trained."""
     commit: str
-    """Of the program, with "+" when the working tree differed."""
+    """The program's commit, with "+" when the working tree differed."""
     hardware: str
     dtype: str = "bfloat16"
-    """That the weights were trained in; scores are float32's."""
+    """The dtype that the weights were trained in; scores are float32's."""
     data: str
     """`evaluation.scenes.benchmark_version()`."""
     start: str
@@ -72,26 +77,14 @@ class Result:
         tally = self.exact.get(group)
         return tally.percent if tally else None
 
-    @property
-    def file_name(self) -> str:
-        return f"{self.setting}-seed{self.seed}-{self.split}.json"
-
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> Result:
-        """Raises InvalidInput naming a field that is missing or unknown."""
-        raw: dict[str, Any] = json.loads(text)
-        known = {f.name: f for f in dataclasses.fields(cls)}
-        for name in raw:
-            if name not in known:
-                raise InvalidInput("unknown field", field=f"result.{name}")
-        for name, spec in known.items():
-            optional = spec.default is not dataclasses.MISSING or spec.default_factory is not dataclasses.MISSING
-            if name not in raw and not optional:
-                raise InvalidInput("is missing", field=f"result.{name}")
-        return cls(**{**raw, "exact": {name: Tally(**tally) for name, tally in raw["exact"].items()}})
+        """Raises ValueError or TypeError for what is no result; the latter names a field that is missing or unknown."""
+        raw = json.loads(text)
+        return cls(**{**raw, "exact": {name: Tally(**tally) for name, tally in raw.get("exact", {}).items()}})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,17 +93,8 @@ class Spread:
 
     mean: float
     standard_error: float | None
-    """Of the mean; None with one seed."""
+    """Standard error of the mean; None with one seed."""
     seeds: int
-
-    def exceeds(self, other: Spread, errors: float = 2.0) -> bool | None:
-        """Whether this mean is above the other by more than `errors` standard errors of the difference.
-
-        None where either has one seed, and so no error of its own.
-        """
-        if self.standard_error is None or other.standard_error is None:
-            return None
-        return self.mean - other.mean > errors * math.hypot(self.standard_error, other.standard_error)
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -126,26 +110,28 @@ def of_setting(results: Iterable[Result], setting: str, split: PosterSplit = "te
     return sorted((r for r in results if r.setting == setting and r.split == split), key=lambda r: r.seed)
 
 
-def save_result(folder: pathlib.Path, result: Result) -> pathlib.Path:
-    """Writes the result's file whole or not at all, in place of an older one of the same setting, seed and split."""
-    target = folder / RESULTS_FOLDER / result.file_name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, suffix=".part")
+def save_results(folder: pathlib.Path, results: Iterable[Result]) -> None:
+    """Puts results into the folder's file, in place of older ones of the same setting, seed and split.
+
+    The file is written whole or not at all, its lines in the order of setting, seed and split.
+    """
+    merged = {(one.setting, one.seed, one.split): one for one in (*load_results(folder), *results)}
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=folder, suffix=".part")
     with os.fdopen(handle, "w", encoding="utf8") as file:
-        file.write(result.to_json())
+        file.writelines(one.to_json() + "\n" for _, one in sorted(merged.items(), key=lambda item: item[0]))
         file.flush()
         os.fsync(file.fileno())
     os.chmod(name, 0o644)
-    os.replace(name, target)
-    return target
+    os.replace(name, folder / FILE_NAME)
 
 
 def load_results(folder: pathlib.Path) -> list[Result]:
-    """All results of a study's folder, by file name. Raises InvalidInput naming a file that is none."""
-    found = []
-    for path in sorted((folder / RESULTS_FOLDER).glob("*.json")):
+    """All results of a study's folder, as its file has them. Raises InvalidInput naming a line that is none."""
+    path, found = folder / FILE_NAME, []
+    for number, line in enumerate(path.read_text("utf8").splitlines() if path.exists() else (), start=1):
         try:
-            found.append(Result.from_json(path.read_text(encoding="utf8")))
-        except (json.JSONDecodeError, InvalidInput, TypeError) as error:
-            raise InvalidInput(f"is not a result: {error}", field=str(path)) from None
+            found.append(Result.from_json(line))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise InvalidInput(f"line {number} is not a result: {error}", field=str(path)) from None
     return found

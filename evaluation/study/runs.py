@@ -1,8 +1,8 @@
 """Trains and scores settings: as many runs at once as there are cores, resumable, within a budget of minutes.
 
 A run is `training/finetune.py` with a configuration of its own, one worker of one thread, on a Ray that all runs share;
-then `evaluation.study.scoring` scores what it exported. A result that is there is not made again: its key is a hash of
-all that its figures depend on.
+then `evaluation.study.evaluate` scores what it exported. A result that is there is not made again: its key is a hash
+of all that its figures depend on.
 """
 
 from __future__ import annotations
@@ -26,14 +26,13 @@ from typing import Any
 import yaml
 
 from evaluation.scenes import PosterSplit, benchmark_version
-from evaluation.study.cluster import SharedRay
-from evaluation.study.results import Result, load_results, save_result
-from evaluation.study.scoring import Job
-from evaluation.study.settings import IMAGES_PER_STEP, OPTIMIZER, SETTINGS, STAGE, START, Setting, merged, resolved
+from evaluation.study.cluster import ROOT, SharedRay
+from evaluation.study.evaluate import Job
+from evaluation.study.results import Result, load_results, save_results
+from evaluation.study.settings import SETTINGS, STUDY, Setting, merged, resolved
 from services.checkpoint.store import fingerprint
 from services.compute.dtypes import choose_dtype, dtype_name
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 SPLITS: tuple[PosterSplit, ...] = ("validation", "test")
 FIRST_GUESS_MINUTES = 6.0
 """What a training run is taken to need before one has finished."""
@@ -47,13 +46,13 @@ class Study:
     start: pathlib.Path
     """The checkpoint that every run starts from."""
     folder: pathlib.Path
-    """Where results go, below `results`."""
+    """Where results and the page go."""
     scratch: pathlib.Path
     """Where configurations, logs, training checkpoints and trained weights go."""
     seeds: int = 3
     steps: int = 200
     images: int = 200
-    """Of each split."""
+    """Images scored of each split."""
     cores: int = os.cpu_count() or 1
 
     @cached_property
@@ -68,14 +67,19 @@ class Run:
     setting: Setting
     seed: int
     config: dict[str, Any]
-    """Of the training that makes its weights, or made them: RunConfig as YAML has it."""
+    """The configuration of the training that makes its weights, or made them: RunConfig as YAML has it."""
     weights: pathlib.Path
     keys: dict[PosterSplit, str]
 
     @property
     def name(self) -> str:
-        """Of its training, and so of the weights; what is only scored has those of another."""
+        """The name of its training, and so of the weights; what is only scored has those of another."""
         return self.config["name"]
+
+    @property
+    def trained(self) -> bool:
+        """Whether its weights are there."""
+        return (self.weights / "config.json").exists()
 
     def __str__(self) -> str:
         return f"{self.setting.name}, seed {self.seed}"
@@ -89,7 +93,7 @@ def conduct(study: Study, settings: Sequence[Setting], *, minutes: float) -> lis
     """
     began = time.monotonic()
     waiting = [(setting, seed) for seed in range(study.seeds) for setting in settings]
-    running: dict[Future[None], Run] = {}
+    running: dict[Future[list[Result]], Run] = {}
     failures: list[str] = []
     with ThreadPoolExecutor(study.cores) as pool, SharedRay(study.cores) as ray:
         while True:
@@ -107,7 +111,8 @@ def conduct(study: Study, settings: Sequence[Setting], *, minutes: float) -> lis
                     continue
                 print(f"{run}: started after {spent:.0f} min", flush=True)
                 waiting.remove((setting, seed))
-                running[pool.submit(_execute, study, run, ray)] = run
+                environment = {} if run.trained else ray.environment
+                running[pool.submit(_execute, study, run, environment)] = run
                 busy.add(run.weights)
             if not running:
                 break
@@ -115,6 +120,8 @@ def conduct(study: Study, settings: Sequence[Setting], *, minutes: float) -> lis
                 run = running.pop(future)
                 if error := future.exception():
                     failures.append(f"{run}: {error}")
+                else:
+                    save_results(study.folder, future.result())
                 print(f"{run}: {error or 'done'}", flush=True)
     if failures:
         raise RuntimeError("; ".join(failures))
@@ -128,29 +135,20 @@ def planned(study: Study, setting: Setting, seed: int, results: Sequence[Result]
         if found is None or not finished(study, SETTINGS[setting.match], seed, results):
             return None
         setting = resolved(setting, found.branch_shares.get("all", ()), found.converted_percent)
-    trained = setting
-    if setting.weights_of and setting.weights_of != START:
-        trained = SETTINGS[setting.weights_of]
-        if not finished(study, trained, seed, results):
-            return None
-    versions = study.versions
+    trained = SETTINGS[setting.weights_of] if setting.weights_of else setting
+    if setting.weights_of and not finished(study, trained, seed, results):
+        return None
     config = run_config(study, trained, seed)
     made_of = {name: config[name] for name in ("steps", "seed", "samples_per_worker", "optimizer", "stage")}
     if not trained.selects:
         # Nothing has this learning rate.
         made_of["optimizer"] = {k: v for k, v in config["optimizer"].items() if k != "selector_lr_scale"}
-    weights_key = _hash({**made_of, **versions, "trained": setting.weights_of != START})
+    weights_key = _hash({**made_of, **study.versions, "trained": True})
     config["name"] = f"{trained.name}-seed{seed}-{weights_key}"
-    weights = study.scratch / "weights" / config["name"] if setting.weights_of != START else study.start
+    weights = study.scratch / "weights" / config["name"]
     config["output"] = str(weights)
-    scored: dict[str, Any] = {
-        "weights": weights_key,
-        "text": setting.text,
-        "permuted": setting.permuted,
-        "images": study.images,
-    }
-    if setting.map_share is not None:
-        scored["map_share"] = setting.map_share
+    scored: dict[str, Any] = {"weights": weights_key, "text": setting.text}
+    scored |= {"permuted": setting.permuted, "images": study.images}
     if setting.weights_of and setting.stage:
         config["stage"] = merged(config["stage"], setting.stage)
         scored["stage"] = setting.stage
@@ -161,47 +159,35 @@ def planned(study: Study, setting: Setting, seed: int, results: Sequence[Result]
 def weights_of(study: Study, setting: Setting, seed: int, results: Sequence[Result]) -> pathlib.Path | None:
     """Where a setting's trained weights are once its training has ended; None as long as that is not known."""
     run = planned(study, setting, seed, results)
-    return run.weights if run is not None and (run.weights / "config.json").exists() else None
+    return run.weights if run is not None and run.trained else None
 
 
 def finished(study: Study, setting: Setting, seed: int, results: Sequence[Result]) -> bool:
     """Whether all of the run's results are there, with its keys."""
-    if all(_result(results, setting.name, seed, split) for split in SPLITS):
-        run = planned(study, setting, seed, results)
-        return run is not None and all(
-            found.key == run.keys[split]
-            for split in SPLITS
-            if (found := _result(results, setting.name, seed, split)) is not None
-        )
-    return False
+    keys = {split: found.key for split in SPLITS if (found := _result(results, setting.name, seed, split))}
+    run = planned(study, setting, seed, results) if len(keys) == len(SPLITS) else None
+    return run is not None and keys == run.keys
 
 
 def run_config(study: Study, setting: Setting, seed: int) -> dict[str, Any]:
     """The training's configuration, as `training.config.load` reads it."""
-    return {
-        "name": f"{setting.name}-seed{seed}",
-        "steps": study.steps * setting.times,
-        "samples_per_worker": IMAGES_PER_STEP,
+    name = f"{setting.name}-seed{seed}"
+    dtype = dtype_name(choose_dtype("auto", "cpu"))
+    own = {
+        "name": name,
+        "steps": study.steps,
         "init_from": str(study.start),
-        "output": str(study.scratch / "weights" / f"{setting.name}-seed{seed}"),
+        "output": str(study.scratch / "weights" / name),
         "seed": seed,
-        "checkpoint_every": 100,
-        "log_every": 10,
-        "optimizer": {**OPTIMIZER, **setting.optimizer},
-        "cluster": {
-            "workers": 1,
-            "threads_per_worker": 1,
-            "cpus_per_worker": 1,
-            "dtype": dtype_name(choose_dtype("auto", "cpu")),
-            "storage_path": str(study.scratch / "checkpoints"),
-        },
-        "stage": merged(STAGE, setting.stage),
+        "cluster": {"dtype": dtype, "storage_path": str(study.scratch / "checkpoints")},
+        "stage": setting.stage,
     }
+    return merged(STUDY["run"], own)
 
 
 def expected_minutes(results: Sequence[Result], run: Run) -> float:
     """The mean of like runs that have finished: those that train, by their steps, or those that do not."""
-    trains = run.setting.train and not (run.weights / "config.json").exists()
+    trains = run.setting.train and not run.trained
     like = {
         (found.setting, found.seed): found.minutes * (run.config["steps"] / found.steps if trains else 1)
         for found in results
@@ -221,21 +207,22 @@ def read_history(log: str) -> list[dict[str, float]]:
     return [found[step] for step in sorted(found)]
 
 
-def _execute(study: Study, run: Run, ray: SharedRay) -> None:
+def _execute(study: Study, run: Run, environment: Mapping[str, str]) -> list[Result]:
+    """Trains where the weights are not there, and scores: a result a split."""
     log = study.scratch / "logs" / f"{run.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     minutes_file = log.with_suffix(".minutes")
-    if not (run.weights / "config.json").exists():
+    if not run.trained:
         config = log.with_suffix(".yaml")
         config.write_text(yaml.safe_dump(run.config), encoding="utf8")
-        minutes = _run([sys.executable, "training/finetune.py", "--config", str(config)], log, ray.environment)
+        minutes = _run([sys.executable, "training/finetune.py", "--config", str(config)], log, environment)
         minutes_file.write_text(str(minutes), encoding="utf8")
     own = run.setting.train and log.exists()
     job_file = study.scratch / "logs" / f"{run.setting.name}-seed{run.seed}.job.json"
     scores_file = job_file.with_suffix(".scores")
     job = Job(setting=run.setting, config=run.config, weights=str(run.weights), splits=SPLITS, images=study.images)
     job_file.write_text(job.to_json(), encoding="utf8")
-    scoring = [sys.executable, "-m", "evaluation.study.scoring", str(job_file), str(scores_file)]
+    scoring = [sys.executable, "-m", "evaluation.study.evaluate", str(job_file), str(scores_file)]
     minutes = _run(scoring, job_file.with_suffix(".log"), {})
     if own and minutes_file.exists():
         minutes += float(minutes_file.read_text(encoding="utf8"))
@@ -252,9 +239,10 @@ def _execute(study: Study, run: Run, ray: SharedRay) -> None:
         "dtype": run.config["cluster"]["dtype"],
         **study.versions,
     }
-    for split in SPLITS:
-        found = {**shared, **scores[split], "split": split, "key": run.keys[split]}
-        save_result(study.folder, Result.from_json(json.dumps(found)))
+    return [
+        Result.from_json(json.dumps({**shared, **scores[split], "split": split, "key": run.keys[split]}))
+        for split in SPLITS
+    ]
 
 
 def _run(command: list[str], log: pathlib.Path, variables: Mapping[str, str]) -> float:
@@ -284,11 +272,8 @@ def commit() -> str:
 
 def hardware() -> str:
     """Processor and number of cores."""
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text("utf8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text("utf8")) if cpuinfo.exists() else []
     return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, one thread a run"
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from evaluation.study.results import Result, Spread, of_setting, spread
-from evaluation.study.rows import Claim
 from evaluation.study.settings import SETTINGS, Setting
-from evaluation.study.tables import TABLES
+from evaluation.study.tables import TABLES, Claim
 
 Outcome = Literal["agree", "disagree", "too close to call", "not run"]
 
@@ -31,17 +31,11 @@ class Finding:
     outcome: Outcome
     better: Spread | None = None
     worse: Spread | None = None
+    difference: float | None = None
     error: float | None = None
     """Standard error of the difference, in points."""
-
-    @property
-    def difference(self) -> float | None:
-        return self.better.mean - self.worse.mean if self.better and self.worse else None
-
-    @property
-    def seeds(self) -> int:
-        """Of the setting with fewer."""
-        return min(self.better.seeds, self.worse.seeds) if self.better and self.worse else 0
+    seeds: int = 0
+    """Seeds of the setting with fewer."""
 
 
 def score(results: Iterable[Result], setting: str, group: str) -> Spread | None:
@@ -57,9 +51,7 @@ def score(results: Iterable[Result], setting: str, group: str) -> Spread | None:
         return over_seeds
     share, asked = over_seeds.mean / 100, runs[0].exact[group].asked
     of_questions = 100 * math.sqrt(share * (1 - share) / asked)
-    return Spread(
-        mean=over_seeds.mean, standard_error=max(of_questions, over_seeds.standard_error or 0.0), seeds=over_seeds.seeds
-    )
+    return dataclasses.replace(over_seeds, standard_error=max(of_questions, over_seeds.standard_error or 0.0))
 
 
 def finding(results: Sequence[Result], claim: Claim, tables: tuple[int, ...] = ()) -> Finding:
@@ -67,12 +59,13 @@ def finding(results: Sequence[Result], claim: Claim, tables: tuple[int, ...] = (
     better, worse = (score(results, name, claim.group) for name in (claim.better, claim.worse))
     if better is None or worse is None:
         return Finding(claim=claim, tables=tables, outcome="not run", better=better, worse=worse)
-    error = difference_error(better, worse)
+    error = math.hypot(better.standard_error or 0.0, worse.standard_error or 0.0)
     difference = better.mean - worse.mean
     outcome: Outcome = "too close to call"
     if abs(difference) > ERRORS * error:
         outcome = "agree" if difference > 0 else "disagree"
-    return Finding(claim=claim, tables=tables, outcome=outcome, better=better, worse=worse, error=error)
+    return Finding(claim=claim, tables=tables, outcome=outcome, better=better, worse=worse, difference=difference,
+                   error=error, seeds=min(better.seeds, worse.seeds))  # fmt: skip
 
 
 def findings(results: Sequence[Result]) -> list[Finding]:
@@ -117,8 +110,3 @@ def branch_names(setting: Setting) -> list[str]:
 def mean_of(results: Sequence[Result], setting: str, name: str) -> float:
     """Mean over seeds of one of Result's percentages on the test split."""
     return spread([getattr(run, name) for run in of_setting(results, setting)]).mean
-
-
-def difference_error(a: Spread, b: Spread) -> float:
-    """Standard error of the difference of two means."""
-    return math.hypot(a.standard_error or 0.0, b.standard_error or 0.0)

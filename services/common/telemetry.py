@@ -28,15 +28,6 @@ class MetricSpec:
     boundaries: tuple[float, ...] = ()
     """Histogram buckets, in the unit."""
 
-    @property
-    def prometheus_names(self) -> tuple[str, ...]:
-        """The names under which Ray's endpoint shows it."""
-        if self.kind == "counter":
-            return (f"ray_{self.name}_total",)
-        if self.kind == "gauge":
-            return (f"ray_{self.name}",)
-        return tuple(f"ray_{self.name}_{part}" for part in ("bucket", "count", "sum"))
-
 
 def _counter(stage: Stage, name: str, unit: str, description: str, *tags: str) -> MetricSpec:
     return MetricSpec(name=name, stage=stage, kind="counter", unit=unit, description=description, tags=tags)

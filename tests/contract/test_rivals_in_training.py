@@ -6,17 +6,17 @@ import pytest
 import torch
 
 from services.common.errors import InvalidInput
-from services.sampler.rivals.registry import layer_rival, map_rival
 from tests.tiny_training import tiny_run
-from training.joint_stage import JointTask
+from training.experiments.rivals.joint import InDecoder, InEncoder, encode_with_rival
+from training.experiments.rivals.registry import layer_rival, map_rival
+from training.experiments.task import ExperimentTask
 from training.layout import pack_text
-from training.rivals import encode_with_rival
 
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
     torch.manual_seed(3)
-    built = JointTask(tiny_run(str(tmp_path_factory.mktemp("joint") / "out")))
+    built = ExperimentTask(tiny_run(str(tmp_path_factory.mktemp("joint") / "out")))
     built.module.eval()
     built.module.schedule = None
     return built
@@ -75,7 +75,7 @@ def alone(joint, encoded, sample, branch, rival):
 def test_a_branch_equals_the_question_alone(task, name, asks):
     joint = task.module
     rival = layer_rival(name, budget=0.6, layers=4, asks=asks)
-    joint.layer_rival = rival
+    joint.layer_rival = InDecoder(rival=rival)
     samples = [task.data.sample(i) for i in range(3)]
     encoded = joint.encoder([s.image for s in samples], [False] * 3)
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_a_map_rival_trains(task, name):
     kept = encode_with_rival(joint.encoder, [s.image for s in samples], map_rival(name, budget=1.0))
     for full, same in zip(whole, kept, strict=True):
         torch.testing.assert_close(full.tokens_ND, same.tokens_ND, rtol=1e-5, atol=1e-5)
-    joint.map_rival, joint.vision_sampler = map_rival(name, budget=0.25), False
+    joint.map_rival, joint.vision_sampler = InEncoder(rival=map_rival(name, budget=0.25)), False
     joint.zero_grad()
     loss, metrics = joint((0, samples), 0)
     loss.backward()

@@ -33,6 +33,7 @@ from training.data.branches import BranchBuilder, Exchange
 from training.data.questions import questions
 from training.data.rendering import render
 from training.data.splits import scene_at
+from training.experiments.task import ExperimentTask
 from training.joint_stage import JointTask
 from training.layout import pack_text
 from training.stochastic_prune import PruneSchedule
@@ -314,7 +315,7 @@ def test_a_selector_that_nobody_trained_is_off_and_what_a_run_leaves_alone_stays
     first = JointTask(tiny_run(str(tmp_path / "first")))
     first.export(tmp_path / "first")
     run = tiny_run(str(tmp_path / "out"), stage=stage, **({"init_from": str(tmp_path / "first")} if init else {}))
-    JointTask(run).export(tmp_path / "out")
+    ExperimentTask(run).export(tmp_path / "out")
     assert FocusLlavaConfig.load(tmp_path / "first").vision_sampler.enabled
     assert FocusLlavaConfig.load(tmp_path / "out").vision_sampler.enabled == enabled
 

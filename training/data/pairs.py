@@ -38,16 +38,6 @@ def cells_of(split: PosterSplit) -> list[tuple[int, int]]:
     return [(word, number) for word, number in cells if SPLIT_OF_RESIDUE[(word + number) % GROUPS] == split]
 
 
-def split_of_pair(word: str, number: str) -> PosterSplit:
-    """The split of a pair, which nothing else decides. Raises ValueError for what is not in the vocabulary."""
-    for text, groups in ((word, word_groups()), (number, number_groups())):
-        if not any(text in group for group in groups):
-            raise ValueError(f"{text!r} is not in the vocabulary")
-    word_group = next(n for n, group in enumerate(word_groups()) if word in group)
-    number_group = next(n for n, group in enumerate(number_groups()) if number in group)
-    return SPLIT_OF_RESIDUE[(word_group + number_group) % GROUPS]
-
-
 def _groups(texts: list[str]) -> tuple[tuple[str, ...], ...]:
     by_hash = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
     return tuple(tuple(sorted(by_hash[group::GROUPS])) for group in range(GROUPS))

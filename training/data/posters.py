@@ -7,7 +7,7 @@ image can be in two splits.
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -126,11 +126,6 @@ def poster_at(split: PosterSplit, seed: int, index: int, accept: Callable[[Poste
         if {card.kind for card in poster.scene.cards} == {"number", "word"} and accept(poster):
             return poster
     raise AssertionError("unreachable: the count is endless")
-
-
-def poster_stream(split: PosterSplit, seed: int, start: int = 0) -> Iterator[Poster]:
-    """Posters without end from `start` on."""
-    return (poster_at(split, seed, index) for index in itertools.count(start))
 
 
 def sample_poster(rng: random.Random, split: PosterSplit) -> Poster:

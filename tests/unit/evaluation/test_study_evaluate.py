@@ -9,10 +9,8 @@ import torch
 
 from evaluation.scenes import benchmark_images
 from evaluation.score import SAMPLERS, answers
-from evaluation.study import evaluate as evaluate_module
-from evaluation.study.evaluate import benchmark_samples, calibrate, evaluate, schedule_of
+from evaluation.study.evaluate import benchmark_samples, evaluate, schedule_of, trained_task
 from evaluation.study.runs import Study, run_config
-from evaluation.study.scoring import trained_task
 from evaluation.study.settings import SETTINGS
 from services.local.model import LocalModel
 
@@ -60,18 +58,6 @@ def test_scores_are_the_served_engines(tmp_path, name):
     assert scores.converted_percent == pytest.approx(100 * served_converted / served_full, abs=0.01)
     assert scores.kept_percent == pytest.approx(100 * kept / served_full, abs=0.01)
     assert (scores.map_percent == 100) == (name == "off")
-
-
-def test_a_selector_set_after_training_leaves_the_share(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate_module, "CALIBRATION_IMAGES", IMAGES)
-    left = []
-    for share in (0.3, 0.7):
-        task = task_of("both", tmp_path)
-        calibrate(task, share)
-        scores = evaluate(task, SETTINGS["vision"], "validation", IMAGES, timed=False)
-        left.append(scores.map_percent)
-        assert share - 0.02 < scores.map_percent / 100 <= share + 0.005
-    assert left[0] < left[1]
 
 
 def test_branch_shares_by_what_is_in_a_region(tmp_path):

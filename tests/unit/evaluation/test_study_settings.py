@@ -4,15 +4,15 @@ import pathlib
 
 import pytest
 
+from evaluation.study.evaluate import Job
 from evaluation.study.runs import Study, run_config
-from evaluation.study.scoring import Job
-from evaluation.study.settings import LEAST_LAYER_BUDGET, RIVAL_BUDGET, SETTINGS, START, coefficients, resolved
+from evaluation.study.settings import LEAST_LAYER_BUDGET, SETTINGS, coefficients, resolved
 from evaluation.study.tables import FIGURES, TABLES, settings_of
 from services.common.errors import InvalidInput
 from services.common.settings import build_settings
-from services.sampler.rivals.registry import LAYER_RIVALS, MAP_RIVALS
 from training.config import RunConfig
-from training.joint_stage import JointTask
+from training.experiments.rivals.registry import LAYER_RIVALS, MAP_RIVALS
+from training.experiments.task import ExperimentTask
 
 CHECKPOINT = pathlib.Path(__file__).parents[3] / "checkpoints/focusllava-tiny"
 
@@ -27,7 +27,7 @@ def study(tmp_path_factory):
 def test_a_setting_builds_into_what_it_says(study, setting):
     setting = resolved(setting, (0.2, 0.3, 0.5), 30.0) if setting.match else setting
     run = build_settings(RunConfig, run_config(study, setting, 0))
-    task = JointTask(run)
+    task = ExperimentTask(run)
     model, stage = task.module, setting.stage
     assert (model.map_rival is not None, model.layer_rival is not None) == (
         "map_rival" in stage,
@@ -48,7 +48,7 @@ def test_a_setting_builds_into_what_it_says(study, setting):
         # Nothing of what the start's selector knows.
         assert not model.encoder.vision_guided_sampler.selector.linear.weight.any()
     if stage.get("map_rival", {}).get("name") == "random":
-        assert model.map_rival.budget == RIVAL_BUDGET and model.map_rival.newline_rows == 4
+        assert (model.map_rival.rival.budget, model.map_rival.rival.newline_rows) == (0.25, 4)
     assert (model.branch_control is not None) == ("branch_control" in stage)
     selector = model.encoder.vision_guided_sampler.selector.linear.weight
     assert setting.selects == (model.vision_sampler and selector.requires_grad)
@@ -56,10 +56,13 @@ def test_a_setting_builds_into_what_it_says(study, setting):
 
 def test_every_table_has_random_and_uniform_and_every_rival_a_row():
     for table in TABLES.values():
-        names = {row.setting for row in table.rows}
+        names = set(table.settings)
         assert {"random", "uniform_mean", "uniform_max"} <= names, table.number
         assert all(claim.better in names and claim.worse in names for claim in table.claims), table.number
         assert all(column in table.columns for row in table.rows for column in row.paper), table.number
+        assert {row.label for row in table.rows if not row.setting} == {
+            row.label for row in table.rows if row.cannot_run
+        }
     assert {*MAP_RIVALS, *LAYER_RIVALS} <= {row.setting for row in TABLES[1].rows}
     assert {name for names in FIGURES.values() for name in names} <= set(SETTINGS)
 
@@ -81,7 +84,7 @@ def test_a_match_fills_in_budgets_and_shares():
     assert "budget" not in SETTINGS["fastv"].stage["layer_rival"]
     branches = resolved(SETTINGS["random_branches"], (0.1, 0.2, 0.7), 31.0)
     assert branches.stage["branch_control"]["shares"] == [0.1, 0.2, 0.7]
-    assert resolved(SETTINGS["uniform_max"], (), 99.0).stage["map_rival"]["budget"] == RIVAL_BUDGET
+    assert resolved(SETTINGS["uniform_max"], (), 99.0).stage["map_rival"]["budget"] == 0.25
 
 
 def test_coefficients_level_the_loss_at_the_shares():
@@ -92,5 +95,5 @@ def test_coefficients_level_the_loss_at_the_shares():
 
 @pytest.mark.parametrize("name", ["both", "permuted_branches", "fastv"])
 def test_a_job_survives_its_file(name):
-    job = Job(setting=SETTINGS[name], config={"steps": 1}, weights=START, splits=("validation", "test"), images=3)
+    job = Job(setting=SETTINGS[name], config={"steps": 1}, weights="start", splits=("validation", "test"), images=3)
     assert Job.from_json(job.to_json()) == job

@@ -1,4 +1,4 @@
-"""What results say of a claim, of a selector's collapse, and of the floors: it follows the numbers."""
+"""What results say of a claim and of a selector's collapse: it follows the numbers."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from evaluation.study.floors import Floor, best_learned, floors
-from evaluation.study.results import Result
-from evaluation.study.rows import Claim
-from evaluation.study.tables import TABLES
+from evaluation.study.tables import TABLES, Claim
 from evaluation.study.verdicts import collapsed, finding, findings, score
 from tests.study_results import result, seeds, selector
 
@@ -58,60 +55,3 @@ def test_collapse_is_one_branch_for_nearly_all_regions() -> None:
     run = selector("balance_none", 50.0, end=[0.0, 1.0, 0.0])
     assert collapsed(replace(run, branch_shares={}))
     assert not collapsed(replace(run, branch_shares={}, history=run.history[:1]))
-
-
-def floor_on(results: list[Result], words: str) -> Floor:
-    (found,) = [floor for floor in floors(results) if words in floor.what]
-    return found
-
-
-def test_floors_follow_the_numbers() -> None:
-    near = "both samplers, as chosen"
-    full = {"converted_percent": 100.0}
-    short, long = (
-        [result(name, percent, split=split, **full) for split in ("validation", "test")]
-        for name, percent in (("off", 80.0), ("off_long", 82.0))
-    )
-
-    def ours(name: str, validation: float, test: float, **changes: object) -> list[Result]:
-        return [result(name, validation, split="validation", **changes), result(name, test, **changes)]
-
-    assert floor_on([], near).met is None
-    assert floor_on([*short, result("both", 79.5)], near).met is None, "nothing was chosen"
-    assert floor_on([*short, *ours("both", 79.0, 79.5)], near).met
-    assert not floor_on([*short, *ours("both", 79.0, 78.5)], near).met
-    assert floor_on([*short, *ours("both", 85.0, 85.0, converted_percent=46.0)], near).met is None
-    # Chosen by the validation split, whatever the test split says.
-    both = [*short, *long, *ours("both", 79.0, 80.0), *ours("both_held_long", 81.5, 80.5)]
-    assert not floor_on(both, near).met and "held at 66 %" in floor_on(both, near).found
-    assert floor_on([*both, *ours("both_set_long", 81.6, 81.5)], near).met
-
-    simple = [run for name in ("random_branches", "uniform_branches", "uniform_mean", "uniform_max")
-              for run in seeds(name, 70.0, 71.0, 72.0)]  # fmt: skip
-    ahead = "best learned"
-    assert floor_on([*simple, *seeds("vision", 75.0, 76.0, 77.0)], ahead).met
-    assert floor_on([*simple, *seeds("vision", 71.0, 72.0, 73.0)], ahead).met is False
-    # Too few seeds, or a rule not run: nothing is decided; more tokens than the rule: nothing is won.
-    assert floor_on([*simple, *seeds("vision", 75.0, 76.0)], ahead).met is None
-    assert floor_on([*simple[:-3], *seeds("vision", 75.0, 76.0, 77.0)], ahead).met is None
-    assert floor_on([*simple, *seeds("vision", 75.0, 76.0, 77.0, map_percent=30.0)], ahead).met is False
-
-    names = {row.setting for row in TABLES[1].rows} - {"off", "both", "vision", "trim", "uniform_max"}
-    rivals = [result(name, 70.0) for name in sorted(names)]
-    assert floor_on([*rivals, result("both", 75.0)], "best rival").met is None
-    assert floor_on([*rivals, result("uniform_max", 74.0), result("both", 75.0)], "best rival").met
-    assert floor_on([result("fastv", 76.0), result("both", 75.0)], "best rival").met is False
-
-    table = [result(row.setting, 50.0, minutes=10.0) for row in TABLES[3].rows]
-    assert floor_on(table, "2 cores").met and "Table 3" in floor_on(table, "2 cores").found
-    assert not floor_on([replace(run, minutes=100.0) for run in table], "2 cores").met
-
-
-def test_the_best_selector_is_chosen_on_the_validation_split() -> None:
-    results = [result("vision", 90.0), result("gate_paper_region", 40.0)]
-    results += [result("vision", 60.0, split="validation"), result("gate_paper_region", 61.0, split="validation")]
-    assert best_learned(results) == "gate_paper_region"
-    assert best_learned(results[:1]) == "vision"
-    assert best_learned(results[2:]) is None
-    whole = [result("gate_paper_base_tile", 95.0, split=split, map_percent=97.0) for split in ("validation", "test")]
-    assert best_learned([*results, *whole]) == "gate_paper_region", "it leaves nothing out"

@@ -126,7 +126,6 @@ def test_nothing_is_held_without_the_setting(tmp_path):
         ),
         ({"hold": {"share": 0.5, "after": -1}}, r"stage\.hold\.after: is -1"),
         ({"hold": {"share": 0.5}, "vision_sampler": False}, "set vision_sampler: true"),
-        ({"hold": {"share": 0.5}, "branch_control": {"name": "oracle"}}, "leave branch_control out"),
     ],
 )
 def test_mistakes_are_named(tmp_path, stage, message):
