@@ -24,5 +24,6 @@ def kernels() -> Kernels:
 
 def elementwise() -> Elementwise:
     pytest.importorskip("triton", reason=NO_TRITON)
+    from services.llm.kernels import cuda_elementwise
 
-    return elementwise
+    return cuda_elementwise
