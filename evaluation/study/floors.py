@@ -44,7 +44,7 @@ MOST_TOKENS, NEAR = 45.0, 1.0
 
 
 def gaps_on_validation(results: Sequence[Result]) -> dict[str, float]:
-    """Of BOTH, by how many points each is above its model without, where it has no more than MOST_TOKENS."""
+    """By how many points each of BOTH is above its model without, where it has no more than MOST_TOKENS."""
     gaps = {}
     for name in BOTH:
         ours, off = (of_setting(results, one, "validation") for one in (name, _without(name)))
@@ -181,7 +181,7 @@ def _collapse_reproduced(results: Sequence[Result]) -> Floor:
 
 
 def _one_table_in_time(results: Sequence[Result]) -> Floor:
-    """Of the tables that were run whole the longest, a seed a setting, with what its rows take their weights from."""
+    """The longest of the tables that were run whole, a seed a setting, with what its rows take their weights from."""
     longest: tuple[float, int] | None = None
     for table in TABLES.values():
         runs = [of_setting(results, setting.name) for setting in settings_of(table.number) if not setting.unavailable]

@@ -18,7 +18,7 @@ from services.common.errors import InvalidInput
 from training.data.pairs import PosterSplit
 
 RESULTS_FOLDER = "results"
-"""Of the study's folder."""
+"""The folder of results in the study's folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Result:
     sampled_percent: float
     """Visual tokens that enter the language model, of the uncompressed ones; base tile and newlines count."""
     kept_percent: float
-    """Those left in its last layer, after the text-guided sampler or a rival inside the model."""
+    """Share left in the last layer, after the text-guided sampler or a rival inside the model."""
     converted_percent: float
     """Averaged over its layers: the paper's converted remaining tokens (Sec. 4.4)."""
     map_percent: float
@@ -56,10 +56,10 @@ class Result:
     minutes: float
     """Training and scoring; scoring alone where nothing is trained."""
     commit: str
-    """Of the program, with "+" when the working tree differed."""
+    """The program's commit, with "+" when the working tree differed."""
     hardware: str
     dtype: str = "bfloat16"
-    """That the weights were trained in; scores are float32's."""
+    """The dtype that the weights were trained in; scores are float32's."""
     data: str
     """`evaluation.scenes.benchmark_version()`."""
     start: str
@@ -100,7 +100,7 @@ class Spread:
 
     mean: float
     standard_error: float | None
-    """Of the mean; None with one seed."""
+    """Standard error of the mean; None with one seed."""
     seeds: int
 
     def exceeds(self, other: Spread, errors: float = 2.0) -> bool | None:

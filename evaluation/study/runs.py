@@ -53,7 +53,7 @@ class Study:
     seeds: int = 3
     steps: int = 200
     images: int = 200
-    """Of each split."""
+    """Images of each split."""
     cores: int = os.cpu_count() or 1
 
     @cached_property
@@ -68,13 +68,13 @@ class Run:
     setting: Setting
     seed: int
     config: dict[str, Any]
-    """Of the training that makes its weights, or made them: RunConfig as YAML has it."""
+    """Config of the training that makes its weights, or made them: RunConfig as YAML has it."""
     weights: pathlib.Path
     keys: dict[PosterSplit, str]
 
     @property
     def name(self) -> str:
-        """Of its training, and so of the weights; what is only scored has those of another."""
+        """Name of its training, and so of the weights; what is only scored has those of another."""
         return self.config["name"]
 
     def __str__(self) -> str:

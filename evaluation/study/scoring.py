@@ -24,7 +24,7 @@ class Job:
 
     setting: Setting
     config: dict[str, Any]
-    """Of the training that made the weights."""
+    """Config of the training that made the weights."""
     weights: str
     """Checkpoint folder."""
     splits: tuple[PosterSplit, ...]
@@ -47,7 +47,7 @@ def trained_task(config: dict[str, Any], weights: str) -> JointTask:
 
 
 def score(job: Job) -> dict[str, Scores]:
-    """By split. The first one is timed, for both."""
+    """Scores by split. The first one is timed, for both."""
     task = trained_task(job.config, job.weights)
     if job.setting.map_share is not None:
         calibrate(task, job.setting.map_share)

@@ -19,12 +19,12 @@ LAYER, THRESHOLD = 3, 0.98
 scaled: on 100 validation images both samplers lost 1.7 points more before layer 2. The paper's 0.85 keeps four in five
 tokens; here, where pre-training has taught attention to be narrow, one in forty."""
 SHARES = (0.17, 0.14, 0.69)
-"""Of regions at 1x1, 2x2 and 4x4 at which the balance loss is level: 25 % of the map's tokens, as 2x2 pooling."""
+"""Shares of regions at 1x1, 2x2 and 4x4 where the balance loss is level: 25 % of the map's tokens, as 2x2 pooling."""
 SHARES_BOTH = (0.5, 0.2, 0.3)
 """The same with both samplers, 57 % of the map: the paper's 49 % of the tokens, of which the text-guided one then takes
 what the question does not need."""
 SHARES_REST = (0.66, 0.18, 0.16)
-"""Of an encoder that comes to rest slowly, 77 % of the visual tokens. A selector that rests at once was to leave 64 %
+"""Shares for an encoder that rests slowly, 77 % of the visual tokens. A selector that rests at once was to leave 64 %
 and, with the features learning on, left 55 to 71: the seed with the most was the best on all questions."""
 SHARES_FINE = (0.6, 0.2, 0.2)
 """66 % of the map. Of three seeds trained for SHARES_BOTH the one with the most tokens, 65 %, lost nothing on the
@@ -33,7 +33,7 @@ SHARES_COUNT = (0.55, 0.35, 0.1)
 """64 % of the map, few regions at 4x4. Of three seeds trained for SHARES_BOTH, with 14, 34 and 54 % of regions there,
 the first counted best and the last worst, but that was chance: with 16 and 1 % two seeds counted no better."""
 RIVAL_BUDGET = 0.25
-"""Of the map, for rivals outside the language model: what 2x2 pooling leaves, 35 % of all visual tokens with the base
+"""Share of the map, for rivals outside the LLM: what 2x2 pooling leaves, 35 % of all visual tokens with the base
 tile's; both samplers end at as many, converted."""
 LEAST_LAYER_BUDGET = 0.2
 """Converted share of a rival inside the language model: its first layer of six sees all tokens, 17 % by itself."""
@@ -58,7 +58,7 @@ OPTIMIZER: dict[str, Any] = {
 learning rate one seed of three never read tables again."""
 IMAGES_PER_STEP = 8
 SELECTOR_STEPS = 150
-"""Of a longer run. Once the questions are learned nothing but the balance loss moves the selector: in 400 steps it took
+"""Steps in a longer run. Once questions are learned, only the balance loss moves the selector: in 400 steps it took
 detail from fine questions again, 92 to 89 % of them right."""
 REST_COOLDOWN = 50
 """Steps before a rest in which the learning rate falls to zero, or it is chance where the selector's swings end."""
@@ -183,9 +183,9 @@ MAP_SHARE = 0.6
 """What selectors are set to leave after training, all seeds alike: left alone, three seeds trained for 57 % left 46 to
 65. Of 0.6, 0.66, 0.72 and 0.8 it was as good as any on the validation split (0.995; two seeds, the last two of one)."""
 HOLD = {"share": 0.66, "after": SELECTOR_STEPS}
-"""Of longer runs: with FIXED_PRUNE at TEXT_MORE about 42 % of the tokens, as the seed that lost least."""
+"""Held share of longer runs: with FIXED_PRUNE at TEXT_MORE about 42 % of the tokens, as the seed that lost least."""
 LONG = "_long"
-"""After the name of a setting that is trained twice as long."""
+"""Ending of the name of a setting that is trained twice as long."""
 OURS = "both"
 """Both samplers: what the study is about."""
 KEEP: dict[str, Any] = {"window": 1, "branches": [[1, 1], [0, 0]]}
@@ -262,7 +262,7 @@ _ALL = (
     Setting(name="uniform_max", title="2x2 max-pooling everywhere", stage=_map_rival("uniform_max")),
     Setting(name="visionzip", title="VisionZip", stage=_map_rival("visionzip")),
     Setting(name="prumerge_plus", title="PruMerge+", stage=_map_rival("prumerge_plus")),
-    # Of a tower trained on patches alone, CLS has not learned to look: both read the patches' own attention as well.
+    # In a tower trained on patches alone, CLS has not learned to look: both read the patches' own attention as well.
     *(Setting(name=f"{name}_patches", title=f"{title}, attention of the patches",
               stage=_map_rival(name, source="patches"))
       for name, title in (("visionzip", "VisionZip"), ("prumerge_plus", "PruMerge+"))),

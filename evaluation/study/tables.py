@@ -19,7 +19,7 @@ FIGURES: dict[int, tuple[str, ...]] = {
 
 
 def settings_of(table: int | None = None, figure: int | None = None) -> list[Setting]:
-    """Those of a table or figure, of all when neither is named, in a runnable order: what another needs stands first.
+    """Settings of a table or figure, or all when neither is named, in a runnable order: needed ones stand first.
 
     Without a table or figure the gate's come first, then the two samplers and their rivals, then the rest. Settings
     that cannot run are left out. Raises InvalidInput for a number that the paper and this study do not have.

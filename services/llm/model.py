@@ -53,7 +53,7 @@ class Decoder:
         self.kv_heads: int = self.config.num_key_value_heads
         self.context: int = self.config.max_position_embeddings
         self.elementwise = choose_elementwise(self.device, self.dtype) if all(map(can_fuse, self.layers)) else None
-        """Of fused layers; None: transformers' own run."""
+        """Elementwise kernels of fused layers; None: transformers' own run."""
         if self.elementwise is not None:
             for layer in self.layers:
                 join_plain_linears(layer)
