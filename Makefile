@@ -33,11 +33,12 @@ stop: $(STAMP) ## Stop what `make serve` left running
 	@$(BIN)/python -m cluster.local down --grpc-port $(PORT)
 
 TWO := -n 2 --dist loadscope --no-loadscope-reorder
-test: $(STAMP) $(VENV)/.triton ## Every test, in two processes: what starts Ray in one, the rest in the other
-	@$(BIN)/python -m pytest $(TWO)
+QUICK := -m "not compile_gpus"
+test: $(STAMP) $(VENV)/.triton ## The tests, in two processes: what starts Ray in one, the rest in the other (QUICK=: all)
+	@$(BIN)/python -m pytest $(TWO) $(QUICK)
 
 processors: $(STAMP) $(VENV)/.triton ## Every test on each kind of x86-64 processor that this one can stand for
-	@$(BIN)/python -m tests.processors $(TWO)
+	@$(BIN)/python -m tests.processors $(TWO) $(QUICK)
 
 # Comes with PyTorch's CUDA builds. Beside a CPU build only the tests of the GPU's kernels want it: they interpret them.
 $(VENV)/.triton: $(STAMP)

@@ -18,7 +18,7 @@ GPU_CALLS = 10
 
 
 def wait(device: torch.device | str) -> None:
-    """Until the device has done all that was asked of it."""
+    """Waits until the device has done all that was asked of it."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 

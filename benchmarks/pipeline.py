@@ -45,7 +45,7 @@ class Run:
     """Decoding and tiling."""
     encode_ms: float
     prefill_ms: float
-    """From submission to the first token."""
+    """Time from submission to the first token."""
     decode_ms_per_token: float
     total_ms: float
     visual_tokens_uncompressed: int

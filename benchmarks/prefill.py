@@ -44,7 +44,7 @@ class LayerWork:
     attention: float
 
     def seconds(self, linear_rate: float, attention_rate: float) -> float:
-        """At so many operations a second."""
+        """Time that it takes at so many operations a second."""
         return self.linear / linear_rate + self.attention / attention_rate
 
 

@@ -50,7 +50,7 @@ class ClusterConfig:
     storage_path: str = "~/focusllava/runs"
     """Folder (or fsspec URI that all nodes reach) of checkpoints."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Of weights and activations; the optimizer keeps float32. "auto": bfloat16 on GPUs and where every worker's CPU
+    """Dtype of weights and activations; the optimizer keeps float32. "auto": bfloat16 on GPUs and if every worker's CPU
     multiplies in it, else float32."""
 
 

@@ -22,7 +22,7 @@ DEFAULT_MAX_NEW_TOKENS = 1024
 """For tasks that set none, as lmms-eval's own models do."""
 
 _SAMPLED = ("temperature", "top_p", "top_k")
-"""Without effect on greedy answers; tasks then leave values there that no draw would accept, such as top_p 0."""
+"""Settings that change no greedy answer: tasks then leave values there that no draw accepts, such as top_p 0."""
 _ALWAYS = ("repetition_penalty", "seed")
 _ONLY: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),

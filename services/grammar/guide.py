@@ -23,7 +23,7 @@ class Start(NamedTuple):
     """A constraint at its beginning."""
 
     matcher: llguidance.LLMatcher
-    """Not to be changed."""
+    """A matcher that has read nothing; it is copied, never changed."""
     way: list[int] | None
     """The shortest way to the end that is known (`Closing.way`)."""
 

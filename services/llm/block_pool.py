@@ -21,7 +21,7 @@ class Block:
     """Set while later requests may find it; it has a buffer then."""
     holders: int = 1
     readers: int = 0
-    """Those holders that are in prefill: they need the buffer."""
+    """Holders that are in prefill: they need the buffer."""
 
 
 class BlockPool:

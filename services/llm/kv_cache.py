@@ -157,7 +157,7 @@ class KVCache:
                 pool.index_fill_(0, table.rows[group][:, -1], 0)
 
     def name(self, request_id: str, keys: Sequence[bytes], tokens: int) -> None:
-        """From now on later requests find those of the first `tokens` tokens' blocks that are full and have a key."""
+        """Lets later requests find those of the first `tokens` tokens' blocks that are full and have a key."""
         if self.prefix_reuse:
             full = self._tables[request_id].blocks[LOWER][: min(tokens // self.block_size, len(keys))]
             for key, block in zip(keys[: len(full)], full, strict=True):
