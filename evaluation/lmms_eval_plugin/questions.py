@@ -42,7 +42,7 @@ class Question:
     """task/split/document, for errors."""
     turns: tuple[Turn, ...]
     settings: Settings
-    """Of its answer; how the samplers are set, every question of a run shares."""
+    """Settings of the answer; those of the samplers are the same for every question of a run."""
 
 
 class RequestFailed(RuntimeError):

@@ -49,7 +49,7 @@ class Guide:
         self.ahead: list[int] = []
         """Tokens of the answer that the matcher has not seen yet."""
         self.forced: list[int] = []
-        """Those tokens, the next one last, of which each must come; empty where that is not known."""
+        """Tokens that must come, the next one last; empty where that is not known."""
         self._closing, self._eos = closing, eos_token_ids
         self._most, self._min_tokens = max_new_tokens, sampling.min_tokens
         self._end = eos_token_ids if sampling.ignore_eos else ()

@@ -75,5 +75,5 @@ def keeps_all(settings: SamplerSettings) -> bool:
 
 
 def sure_to_leave(count: int, settings: SamplerSettings) -> int:
-    """Of so many visual tokens those that `keep` leaves out whatever their importance."""
+    """How many of `count` visual tokens `keep` leaves out, whatever their importance."""
     return 0 if settings.keep_ratio is None else count - kept_by_ratio(count, settings.keep_ratio)

@@ -32,7 +32,7 @@ class RivalSettings:
     newline_rows: Count | None = None
     """Rows of the map that share a newline."""
     source: Source | None = None
-    """Whose attention in the vision tower says what matters."""
+    """The tokens whose attention in the vision tower says what matters."""
     layer: Natural | None = None
     """The first layer that sees fewer tokens."""
 
