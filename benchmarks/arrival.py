@@ -19,14 +19,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.device import device_name
+from benchmarks.device import set_up
 from benchmarks.measure import (
     add_machine_options,
-    machine,
     median,
     median_of,
     percentile,
-    pin,
     print_table,
     take_turns,
     write_results,
@@ -35,12 +33,11 @@ from benchmarks.stages import FULL_TOKENS, SETTINGS, question, random_visual_tok
 from benchmarks.workload import QUESTION
 from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.store import fingerprint
-from services.common.types import ChatTurn, GenerateRequest, SamplingParams, TextPart, TokenEvent
-from services.compute.dtypes import choose_dtype, dtype_name
+from services.common.types import GenerateRequest, PromptTurn, SamplingParams, TextPart, TokenEvent
 from services.llm.engine import Engine
 from services.llm.engine_config import EngineConfig
 from services.llm.model import Decoder
-from services.llm.prompt import PromptRenderer
+from services.text.prompt import PromptRenderer
 
 NO_BUDGET = 10**9
 BEFORE = 16
@@ -72,7 +69,7 @@ class Arrival:
         streams = [f"stream-{seed}-{index}" for index in range(self.running)]
         times: dict[str, list[float]] = {name: [] for name in (*streams, "arrival")}
         for name in streams:
-            turns = (ChatTurn(role="user", parts=(TextPart(text=QUESTION),)),)
+            turns = (PromptTurn(role="user", parts=(TextPart(text=QUESTION),)),)
             # Ended by abort, after the arrival's first tokens.
             sampling = SamplingParams(max_tokens=4096, ignore_eos=True)
             engine.submit(GenerateRequest(request_id=name, turns=turns, sampling=sampling))
@@ -118,9 +115,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     add_machine_options(parser)
     options = parser.parse_args()
-    dtype = choose_dtype(options.dtype, options.device)
-    pin(options.cores)
-    torch.set_num_threads(len(options.cores))
+    dtype, described = set_up(options)
     budgets = [*options.budgets, NO_BUDGET]
     bench = Arrival(options.folder / "focusllava", budgets, options.running, dtype, options.device)
     names = {str(b) if b < NO_BUDGET else "none": functools.partial(bench.turn, b, options.setting) for b in budgets}
@@ -131,10 +126,7 @@ def main() -> None:
     header = ("budget, tokens", "usual gap ms", "longest gap ms", "p50 gap in prefill", "its TTFT ms")
     print_table(header, [[name, *(f"{middle[c]:.1f}" for c in columns)] for name, middle in medians.items()])
     content = {
-        "machine": machine(options.cores),
-        "checkpoint": options.folder.name,
-        "device": device_name(options.device),
-        "dtype": dtype_name(dtype),
+        **described,
         "running": options.running,
         "setting": options.setting,
         "budgets": medians,

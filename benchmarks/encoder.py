@@ -20,22 +20,18 @@ from typing import Any
 
 import torch
 
-from benchmarks.device import device_name
+from benchmarks.device import set_up
 from benchmarks.measure import (
     add_machine_options,
-    machine,
     median,
     median_of,
     percentile,
-    pin,
     print_table,
     take_turns,
     write_results,
 )
 from benchmarks.workload import jpeg
 from services.common.types import ImageOptions
-from services.compute.dtypes import choose_dtype, dtype_name
-from services.compute.malloc import keep_freed_memory
 from services.encoder.batcher import TileBatcher
 from services.encoder.pipeline import EncoderPipeline
 
@@ -110,16 +106,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     add_machine_options(parser)
     options = parser.parse_args()
-    dtype = choose_dtype(options.dtype, options.device)
-    pin(options.cores)
-    keep_freed_memory()  # as a replica does
-    torch.set_num_threads(len(options.cores))
+    dtype, described = set_up(options, ("torch", "transformers", "pillow"))
     bench = EncoderBench(options.folder / "focusllava", options.device, dtype, options.max_tiles)
     content: dict[str, Any] = {
-        "machine": machine(options.cores, ("torch", "transformers", "pillow")),
-        "checkpoint": options.folder.name,
-        "device": device_name(options.device),
-        "dtype": dtype_name(dtype),
+        **described,
         "max_tiles": options.max_tiles,
         "concurrency": {},
     }

@@ -21,13 +21,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.device import device_name
+from benchmarks.device import set_up
 from benchmarks.measure import (
     RESULTS,
     add_machine_options,
-    machine,
     median_of,
-    pin,
     print_table,
     ratio_of,
     summary,
@@ -37,7 +35,7 @@ from benchmarks.measure import (
 from benchmarks.rivals import Rival
 from benchmarks.stages import SETTINGS, Stages, mean_usage
 from services.checkpoint.config import FocusLlavaConfig
-from services.compute.dtypes import choose_dtype, dtype_name
+from services.compute.dtypes import dtype_name
 
 FIGURES = ("requests_per_s", "output_tokens_per_s", "ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms", "tpot_p99_ms")
 
@@ -128,9 +126,7 @@ def main() -> None:
     parser.add_argument("--vllm-eager", action="store_true", help="vLLM without compilation")
     add_machine_options(parser)
     options = parser.parse_args()
-    dtype = choose_dtype(options.dtype, options.device)
-    pin(options.cores)
-    torch.set_num_threads(len(options.cores))
+    dtype, described = set_up(options)
 
     config = FocusLlavaConfig.load(options.folder / "focusllava")
     token_bytes = kv_bytes_per_token(config, dtype)
@@ -156,12 +152,9 @@ def main() -> None:
         stack.callback(stages.close)
         bench = Bench(stages, rivals, token_bytes, options.new_tokens)
         content: dict[str, Any] = {
-            "machine": machine(options.cores),
-            "checkpoint": options.folder.name,
+            **described,
             "text": {k: config.text[k] for k in ("hidden_size", "num_hidden_layers", "intermediate_size")},
             "prune_layer": config.text_sampler.layer,
-            "device": device_name(options.device),
-            "dtype": dtype_name(dtype),
             "new_tokens": options.new_tokens,
             "rivals": {rival.kind: rival.versions for rival in rivals},
             "concurrency": {},

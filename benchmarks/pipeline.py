@@ -20,11 +20,11 @@ import torch
 from benchmarks.measure import RESULTS, ROOT, machine, median, print_table, take_turns, write_results
 from benchmarks.stages import events
 from services.common.types import (
-    ChatTurn,
     FinishedEvent,
     GenerateRequest,
     ImagePart,
-    PruneParams,
+    PromptTurn,
+    SamplerSettings,
     SamplingParams,
     TextPart,
     TokenEvent,
@@ -45,7 +45,7 @@ class Run:
     """Decoding and tiling."""
     encode_ms: float
     prefill_ms: float
-    """From submission to the first token."""
+    """Time from submission to the first token."""
     decode_ms_per_token: float
     total_ms: float
     visual_tokens_uncompressed: int
@@ -65,10 +65,10 @@ def run_once(model: LocalModel, image: bytes, question: str, setting: str, token
     encoded = time.perf_counter()
     request = GenerateRequest(
         request_id="bench",
-        turns=(ChatTurn(role="user", parts=(ImagePart(image=0), TextPart(text=question))),),
+        turns=(PromptTurn(role="user", parts=(ImagePart(image=0), TextPart(text=question))),),
         images=(visual_tokens,),
         sampling=SamplingParams(max_tokens=tokens, ignore_eos=True),
-        prune=PruneParams(enabled=text),
+        samplers=SamplerSettings(text_sampler=text),
     )
     first = ended = 0.0
     usage = None

@@ -21,12 +21,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.device import device_name, seconds_of, wait
+from benchmarks.device import seconds_of, set_up, wait
 from benchmarks.measure import (
     add_machine_options,
-    machine,
     median,
-    pin,
     print_table,
     ratio_of,
     take_turns,
@@ -34,8 +32,6 @@ from benchmarks.measure import (
 )
 from benchmarks.stages import FULL_TOKENS, PAPER_VISION_KEEP, SETTINGS, events, question, random_visual_tokens
 from services.common.types import FinishedEvent, Usage
-from services.compute.dtypes import choose_dtype, dtype_name
-from services.compute.malloc import keep_freed_memory
 from services.llm.engine import Engine
 from services.llm.kernels import choose_kernels
 
@@ -48,7 +44,7 @@ class LayerWork:
     attention: float
 
     def seconds(self, linear_rate: float, attention_rate: float) -> float:
-        """At so many operations a second."""
+        """Time that it takes at so many operations a second."""
         return self.linear / linear_rate + self.attention / attention_rate
 
 
@@ -133,10 +129,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     add_machine_options(parser)
     options = parser.parse_args()
-    dtype = choose_dtype(options.dtype, options.device)
-    pin(options.cores)
-    keep_freed_memory()  # as a replica does
-    torch.set_num_threads(len(options.cores))
+    dtype, described = set_up(options)
     bench = Prefill(options.folder / "focusllava", dtype, options.device)
     turns: dict[str, Any] = {name: functools.partial(bench.prompt, name) for name in SETTINGS}
     turns["linear"] = functools.partial(bench.linear_rate, FULL_TOKENS)
@@ -176,10 +169,7 @@ def main() -> None:
     header = ("samplers", "visual tokens", "ms", "arithmetic ms", "speed-up", "allowed", "share", "KV / off")
     print_table(header, rows)
     content = {
-        "machine": machine(options.cores),
-        "checkpoint": options.folder.name,
-        "device": device_name(options.device),
-        "dtype": dtype_name(dtype),
+        **described,
         "linear_flops_per_s": linear,
         "attention_flops_per_s": attention,
         "settings": settings,

@@ -4,7 +4,7 @@
 
 FOLDER/hub is what Hugging Face and vLLM read, FOLDER/focusllava what this program reads: the same weights. Random
 weights choose nothing sensible, so the vision-guided sampler is set to keep the paper's 49 % (`keep_ratio.py`); the
-text-guided one takes its 75 % from the request (`PruneParams.keep_ratio`). Speed depends on the number of tokens only.
+text-guided one takes its 75 % from the request's `keep_ratio`. Speed depends on the number of tokens only.
 """
 
 from __future__ import annotations

@@ -20,12 +20,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.device import device_name, seconds_of
-from benchmarks.measure import add_machine_options, machine, median, pin, print_table, take_turns, write_results
+from benchmarks.device import seconds_of, set_up
+from benchmarks.measure import add_machine_options, median, print_table, take_turns, write_results
 from benchmarks.prefill import Prefill
 from benchmarks.stages import FULL_TOKENS, SETTINGS, question, random_visual_tokens
-from services.compute.dtypes import choose_dtype, dtype_name
-from services.compute.malloc import keep_freed_memory
 from services.llm.engine import Engine
 
 PEAK_SIDE = 4096
@@ -85,10 +83,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="decode steps that are timed")
     add_machine_options(parser)
     options = parser.parse_args()
-    dtype = choose_dtype(options.dtype, options.device)
-    pin(options.cores)
-    keep_freed_memory()  # as a replica does
-    torch.set_num_threads(len(options.cores))
+    dtype, described = set_up(options)
     bench = Prefill(options.folder / "focusllava", dtype, options.device)
     device = Machine(bench.decoder.device, bench.decoder.dtype)
 
@@ -147,10 +142,7 @@ def main() -> None:
         ],
     )  # fmt: skip
     content = {
-        "machine": machine(options.cores),
-        "checkpoint": options.folder.name,
-        "device": device_name(options.device),
-        "dtype": dtype_name(dtype),
+        **described,
         "peak_flops_per_s": peak,
         "read_bytes_per_s": read,
         "prefill": prefill,

@@ -20,12 +20,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.device import device_name, wait
-from benchmarks.measure import add_machine_options, machine, median, pin, print_table, take_turns, write_results
+from benchmarks.device import set_up, wait
+from benchmarks.measure import add_machine_options, median, print_table, take_turns, write_results
 from benchmarks.prefill import Prefill
 from benchmarks.workload import jpeg
-from services.compute.dtypes import choose_dtype, dtype_name
-from services.compute.malloc import keep_freed_memory
 from services.encoder.pipeline import EncoderPipeline
 
 TEXT_SETTINGS = ("text", "both")
@@ -38,13 +36,13 @@ class Selection:
         self.bench = bench
         self.seconds = 0.0
         self._decide = bench.engine.runner._decide
-        bench.engine.runner._decide = self._timed  # type: ignore[method-assign]
+        bench.engine.runner._decide = self._timed  # type: ignore[assignment, method-assign]
 
-    def _timed(self, sequence: Any) -> Any:
+    def _timed(self, *arguments: Any) -> Any:
         device = self.bench.decoder.device
         wait(device)
         began = time.perf_counter()
-        decision = self._decide(sequence)
+        decision = self._decide(*arguments)
         wait(device)
         self.seconds += time.perf_counter() - began
         return decision
@@ -86,10 +84,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     add_machine_options(parser)
     options = parser.parse_args()
-    dtype = choose_dtype(options.dtype, options.device)
-    pin(options.cores)
-    keep_freed_memory()  # as a replica does
-    torch.set_num_threads(len(options.cores))
+    dtype, described = set_up(options)
     layout = Layout(options.folder / "focusllava", dtype, options.device)
     if not layout.encoder.config.vision_sampler.enabled:
         parser.error(f"the vision-guided sampler of {options.folder} is off; see benchmarks/random_checkpoint.py")
@@ -124,10 +119,7 @@ def main() -> None:
         ],
     )  # fmt: skip
     content = {
-        "machine": machine(options.cores),
-        "checkpoint": options.folder.name,
-        "device": device_name(options.device),
-        "dtype": dtype_name(dtype),
+        **described,
         "prefill_off_seconds": off,
         "samplers": costs,
         "turns": results,

@@ -15,14 +15,10 @@ import pathlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
-from benchmarks.device import device_name
+from benchmarks.device import set_up
 from benchmarks.measure import (
     add_machine_options,
-    machine,
     median_of,
-    pin,
     print_table,
     ratio_of,
     summary,
@@ -30,7 +26,6 @@ from benchmarks.measure import (
     write_results,
 )
 from benchmarks.stages import SETTINGS, Stages, mean_usage
-from services.compute.dtypes import choose_dtype, dtype_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +76,7 @@ def main() -> None:
     parser.add_argument("--kv-cache-mib", type=int, default=2048)
     add_machine_options(parser)
     options = parser.parse_args()
-    dtype = choose_dtype(options.dtype, options.device)
-    pin(options.cores)
-    torch.set_num_threads(len(options.cores))
+    dtype, described = set_up(options)
     checkpoint, pool = options.folder / "focusllava", options.kv_cache_mib * 2**20
     bench = Scaling(Stages(checkpoint, dtype=dtype, kv_cache_bytes=pool, device=options.device))
     points = [
@@ -95,10 +88,7 @@ def main() -> None:
     ]
     rows: list[list[object]] = []
     content: dict[str, Any] = {
-        "machine": machine(options.cores),
-        "checkpoint": options.folder.name,
-        "device": device_name(options.device),
-        "dtype": dtype_name(dtype),
+        **described,
         "points": [],
     }
     for point in points:

@@ -13,11 +13,11 @@ from benchmarks.workload import QUESTION, jpeg
 from focusllava import user
 from focusllava.messages import Usage
 from services.common.types import (
-    ChatTurn,
     CompressedVisualTokens,
     GenerateRequest,
     ImagePart,
-    PruneParams,
+    PromptTurn,
+    SamplerSettings,
     SamplingParams,
     TextPart,
 )
@@ -53,13 +53,14 @@ SETTINGS = {
 
 def question(request_id: str, image: CompressedVisualTokens, setting: Setting, new_tokens: int) -> GenerateRequest:
     """The workload's question on one image: greedy, exactly `new_tokens` tokens."""
-    prune = PruneParams(keep_ratio=setting.text_keep) if setting.text_keep else PruneParams(enabled=False)
+    ratio = setting.text_keep
+    samplers = SamplerSettings(keep_ratio=ratio) if ratio else SamplerSettings(text_sampler=False)
     return GenerateRequest(
         request_id=request_id,
-        turns=(ChatTurn(role="user", parts=(ImagePart(image=0), TextPart(text=QUESTION))),),
+        turns=(PromptTurn(role="user", parts=(ImagePart(image=0), TextPart(text=QUESTION))),),
         images=(image,),
         sampling=SamplingParams(max_tokens=new_tokens, ignore_eos=True),
-        prune=prune,
+        samplers=samplers,
     )
 
 

@@ -16,15 +16,11 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from benchmarks.device import device_name
+from benchmarks.device import set_up
 from benchmarks.measure import (
     add_machine_options,
     closed_loop,
-    machine,
     median_of,
-    pin,
     print_table,
     ratio_of,
     summary,
@@ -67,7 +63,7 @@ def run(peer: Streams, requests: Sequence[int], concurrency: int) -> dict[str, f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=pathlib.Path)
+    parser.add_argument("folder", type=pathlib.Path, help="of a checkpoint")
     parser.add_argument("--concurrency", type=int, default=16, help="requests in flight")
     parser.add_argument("--requests", type=int, default=32, help="a turn")
     parser.add_argument("--new-tokens", type=int, default=128)
@@ -75,10 +71,9 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=1, help="rounds before those that count")
     add_machine_options(parser)
     options = parser.parse_args()
-    pin(options.cores)
-    torch.set_num_threads(len(options.cores))
+    _, described = set_up(options)
     model = LocalModel(
-        options.checkpoint,
+        options.folder,
         options.device,
         options.dtype,
         kv_cache_bytes=2 * 2**30,
@@ -104,14 +99,13 @@ def main() -> None:
     print_table(("answers", "tok/s", "TPOT p50 ms", "p99 ms"), rows)
     print(f"tokens/s schema/free: {middle:.2f}x ({least:.2f} to {greatest:.2f}), {options.concurrency} in flight")
     content = {
-        "machine": machine(options.cores),
-        "device": device_name(options.device),
+        **described,
         "vocabulary": model.engine.decoder.config.vocab_size,
         "concurrency": options.concurrency,
         "results": results,
         "ratio": {"median": middle, "least": least, "greatest": greatest},
     }
-    write_results("structured", content, options.out or f"structured-{options.checkpoint.name}")
+    write_results("structured", content, options.out or f"structured-{options.folder.name}")
     model.close()
 
 

@@ -36,9 +36,7 @@ def main() -> int:
         _connect(request["address"], out)
         serve.start(**{name: config[name] for name in _PLACES if name in config})
         serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
-        while True:
-            _say(out, {"states": _states()})
-            time.sleep(POLL_S)
+        _tell_states(out)
     except (ClusterError, FocusError, ValueError, TypeError) as error:  # what the configuration may have wrong
         _say(out, {"error": " ".join(str(error).split())})
     return 1
@@ -76,6 +74,18 @@ def _connect(address: str, out: TextIO) -> None:
             return
         except (ConnectionError, RuntimeError, ray.exceptions.RayError):
             time.sleep(POLL_S)
+
+
+def _tell_states(out: TextIO) -> None:
+    """Tells them until nobody reads. Whoever does has the deadline, so what Serve cannot answer is asked again."""
+    states: dict[str, tuple[str, str]] = {}
+    while True:
+        try:
+            states = _states()
+        except Exception as error:  # of any kind: the controller is busy, starts anew, or its answer is lost
+            print(f"serve.status: {error!r}", file=sys.stderr)
+        _say(out, {"states": states})
+        time.sleep(POLL_S)
 
 
 def _states() -> dict[str, tuple[str, str]]:

@@ -23,12 +23,12 @@ from services.checkpoint.store import LLM_PREFIX, fingerprint, load_stage, stage
 from services.checkpoint.supported import check_servable
 from services.common.errors import FocusError, InvalidInput
 from services.common.types import (
-    ChatTurn,
     CompressedVisualTokens,
     FinishedEvent,
     GenerateRequest,
     ImagePart,
-    PruneParams,
+    PromptTurn,
+    SamplerSettings,
     SamplingParams,
     TextPart,
     TokenEvent,
@@ -39,7 +39,7 @@ from services.encoder.pipeline import EncoderPipeline
 from services.llm.engine import Engine
 from services.llm.engine_config import EngineConfig
 from services.llm.model import Decoder
-from services.llm.prompt import PromptRenderer
+from services.text.prompt import PromptRenderer
 
 TOKENS = 2
 VISUAL_TOKENS = 64
@@ -76,11 +76,11 @@ def _run(folder: pathlib.Path, config: FocusLlavaConfig, dtype: torch.dtype, dev
     tokens = _encode(folder, dtype, device)
     engine = _engine(folder, config, dtype, device, layers)
     # What the checkpoint's template and pruning make of it, down to one visual token.
-    turn = ChatTurn(role="user", parts=(ImagePart(image=0), TextPart(text="What is shown here?")))
+    turn = PromptTurn(role="user", parts=(ImagePart(image=0), TextPart(text="What is shown here?")))
     sampling = SamplingParams(max_tokens=TOKENS, ignore_eos=True, logprobs=1)
-    prune = PruneParams(keep_ratio=0.5)
+    samplers = SamplerSettings(keep_ratio=0.5)
     engine.submit(
-        GenerateRequest(request_id="dry-run", turns=(turn,), images=(tokens,), sampling=sampling, prune=prune)
+        GenerateRequest(request_id="dry-run", turns=(turn,), images=(tokens,), sampling=sampling, samplers=samplers)
     )
     events: list[Any] = []
     while engine.has_work():

@@ -11,7 +11,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from evaluation.baselines import Baselines
 from evaluation.scenes import (
     POSTER_KINDS,
     SEEDS,
-    Tally,
     benchmark_images,
     benchmark_version,
     exact_match,
@@ -28,9 +27,10 @@ from evaluation.scenes import (
 )
 from evaluation.scenes.scoring import GROUPS
 from focusllava import user
+from focusllava.messages import Settings
 from services.common.errors import InvalidInput
-from services.common.ranges import check_prune
-from services.common.types import PruneParams
+from services.common.ranges import check_samplers
+from services.common.types import SamplerSettings
 from services.local.model import LocalModel
 from services.local.stream import LocalAnswer
 from training.data.questions import QuestionAnswer
@@ -40,57 +40,58 @@ HeldOut = Sequence[tuple[bytes, list[QuestionAnswer]]]
 """Image files, each with its questions."""
 
 
+SAMPLERS: dict[str, Settings] = {
+    "off": {"vision_sampler": False, "text_sampler": False},
+    "vision": {"vision_sampler": True, "text_sampler": False},
+    "text": {"vision_sampler": False, "text_sampler": True},
+    "both": {"vision_sampler": True, "text_sampler": True},
+}
+"""Settings with every combination of the samplers, by the name of those that are on."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class Setting:
-    """The samplers that are on."""
+class Percents:
+    """How scores are told."""
 
-    name: str
-    vision: bool
-    text: bool
+    groups: Mapping[str, Sequence[str]] = field(default_factory=lambda: GROUPS)
+    """Name of each group of kinds of question, and the kinds in it."""
+    columns: Sequence[str] = COLUMNS
+    """Kinds and groups, as the table shows them."""
+    digits: int = 1
 
-
-SETTINGS = (
-    Setting(name="off", vision=False, text=False),
-    Setting(name="vision", vision=True, text=False),
-    Setting(name="text", vision=False, text=True),
-    Setting(name="both", vision=True, text=True),
-)
+    def of(self, asked: Iterable[QuestionAnswer], answers: Iterable[str]) -> dict[str, Any]:
+        """Exact match in percent, and the number of questions, of each kind and group."""
+        tallies = exact_match(asked, answers, self.groups)
+        return {
+            "exact_percent": {name: round(tally.percent, self.digits) for name, tally in tallies.items()},
+            "questions": {name: tally.asked for name, tally in tallies.items()},
+        }
 
 
 def answers(
-    model: LocalModel, file: bytes, asked: Sequence[QuestionAnswer], setting: Setting, threshold: float | None = None
+    model: LocalModel, file: bytes, asked: Sequence[QuestionAnswer], samplers: Settings, threshold: float | None = None
 ) -> list[LocalAnswer]:
     """Greedy answers to all questions about one image, in one batch."""
-    return model.generate(
-        [[user(question.question, images=file)] for question in asked],
-        max_tokens=8,
-        vision_sampler=setting.vision,
-        text_sampler=setting.text,
-        threshold=threshold,
-    )
+    conversations = [[user(question.question, images=file)] for question in asked]
+    settings: Settings = {"max_tokens": 8, "threshold": threshold, **samplers}
+    return model.generate(conversations, **settings)
 
 
 def score(
-    model: LocalModel,
-    data: HeldOut,
-    setting: Setting,
-    threshold: float | None = None,
-    groups: Mapping[str, Sequence[str]] = GROUPS,
-    digits: int = 1,
+    model: LocalModel, data: HeldOut, samplers: Settings, threshold: float | None = None, told: Percents = Percents()
 ) -> dict[str, Any]:
-    """Exact match by kind and group of kinds in percent with so many digits, and the visual tokens that it took."""
+    """Exact match by kind, and the visual tokens that it took."""
     given: list[LocalAnswer] = []
     branches = torch.zeros(len(model.pipeline.config.vision_sampler.branches), dtype=torch.long)
     began = time.perf_counter()
     for file, asked in data:
-        given += answers(model, file, asked, setting, threshold)
-        (tokens,) = model.encode([file], vision_sampler=setting.vision)
+        given += answers(model, file, asked, samplers, threshold)
+        (tokens,) = model.encode([file], vision_sampler=samplers["vision_sampler"] is not False)
         branches += torch.bincount(tokens.branch_ids_M.long(), minlength=len(branches))[: len(branches)]
     usages = [answer.usage for answer in given]
     uncompressed = sum(usage.visual_tokens_uncompressed for usage in usages)
-    tallies = exact_match((q for _, asked in data for q in asked), (answer.text for answer in given), groups)
     return {
-        **by_kind(tallies, digits),
+        **told.of((q for _, asked in data for q in asked), (answer.text for answer in given)),
         "sampled_percent": round(100 * sum(usage.visual_tokens_sampled for usage in usages) / uncompressed, 1),
         "kept_percent": round(100 * sum(usage.visual_tokens_kept for usage in usages) / uncompressed, 1),
         "converted_percent": round(100 * sum(usage.converted_visual_tokens for usage in usages) / uncompressed, 1),
@@ -100,21 +101,13 @@ def score(
 
 
 def baseline_scores(
-    data: HeldOut, training: Iterable[QuestionAnswer], groups: Mapping[str, Sequence[str]] = GROUPS, digits: int = 1
+    data: HeldOut, training: Iterable[QuestionAnswer], told: Percents = Percents()
 ) -> dict[str, dict[str, Any]]:
     """What the answers to the training split's questions are worth without looking at an image."""
     baselines = Baselines(training)
     asked = [question for _, of_image in data for question in of_image]
     guesses = {"majority": baselines.majority, "question only": baselines.question_only}
-    return {name: by_kind(exact_match(asked, map(guess, asked), groups), digits) for name, guess in guesses.items()}
-
-
-def by_kind(tallies: Mapping[str, Tally], digits: int) -> dict[str, Any]:
-    """Percent with so many digits, and the number of questions, of each kind and group."""
-    return {
-        "exact_percent": {name: round(tally.percent, digits) for name, tally in tallies.items()},
-        "questions": {name: tally.asked for name, tally in tallies.items()},
-    }
+    return {name: told.of(asked, map(guess, asked)) for name, guess in guesses.items()}
 
 
 def table(results: Mapping[str, Mapping[str, Any]], columns: Sequence[str] = COLUMNS) -> str:
@@ -129,48 +122,71 @@ def table(results: Mapping[str, Mapping[str, Any]], columns: Sequence[str] = COL
     return "\n".join(lines)
 
 
-def _settings(text: str) -> list[Setting]:
-    known = {setting.name: setting for setting in SETTINGS}
+def _samplers(text: str) -> dict[str, Settings]:
     for name in text.split(","):
-        if name not in known:
-            raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(known)}")
-    return [known[name] for name in text.split(",")]
+        if name not in SAMPLERS:
+            raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(SAMPLERS)}")
+    return {name: SAMPLERS[name] for name in text.split(",")}
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """An argument's whole number, 1 or more."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not positive")
     return int(text)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """The options of a command that scores a checkpoint."""
+    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     parser.add_argument("checkpoint")
-    parser.add_argument("--images", type=_positive, default=300)
-    parser.add_argument("--split", choices=tuple(SEEDS), default="test")
-    parser.add_argument("--seed", type=int, help="the split's own when left out")
-    parser.add_argument("--settings", type=_settings, default="off,vision,text,both", help="comma-separated")
-    parser.add_argument("--threshold", type=float, default=None, help="gamma of Eq. 9; the checkpoint's when left out")
+    parser.add_argument("--settings", type=_samplers, default=",".join(SAMPLERS), help="comma-separated")
+    parser.add_argument("--threshold", type=float, help="gamma of Eq. 9; the checkpoint's when left out")
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
     parser.add_argument("--device", default="cpu", help='"cuda" for a GPU')
     parser.add_argument("--json", type=pathlib.Path, help="also write the results here")
-    arguments = parser.parse_args()
+    return parser
+
+
+def load(arguments: argparse.Namespace) -> LocalModel:
+    """The model of the arguments. Ends the program where they are of no use."""
     try:
-        check_prune(PruneParams(enabled=True, threshold=arguments.threshold))
-        model = LocalModel(arguments.checkpoint, arguments.device, arguments.dtype)
+        check_samplers(SamplerSettings(threshold=arguments.threshold))
+        return LocalModel(arguments.checkpoint, arguments.device, arguments.dtype)
     except InvalidInput as error:
         sys.exit(str(error))
-    data = list(benchmark_images(arguments.split, arguments.images, arguments.seed))
+
+
+def report(
+    arguments: argparse.Namespace,
+    model: LocalModel,
+    data: HeldOut,
+    training: Iterable[QuestionAnswer],
+    title: str,
+    told: Percents = Percents(),
+) -> None:
+    """Scores every setting of the arguments and the baselines, prints them, and writes them where that is asked for."""
     results: dict[str, dict[str, Any]] = {}
-    for setting in arguments.settings:
-        results[setting.name] = score(model, data, setting, arguments.threshold)
-        print(f"{setting.name}: {json.dumps(results[setting.name])}", flush=True)
-    results |= baseline_scores(data, training_questions())
-    print(f"\nbenchmark {benchmark_version()}, {arguments.images} {arguments.split} images, "
-          f"model {model.pipeline.fingerprint[:12]}\n")  # fmt: skip
-    print(table(results))
+    for name, samplers in arguments.settings.items():
+        results[name] = score(model, data, samplers, arguments.threshold, told)
+        print(f"{name}: {json.dumps(results[name])}", flush=True)
+    results |= baseline_scores(data, training, told)
+    asked = results["majority"]["questions"]["all"]
+    print(f"\n{title}, {len(data)} images, {asked} questions, model {model.pipeline.fingerprint[:12]}\n")
+    print(table(results, told.columns))
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf8")
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("--images", type=positive, default=300)
+    parser.add_argument("--split", choices=tuple(SEEDS), default="test")
+    parser.add_argument("--seed", type=int, help="the split's own when left out")
+    arguments = parser.parse_args()
+    model = load(arguments)
+    data = list(benchmark_images(arguments.split, arguments.images, arguments.seed))
+    report(arguments, model, data, training_questions(), f"benchmark {benchmark_version()}, {arguments.split} split")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from focusllava.arguments import MAX_TIMEOUT_S
 from focusllava.connection import DEFAULT_ADDRESS
 from focusllava.errors import NO_SERVER
 from focusllava.messages import Settings
-from focusllava.options import constraint_options, no_file, sampler_options
+from focusllava.options import constraint_options, no_file, setting_options
 
 PROGRAM = "focusllava"
 EPILOG = """\b
@@ -95,7 +95,6 @@ def cli() -> None:
 @click.argument("images", metavar="[IMAGE]...", nargs=-1, type=click.Path(allow_dash=True))
 @click.argument("question", callback=no_file)
 @click.option("--local", metavar="CHECKPOINT", help="Answer here, without a server (needs the [serve] extra).")
-@sampler_options
 @click.option(
     "--detail",
     type=click.Choice(["low", "high", "auto"]),
@@ -106,18 +105,7 @@ def cli() -> None:
     default=None,
     help="Whether large JPEGs may be decoded at reduced scale; without it, as the served checkpoint says.",
 )
-@click.option("--max-tokens", type=int, help="Most tokens to generate.")
-@click.option("--temperature", type=float, help="In [0, 2]; 0 is greedy.")
-@click.option("--top-k", type=int, help="Draw from so many of the likeliest tokens; 0 is all.")
-@click.option("--top-p", type=float, help="Nucleus, in (0, 1].")
-@click.option("--min-p", type=float, help="Leave out tokens below this share of the likeliest one, in [0, 1].")
-@click.option("--repetition-penalty", type=float, help="For tokens of prompt and answer, in (0, 2]; 1 is none.")
-@click.option("--presence-penalty", type=float, help="For each token of the answer, in [-2, 2].")
-@click.option("--frequency-penalty", type=float, help="For each time that a token is in the answer, in [-2, 2].")
-@click.option("--seed", type=int, help="Makes draws repeatable.")
-@click.option("--logprobs", type=int, help="Report each token's log probability and so many alternatives, 0 to 20.")
-@click.option("--stop", multiple=True, help="The answer ends before this; may be repeated.")
-@click.option("--min-tokens", type=int, help="Fewest tokens to generate.")
+@setting_options(Settings)
 @constraint_options
 @_as_json
 @_address
@@ -131,8 +119,6 @@ def ask(
     local: str | None,
     detail: str | None,
     reduced_jpeg: bool | None,
-    no_vision_sampler: bool,
-    no_text_sampler: bool,
     as_json: bool,
     address: str,
     timeout: float,
@@ -145,8 +131,7 @@ def ask(
 
     The answer streams to standard output, its accounting to standard error.
     """
-    settings: Settings = {"vision_sampler": not no_vision_sampler, "text_sampler": not no_text_sampler}
-    settings.update({name: value for name, value in given.items() if value not in (None, ())})  # type: ignore[typeddict-item]
+    settings: Settings = {name: value for name, value in given.items() if value not in (None, ())}  # type: ignore[assignment]
     sources: list[ImageSource] = [sys.stdin.buffer if image == "-" else image for image in images]
     turns = [user(question, images=sources, detail=detail, reduced_jpeg=reduced_jpeg)]
     if local is not None:

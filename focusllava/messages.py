@@ -7,7 +7,7 @@ import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Protocol, TypedDict
+from typing import Annotated, Any, BinaryIO, Protocol, TypedDict
 
 from focusllava.errors import FocusClientError
 
@@ -229,41 +229,42 @@ def check_size(size: int, name: str) -> None:
         )
 
 
-class Settings(TypedDict, total=False):
+class SamplerSettings(TypedDict, total=False):
+    """Which visual tokens the model sees; what is left out or None is as the served checkpoint has it."""
+
+    vision_sampler: Annotated[bool | None, "Whether the vision-guided sampler compresses each image."]
+    text_sampler: Annotated[bool | None, "Whether the text-guided sampler keeps what the question asks for alone."]
+    threshold: Annotated[float | None, "gamma of Eq. 9, in (0, 1]; 1 keeps every visual token."]
+    keep_ratio: Annotated[float | None, "Keep this share of visual tokens instead of by threshold, in (0, 1]."]
+
+
+class Settings(SamplerSettings, total=False):
     """How to answer: keyword arguments of `ask` and `chat`. What is left out or None takes the server's default.
 
+    A setting that is annotated with a line of help is an option of `focusllava ask` too.
     A draw goes through logit_bias, the penalties, the constraint, temperature, top_k, top_p and min_p, in this order.
     At most one of json_object, json_schema, choice, regex and grammar says what the answer must match; an answer that
     max_tokens cuts off, with the finish reason length, may not.
     """
 
-    max_tokens: int | None
-    temperature: float | None
-    """Divides the logits; in [0, 2], where 0 is greedy."""
-    top_k: int | None
-    """Draws from so many of the likeliest tokens; 0 is all."""
-    top_p: float | None
-    """Draws from the fewest likeliest tokens whose probability reaches this; in (0, 1]."""
-    min_p: float | None
-    """Leaves out tokens less likely than this share of the likeliest one's probability; in [0, 1]."""
-    repetition_penalty: float | None
-    """Divides positive and multiplies negative logits of tokens in the prompt or the answer; in (0, 2], 1 is off."""
-    presence_penalty: float | None
-    """Subtracted once from the logit of each token that the answer holds; in [-2, 2]."""
-    frequency_penalty: float | None
-    """Subtracted from a token's logit for each time that the answer holds it; in [-2, 2]."""
-    seed: int | None
-    """Makes draws repeatable; from -2^63 to 2^64 - 1, where a negative one is that plus 2^64."""
-    logprobs: int | None
-    """0 to 20: reports each token's log probability, and those of so many likeliest tokens beside it."""
-    stop: str | Sequence[str] | None
-    """The answer ends before this, or before any of these."""
+    max_tokens: Annotated[int | None, "Most tokens to generate."]
+    temperature: Annotated[float | None, "Divides the logits, in [0, 2]; 0 is greedy."]
+    top_k: Annotated[int | None, "Draw from so many of the likeliest tokens; 0 is all."]
+    top_p: Annotated[float | None, "Draw from the fewest likeliest tokens whose probability reaches this, in (0, 1]."]
+    min_p: Annotated[float | None, "Leave out tokens below this share of the likeliest one, in [0, 1]."]
+    repetition_penalty: Annotated[float | None, "For tokens of prompt and answer, in (0, 2]; 1 is none."]
+    """Divides their logits where positive, multiplies them where negative."""
+    presence_penalty: Annotated[float | None, "Subtracted once from the logit of each token of the answer, in [-2, 2]."]
+    frequency_penalty: Annotated[float | None, "Subtracted each time that a token is in the answer, in [-2, 2]."]
+    seed: Annotated[int | None, "Makes draws repeatable."]
+    """From -2^63 to 2^64 - 1, where a negative one is that plus 2^64."""
+    logprobs: Annotated[int | None, "Report each token's log probability and so many alternatives, 0 to 20."]
+    stop: Annotated[str | Sequence[str] | None, "The answer ends before this; may be repeated."]
     stop_token_ids: Sequence[int] | None
     """The answer ends at any of these tokens, which is not part of its text."""
     include_stop_str_in_output: bool
     """What ended the answer, a stop string or the text of a stop token, is part of it."""
-    min_tokens: int | None
-    """Nothing but the constraint's own end ends the answer before so many tokens."""
+    min_tokens: Annotated[int | None, "Fewest tokens to generate, but where a constraint ends the answer."]
     logit_bias: Mapping[int, float] | None
     """Maps token ids to what is added to their logits, in [-100, 100]: -100 practically bans a token, 100 forces it."""
     json_object: bool
@@ -280,12 +281,6 @@ class Settings(TypedDict, total=False):
     """The answer goes on from the text of the last turn, which is the assistant's."""
     keep_special_tokens: bool
     """Special tokens, but for the one that ends the answer, are part of the text."""
-    threshold: float | None
-    """gamma of Eq. 9, in (0, 1]; 1 keeps every visual token."""
-    keep_ratio: float | None
-    """Keeps this share of the visual tokens, the most important ones, in place of threshold; in (0, 1]."""
-    vision_sampler: bool
-    text_sampler: bool
     ignore_eos: bool
     """Generates exactly max_tokens, for benchmarks."""
     request_id: str

@@ -1,10 +1,10 @@
-"""Options that commands share, and those of `focusllava ask` for answers that must match something."""
+"""Options that commands share: one for each setting in `focusllava.messages` that has a line of help, and others."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import click
 
@@ -26,14 +26,6 @@ def _read(context: click.Context, parameter: click.Parameter, path: str | None) 
         raise click.BadParameter(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
 
-_SAMPLERS = (
-    click.option("--threshold", type=float, help="gamma of Eq. 9, in (0, 1]; 1 keeps every visual token."),
-    click.option(
-        "--keep-ratio", type=float, help="Keep this share of visual tokens instead of by threshold, in (0, 1]."
-    ),
-    click.option("--no-vision-sampler", is_flag=True, help="Leave the vision-guided sampler out."),
-    click.option("--no-text-sampler", is_flag=True, help="Leave the text-guided sampler out."),
-)
 _CONSTRAINTS = (
     click.option("--json-object", is_flag=True, default=None, help="Answer with a JSON object."),
     click.option("--json-schema", metavar="FILE", callback=_read, help="Answer with JSON that FILE's schema accepts."),
@@ -43,17 +35,31 @@ _CONSTRAINTS = (
 )
 
 
-def sampler_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the options of the paper's two samplers to a command."""
-    return _added(command, _SAMPLERS)
+def setting_options(settings: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Adds an option for each setting of a TypedDict to a command, which takes them as keyword arguments of its names.
+
+    An option that is not given is None, or () where it may be repeated.
+    """
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for name, hint in reversed(get_type_hints(settings, include_extras=True).items()):
+            if get_origin(hint) is Annotated:
+                kinds, text = get_args(hint)
+                command = _option(name.replace("_", "-"), get_args(kinds), text)(command)
+        return command
+
+    return add
+
+
+def _option(name: str, kinds: tuple[Any, ...], text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    if kinds[0] is bool:
+        return click.option(f"--{name}/--no-{name}", default=None, help=text)
+    several = any(get_origin(kind) is Sequence for kind in kinds)
+    return click.option(f"--{name}", type=kinds[0], multiple=several, help=text)
 
 
 def constraint_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the options to a command, which takes them as keyword arguments named as the client's settings."""
-    return _added(command, _CONSTRAINTS)
-
-
-def _added(command: Callable[..., Any], options: tuple[Callable[..., Any], ...]) -> Callable[..., Any]:
-    for option in reversed(options):
+    for option in reversed(_CONSTRAINTS):
         command = option(command)
     return command

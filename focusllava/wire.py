@@ -61,8 +61,9 @@ def build_request(turns: Sequence[Turn], **settings: Unpack[Settings]) -> focus_
 
     Only what the wire cannot carry is refused here (INVALID_ARGUMENT, RESOURCE_EXHAUSTED); the server judges the rest.
     """
-    if unknown := settings.keys() - Settings.__annotations__.keys():
-        raise TypeError(f"unknown settings: {', '.join(sorted(unknown))}; known: {', '.join(Settings.__annotations__)}")
+    known = Settings.__optional_keys__
+    if unknown := settings.keys() - known:
+        raise TypeError(f"unknown settings: {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
     files = [part.data if isinstance(part, ImageFile) else part for turn in turns for part in turn.parts]
     check_size(sum(len(file) for file in files if isinstance(file, bytes)), "images, together")
     request = focus_pb2.ChatRequest(

@@ -1,4 +1,4 @@
-"""Attention as its definition reads, one query at a time in float64; what every kernel is compared with."""
+"""Attention as its definition reads, in float64; what every kernel is compared with."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from collections.abc import Sequence
 import torch
 
 
-def attend_one(query_Hd: torch.Tensor, key_KGd: torch.Tensor, value_KGd: torch.Tensor, scaling: float) -> torch.Tensor:
-    """One query over all of its keys, [H, d] in float64."""
-    heads, groups = query_Hd.shape[0], key_KGd.shape[1]
-    out = []
-    for head in range(heads):
-        group = head // (heads // groups)
-        weights_K = (key_KGd[:, group].double() @ query_Hd[head].double() * scaling).softmax(dim=0)
-        out.append(weights_K @ value_KGd[:, group].double())
-    return torch.stack(out)
+def attend(
+    query_QHd: torch.Tensor, key_KGd: torch.Tensor, value_KGd: torch.Tensor, seen_QK: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Each query over the keys that it sees, [Q, H, d] in float64."""
+    query_QGRd = query_QHd.double().unflatten(1, (key_KGd.shape[1], -1))
+    scores_GRQK = torch.einsum("qgrd,kgd->grqk", query_QGRd, key_KGd.double()) * scaling
+    weights_GRQK = scores_GRQK.masked_fill(~seen_QK, -torch.inf).softmax(dim=-1)
+    return torch.einsum("grqk,kgd->qgrd", weights_GRQK, value_KGd.double()).flatten(1, 2)
 
 
 def prefill_oracle(
@@ -30,10 +29,9 @@ def prefill_oracle(
     out = []
     parts = (query_SHd.split(list(query_lens)), key_KGd.split(list(key_lens)), value_KGd.split(list(key_lens)))
     for query, key, value in zip(*parts, strict=True):
-        for index in range(len(query)):
-            seen = len(key) - len(query) + index + 1
-            out.append(attend_one(query[index], key[:seen], value[:seen], scaling))
-    return torch.stack(out)
+        last_Q = torch.arange(len(key) - len(query), len(key))
+        out.append(attend(query, key, value, torch.arange(len(key)) <= last_Q[:, None], scaling))
+    return torch.cat(out)
 
 
 def decode_oracle(
@@ -48,8 +46,8 @@ def decode_oracle(
     out = []
     for query_Hd, rows_B, length in zip(query_nHd, rows_nB, lengths_n.tolist(), strict=True):
         key_KGd, value_KGd = (pool[rows_B].flatten(0, 1)[:length] for pool in (key_pool, value_pool))
-        out.append(attend_one(query_Hd, key_KGd, value_KGd, scaling))
-    return torch.stack(out)
+        out.append(attend(query_Hd[None], key_KGd, value_KGd, torch.ones(1, length, dtype=torch.bool), scaling))
+    return torch.cat(out)
 
 
 def varlen_oracle(

@@ -20,7 +20,7 @@ from services.compute.onednn_linear import Int8Linear
 from services.compute.panel_linear import PanelLinear
 from services.encoder.attention import attend
 from services.llm.kernels import choose_kernels
-from services.llm.kernels.cpu import CpuKernels
+from services.llm.kernels.cpu_attention import CpuKernels
 from tests import tiny_llm
 from tests.attention_oracle import decode_oracle, prefill_oracle
 

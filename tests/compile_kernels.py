@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from services.llm.kernels import elementwise, paged_decode
+from services.llm.kernels import cuda_elementwise, cuda_paged_decode
 
 HEADS = ((128, 4, "bf16"), (128, 4, "fp16"), (64, 7, "bf16"), (96, 1, "bf16"))
 """Head width, query heads a key head, dtype: Llama-3 and Mistral twice, Qwen2-0.5B, Phi-3."""
@@ -54,25 +54,25 @@ def main() -> None:
             "width": width,
             "padded_width": triton.next_power_of_2(width),
             "page": 16,
-            "chunk": paged_decode.CHUNK,
-            "tile": paged_decode.TILE,
-            "parts": paged_decode.PARTS,
+            "chunk": cuda_paged_decode.CHUNK,
+            "tile": cuda_paged_decode.TILE,
+            "parts": cuda_paged_decode.PARTS,
         }
         store = {"row": 8 * width, "padded_row": triton.next_power_of_2(8 * width), "width": width}
         norm = {"width": 32 * width, "padded": triton.next_power_of_2(32 * width)}
         rotate = {
             "half": width // 2,
             "padded_half": triton.next_power_of_2(width // 2),
-            "some_heads": elementwise.HEADS,
+            "some_heads": cuda_elementwise.HEADS,
         }
-        own = {"num_warps": paged_decode.WARPS, "num_stages": paged_decode.STAGES}
+        own = {"num_warps": cuda_paged_decode.WARPS, "num_stages": cuda_paged_decode.STAGES}
         for kernel, constants, options in (
-            (paged_decode._attend_chunks, decode, own),
-            (paged_decode._put_together, decode, own),
-            (paged_decode._store, store, {"num_warps": paged_decode.WARPS}),
-            (elementwise._rms_norm, norm, {"num_warps": 8}),
-            (elementwise._rotate, rotate, {}),
-            (elementwise._silu_mul, {"block": elementwise.BLOCK}, {}),
+            (cuda_paged_decode._attend_chunks, decode, own),
+            (cuda_paged_decode._put_together, decode, own),
+            (cuda_paged_decode._store, store, {"num_warps": cuda_paged_decode.WARPS}),
+            (cuda_elementwise._rms_norm, norm, {"num_warps": 8}),
+            (cuda_elementwise._rotate, rotate, {}),
+            (cuda_elementwise._silu_mul, {"block": cuda_elementwise.BLOCK}, {}),
         ):
             made = compile_kernel(kernel, capability, dtype, constants, **options)
             cubin = folder / "-".join(map(str, (kernel.__name__, width, repeats, dtype, "cubin")))

@@ -17,13 +17,13 @@ TOLERANCE = {"rtol": 1e-2, "atol": 1e-2} if DEVICE.type == "cuda" else {"rtol": 
 
 def kernels() -> Kernels:
     pytest.importorskip("triton", reason=NO_TRITON)
-    from services.llm.kernels.cuda import CudaKernels, cuda_kernels
+    from services.llm.kernels.cuda_attention import CudaKernels, cuda_kernels
 
     return cuda_kernels(DEVICE) if DEVICE.type == "cuda" else CudaKernels(varlen_oracle)
 
 
 def elementwise() -> Elementwise:
     pytest.importorskip("triton", reason=NO_TRITON)
-    from services.llm.kernels import elementwise
+    from services.llm.kernels import cuda_elementwise
 
-    return elementwise
+    return cuda_elementwise

@@ -10,7 +10,7 @@ import torch
 from services.compute import native
 from services.compute.linear import onednn_multiplies
 from services.compute.processor import has_int8_linear
-from services.llm.kernels.cpu import CpuKernels
+from services.llm.kernels.cpu_attention import CpuKernels
 
 ONEDNN_DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if onednn_multiplies(torch.device("cpu"), dtype)]
 """The dtypes that oneDNN multiplies in."""

@@ -7,7 +7,7 @@ import pathlib
 import pytest
 import torch
 
-from services.common.types import ChatTurn, GenerateRequest, ImagePart, TextPart
+from services.common.types import GenerateRequest, ImagePart, PromptTurn, TextPart
 from services.encoder.pipeline import EncoderPipeline
 from tests import tiny_llm
 
@@ -37,7 +37,7 @@ def test_an_image_and_a_question_become_an_answer(question: str, answer: str, ke
 
     # Stage 2: each question keeps its own visual tokens from layer 3 on, and the answer is decoded.
     engine = tiny_llm.engine(folder=CHECKPOINT, dtype=torch.float32)
-    turn = ChatTurn(role="user", parts=(ImagePart(image=0), TextPart(text=question)))
+    turn = PromptTurn(role="user", parts=(ImagePart(image=0), TextPart(text=question)))
     answers = tiny_llm.run(engine, [GenerateRequest(request_id="first", turns=(turn,), images=(tokens,))])
     _, text, end = answers["first"]
     assert text.strip() == answer and end.reason == "stop"

@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM
 from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.store import LLM_PREFIX, load_stage
 from services.common.types import (
-    ChatTurn,
     CompressedVisualTokens,
     FinishedEvent,
     GenerateRequest,
     ImagePart,
-    PruneParams,
+    PromptTurn,
+    SamplerSettings,
     SamplingParams,
     TextPart,
     TokenEvent,
@@ -98,7 +98,7 @@ def request(
     image_seed: int = 0,
     threshold: float | None = None,
     keep_ratio: float | None = None,
-    prune: bool = True,
+    text_sampler: bool = True,
     **sampling: Any,
 ) -> GenerateRequest:
     """A user turn with images of the given token counts before the question. End of sequence is ignored by default."""
@@ -106,10 +106,10 @@ def request(
     parts = (*(ImagePart(image=index) for index in range(len(images))), TextPart(text=question))
     return GenerateRequest(
         request_id=request_id,
-        turns=(ChatTurn(role="user", parts=parts),),
+        turns=(PromptTurn(role="user", parts=parts),),
         images=tuple(image(target.fingerprint, count, 100 * image_seed + index) for index, count in enumerate(images)),
         sampling=SamplingParams(**sampling),
-        prune=PruneParams(threshold=threshold, keep_ratio=keep_ratio, enabled=prune),
+        samplers=SamplerSettings(threshold=threshold, keep_ratio=keep_ratio, text_sampler=text_sampler),
     )
 
 
@@ -117,7 +117,7 @@ def mixed_requests(target: Engine, count: int) -> list[GenerateRequest]:
     """Many lengths; no, one and two images, some asked about before; off, thresholds and ratios; some sampled."""
     images = ((40,), (), (), (25, 31), (), (64,), (9,), (), (120,))
     prunes: tuple[dict[str, Any], ...] = (
-        {}, {"prune": False}, {"threshold": 0.3}, {"keep_ratio": 0.25}, {"threshold": 0.95}, {"threshold": 1.0},
+        {}, {"text_sampler": False}, {"threshold": 0.3}, {"keep_ratio": 0.25}, {"threshold": 0.95}, {"threshold": 1.0},
         {"keep_ratio": 0.6},
     )  # fmt: skip
     draws: tuple[dict[str, Any], ...] = ({}, {}, {}, {"temperature": 1.0, "seed": 7}, {})

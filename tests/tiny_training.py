@@ -1,7 +1,18 @@
-"""A joint model small enough for tests, with the run configuration that makes it."""
+"""A joint model small enough for tests, with the run configuration that makes it, and a run on an import."""
 
+import dataclasses
+import json
+import pathlib
+
+import torch
+
+from services.checkpoint.config import FocusLlavaConfig
+from services.checkpoint.import_llava_next import import_llava_next
 from services.common.settings import build_settings
+from tests.serving_client import picture
+from tests.tiny_checkpoints import make_hub_checkpoint
 from training.config import RunConfig
+from training.joint_stage import JointTask
 
 MODEL = {
     "vision_stem": "conv",
@@ -49,3 +60,40 @@ def tiny_run(output: str, **changes) -> RunConfig:
     }
     raw = {"name": "test", "steps": 4, "samples_per_worker": 2, "output": output, "stage": stage, **changes}
     return build_settings(RunConfig, raw)
+
+
+def train_imported(folder: pathlib.Path, *, vision: bool = True, text: bool = True) -> pathlib.Path:
+    """Imports a random checkpoint with both samplers off, trains for two steps those asked for, and exports.
+
+    Returns the export's folder. Its selector has no branch of full resolution, so a sampler that is on shows.
+    """
+    imported, out = folder / "imported", folder / "out"
+    import_llava_next(make_hub_checkpoint(folder / "hub"), imported)
+    config = FocusLlavaConfig.load(imported)
+    assert not config.vision_sampler.enabled
+    dataclasses.replace(config, text_sampler=dataclasses.replace(config.text_sampler, enabled=False)).save(imported)
+    entries = []
+    for index, size_wh in enumerate(((56, 40), (80, 30), (90, 90))):
+        (folder / f"{index}.png").write_bytes(picture(index, size_wh))
+        turns = [
+            {"from": "human", "value": "<image>\nWhat number is on the red card?"},
+            {"from": "gpt", "value": "Six"},
+        ]
+        entries.append({"image": f"{index}.png", "conversations": turns})
+    (folder / "data.json").write_text(json.dumps(entries))
+    stage = {
+        "vision_sampler": vision,
+        "prune": {"layers": [2, 2], "thresholds": [0.6, 0.6]} if text else {},
+        "data": str(folder / "data.json"),
+        # Coarse branches are to be chosen, which a selector of two steps would not.
+        "model": {"vision_sampler": {"branches": [[2, 2], [4, 4]], "balance_coefficients": [1.0, 1.0]}},
+    }
+    joint_run = JointTask(tiny_run(str(out), stage=stage, init_from=str(imported)))
+    optimizer = torch.optim.SGD([p for p in joint_run.module.parameters() if p.requires_grad], lr=1e-3)
+    for step in range(2):
+        optimizer.zero_grad()
+        loss, _ = joint_run.module(joint_run.batch(step, 0, 1), step)
+        loss.backward()
+        optimizer.step()
+    joint_run.export(out)
+    return out

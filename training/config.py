@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 
 from services.common.errors import InvalidInput
-from services.common.settings import Amount, Count, Steps, build_settings
+from services.common.settings import Amount, Count, Natural, build_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,16 +20,16 @@ class OptimizerConfig:
     learning_rate: Amount = 1e-5
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: Amount = 0.0
-    warmup_steps: Steps = 100
+    warmup_steps: Natural = 100
     clip_norm: Amount = 1.0
     selector_lr_scale: Amount = 1.0
     """The vision-guided sampler's learning rate over everybody else's."""
-    selector_steps: Steps = 0
+    selector_steps: Natural = 0
     """Steps that the vision-guided sampler's selector learns for; after them it and the balance loss rest. 0: all."""
-    encoder_steps: Steps = 0
+    encoder_steps: Natural = 0
     """Steps that the whole encoder stage learns for, the selector with it: the features that it chooses by then stay as
     they are, and so does what it chooses. 0: all."""
-    rest_cooldown: Steps = 0
+    rest_cooldown: Natural = 0
     """Steps before its rest in which the learning rate of what comes to rest falls to zero. At full rate the selector
     swings about the shares that the balance loss asks for, and comes to rest wherever it happens to be."""
     vision_lr_scale: Amount = 1.0
@@ -50,7 +50,7 @@ class ClusterConfig:
     storage_path: str = "~/focusllava/runs"
     """Folder (or fsspec URI that all nodes reach) of checkpoints."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Of weights and activations; the optimizer keeps float32. "auto": bfloat16 on GPUs and where every worker's CPU
+    """Dtype of weights and activations; the optimizer keeps float32. "auto": bfloat16 on GPUs and if every worker's CPU
     multiplies in it, else float32."""
 
 

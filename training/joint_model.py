@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from services.checkpoint.config import FocusLlavaConfig
 from services.common.errors import InvalidInput
-from services.common.settings import Amount, Share, Steps
+from services.common.settings import Amount, Natural, Share
 from services.encoder.model import EncodedImage, EncoderModel
 from services.sampler.balance import balance_loss
 from services.sampler.calibration import finer_for_share
@@ -26,7 +26,7 @@ from training.stochastic_prune import PruneSchedule, decide, gather_index, stage
 class LossWeights:
     balance: Amount = 0.1
     """alpha of Eq. 3."""
-    balance_warmup: Steps = 0
+    balance_warmup: Natural = 0
     """Steps in which alpha rises from 0 to `balance`: regions that need their detail are told from the others first."""
 
     def balance_at(self, step: int) -> float:
@@ -44,9 +44,9 @@ class HeldShare:
 
     share: Share
     """The share of a batch's maps to leave, 0 to 1; what is left is as near to it as can be, and never above."""
-    after: Steps = 0
+    after: Natural = 0
     """Steps before the share is held."""
-    falls_from: Steps | None = None
+    falls_from: Natural | None = None
     """The step from which the share held falls evenly, from the whole map, to reach it after `after` steps; None
     jumps to it. At its start a selector cannot tell regions apart, so none could be chosen: give it ten steps."""
 

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.writer import save_checkpoint
 from services.common.settings import build_settings
-from services.llm.prompt import PromptRenderer
 from services.sampler.calibration import Seen, least_share, set_map_share
+from services.text.prompt import PromptRenderer
 from training.config import RunConfig
 from training.data.branches import BranchBuilder
 from training.data.conversations import ConversationBatches

@@ -38,9 +38,9 @@ class JointStage:
     conversations in LLaVA's format."""
     questions_per_image: Count = 6
     kind_weights: dict[str, Annotated[float, Range(0, above=True)]] = field(default_factory=dict)
-    """How much likelier a kind of question is asked than one of weight 1. Of generators, as the field before."""
+    """How much likelier a kind of question is asked than one of weight 1. Generated data only."""
     curriculum: Curriculum = Curriculum()
-    """Of generators too."""
+    """Smaller images first; generated data only."""
 
     def __post_init__(self) -> None:
         if self.hold and not self.vision_sampler:

@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from focusllava.messages import ImageSource, Settings, read_image
-from focusllava.options import no_file, sampler_options
+from focusllava.messages import ImageSource, SamplerSettings, read_image
+from focusllava.options import no_file, setting_options
 
 
 @click.command()
@@ -29,7 +29,7 @@ from focusllava.options import no_file, sampler_options
     show_default=True,
     help="The drawing (.png); the numbers go beside it (.json). Both are overwritten.",
 )
-@sampler_options
+@setting_options(SamplerSettings)
 @click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True, help="Most tokens to generate.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 def explain(
@@ -37,10 +37,9 @@ def explain(
     question: str,
     checkpoint: str | None,
     output: pathlib.Path,
-    no_vision_sampler: bool,
-    no_text_sampler: bool,
+    max_tokens: int,
     as_json: bool,
-    **given: Any,
+    **samplers: Any,
 ) -> None:
     """Draw which visual tokens of IMAGE were chosen to answer QUESTION: scale map, kept tokens, importance by layer.
 
@@ -50,9 +49,7 @@ def explain(
 
     sources: list[ImageSource] = [sys.stdin.buffer if image == "-" else image for image in images]
     files = [(name, read_image(source)) for name, source in zip(images, sources, strict=True)]
-    settings: Settings = {"vision_sampler": not no_vision_sampler, "text_sampler": not no_text_sampler}
-    settings.update(given)  # type: ignore[typeddict-item]
-    report = draw(checkpoint, files, question, output, **settings)
+    report = draw(checkpoint, files, question, output, max_tokens=max_tokens, **samplers)
     summary: dict[str, Any] = {
         "text": report["answer"],
         "visual_tokens": report["visual_tokens"],

@@ -25,8 +25,8 @@ from services.compute.dtypes import dtype_name, dtype_of_stored
 from services.encoder.pipeline import EncoderPipeline, PreparedImage
 from services.llm.engine import Engine
 from services.llm.kernels import Kernels
-from services.llm.prompt import Prompt
 from services.local.model import LocalModel
+from services.text.prompt import Prompt
 
 MOST_KV_CACHE_BYTES = 2**31
 

@@ -61,7 +61,7 @@ def explain(
     if not output.parent.is_dir():
         raise InvalidInput(f"is {str(output)!r}, which lies in no folder that exists", field="output")
     model = FocusModel(find_checkpoint(checkpoint))
-    pictures = [model.encode(file, vision_sampler=settings.get("vision_sampler", True)) for _, file in images]
+    pictures = [model.encode(file, vision_sampler=settings.get("vision_sampler") is not False) for _, file in images]
     focus = model.ask(pictures, question, **settings)
     made = report(focus, [name for name, _ in images])
     page(focus).save(output, "PNG")

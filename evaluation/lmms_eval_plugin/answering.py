@@ -7,16 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
 from evaluation.lmms_eval_plugin.questions import Question, RequestFailed
-from focusllava import Answer, FocusClient
+from focusllava import Answer, AnswerStream, FocusClient
 from focusllava.messages import Settings
 from services.common.errors import InternalError
 from services.common.media import MediaLimits
-from services.common.types import PruneParams
 from services.local.model import LocalModel
 from services.local.stream import LocalStream
 
@@ -24,30 +22,10 @@ LOCAL_LIMITS = MediaLimits(max_bytes=256 * 2**20)
 """A picture that a task has decoded comes as PNG, several times its JPEG's size."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Samplers:
-    """The paper's samplers that are on, and how they are set."""
-
-    vision: bool = True
-    prune: PruneParams = PruneParams()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reply:
-    """An answer and what it took."""
-
-    text: str
-    prompt_tokens: int
-    completion_tokens: int
-    visual_tokens_uncompressed: int
-    converted_visual_tokens: float
-    """Sec. 4.4 of the paper."""
-
-
 class Answering(Protocol):
-    """Either way of answering."""
+    """A way of answering."""
 
-    def answer(self, batch: Sequence[Question]) -> list[Reply]: ...
+    def answer(self, batch: Sequence[Question]) -> list[Answer]: ...
 
     def close(self) -> None: ...
 
@@ -55,23 +33,18 @@ class Answering(Protocol):
 class InProcess:
     """Both stages in this process. The images of the latest questions are not encoded again."""
 
-    def __init__(self, model: LocalModel, samplers: Samplers):
+    def __init__(self, model: LocalModel, samplers: Settings):
         self._model, self._samplers = model, samplers
 
-    def answer(self, batch: Sequence[Question]) -> list[Reply]:
-        streams: list[LocalStream] = []
-        try:
+    def answer(self, batch: Sequence[Question]) -> list[Answer]:
+        with ExitStack() as stack:  # an error ends the whole batch
+            streams = []
             for question in batch:
+                settings: Settings = {**question.settings, **self._samplers}
                 with _named(question):
-                    streams.append(self._model.stream(question.turns, **_settings(question, self._samplers)))
-            replies = []
-            for question, stream in zip(batch, streams, strict=True):
-                with _named(question):
-                    replies.append(_reply(stream.result()))
-            return replies
-        finally:
-            for stream in streams:
-                stream.close()
+                    stream = self._model.stream(question.turns, **settings)
+                    streams.append(stack.enter_context(stream))
+            return [_answer_of(question, stream) for question, stream in zip(batch, streams, strict=True)]
 
     def close(self) -> None:
         self._model.close()
@@ -80,15 +53,15 @@ class InProcess:
 class Served:
     """The public gRPC API at an address; a batch's questions are in flight together."""
 
-    def __init__(self, address: str, samplers: Samplers, *, timeout_s: float | None, token: str | None):
+    def __init__(self, address: str, samplers: Settings, *, timeout_s: float | None, token: str | None):
         self._client = FocusClient(address, timeout_s=timeout_s, token=token)
         self._samplers = samplers
 
-    def answer(self, batch: Sequence[Question]) -> list[Reply]:
+    def answer(self, batch: Sequence[Question]) -> list[Answer]:
         with ThreadPoolExecutor(max_workers=max(1, len(batch))) as pool:
             waiting = [pool.submit(self._ask, question) for question in batch]
             try:
-                return [reply.result() for reply in waiting]
+                return [answer.result() for answer in waiting]
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -96,40 +69,19 @@ class Served:
     def close(self) -> None:
         self._client.close()
 
-    def _ask(self, question: Question) -> Reply:
+    def _ask(self, question: Question) -> Answer:
+        settings: Settings = {**question.settings, **self._samplers}
         with _named(question):
-            return _reply(self._client.chat(question.turns, **_settings(question, self._samplers)).result())
+            stream = self._client.chat(question.turns, **settings)
+        return _answer_of(question, stream)
 
 
-def _settings(question: Question, samplers: Samplers) -> Settings:
-    sampling, prune = question.sampling, samplers.prune
-    return Settings(
-        max_tokens=sampling.max_tokens,
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        repetition_penalty=sampling.repetition_penalty,
-        seed=sampling.seed,
-        stop=sampling.stop,
-        stop_token_ids=sampling.stop_token_ids,
-        threshold=prune.threshold,
-        keep_ratio=prune.keep_ratio,
-        vision_sampler=samplers.vision,
-        text_sampler=prune.enabled,
-    )
-
-
-def _reply(answer: Answer) -> Reply:
-    if answer.finish_reason not in ("stop", "length"):
-        raise InternalError(f"the answer ended with {answer.finish_reason!r}")
-    usage = answer.usage
-    return Reply(
-        text=answer.text,
-        prompt_tokens=usage.prompt_tokens,
-        completion_tokens=usage.completion_tokens,
-        visual_tokens_uncompressed=usage.visual_tokens_uncompressed,
-        converted_visual_tokens=usage.converted_visual_tokens,
-    )
+def _answer_of(question: Question, stream: AnswerStream | LocalStream) -> Answer:
+    with _named(question):
+        answer = stream.result()
+        if answer.finish_reason not in ("stop", "length"):
+            raise InternalError(f"the answer ended with {answer.finish_reason!r}")
+    return answer
 
 
 @contextmanager

@@ -13,11 +13,13 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics  # type: ignore
 from lmms_eval.protocol import ChatMessages  # type: ignore[import-not-found]
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from evaluation.lmms_eval_plugin.answering import LOCAL_LIMITS, Answering, InProcess, Reply, Samplers, Served
+from evaluation.lmms_eval_plugin.answering import LOCAL_LIMITS, Answering, InProcess, Served
 from evaluation.lmms_eval_plugin.questions import Question, RequestFailed, sampling_settings, turns
+from focusllava import Answer
+from focusllava.messages import Settings
 from services.common.errors import InvalidInput
-from services.common.ranges import check_prune
-from services.common.types import PruneParams
+from services.common.ranges import check_samplers
+from services.common.types import SamplerSettings
 from services.compute.dtypes import Dtype
 from services.local.model import LocalModel
 
@@ -65,10 +67,14 @@ class FocusLlava(lmms):
             raise InvalidInput(f"is {batch_size!r}, expected a number of questions", field="batch_size")
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise InvalidInput("is above 1: run one process; for several GPUs evaluate a gateway", field="WORLD_SIZE")
-        prune = PruneParams(threshold=threshold, keep_ratio=keep_ratio, enabled=_flag("text_sampler", text_sampler))
-        check_prune(prune, field="model_args")
+        check_samplers(SamplerSettings(threshold=threshold, keep_ratio=keep_ratio), field="model_args")
         self.batch_size = int(batch_size)
-        samplers = Samplers(vision=_flag("vision_sampler", vision_sampler), prune=prune)
+        samplers = Settings(
+            vision_sampler=_flag("vision_sampler", vision_sampler),
+            text_sampler=_flag("text_sampler", text_sampler),
+            threshold=threshold,
+            keep_ratio=keep_ratio,
+        )
         local = checkpoint is not None
         misplaced: dict[str, Any] = (
             {"timeout_s": timeout_s} if local else {"dtype": dtype, "kv_cache_mib": kv_cache_mib}
@@ -88,19 +94,21 @@ class FocusLlava(lmms):
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """One answer a request, in their order. Raises RequestFailed naming the first that has none."""
         began = time.perf_counter()
-        replies: list[Reply] = []
+        answers: list[Answer] = []
         with tqdm(total=len(requests), desc="Model Responding", disable=self.rank != 0) as progress:
             for first in range(0, len(requests), self.batch_size):
                 batch = [self._question(request) for request in requests[first : first + self.batch_size]]
-                replies += self._answering.answer(batch)
+                answers += self._answering.answer(batch)
                 progress.update(len(batch))
-        _report(replies, time.perf_counter() - began)
+        _report(answers, time.perf_counter() - began)
         return [
             GenerationResult(
-                text=reply.text,
-                token_counts=TokenCounts(input_tokens=reply.prompt_tokens, output_tokens=reply.completion_tokens),
+                text=answer.text,
+                token_counts=TokenCounts(
+                    input_tokens=answer.usage.prompt_tokens, output_tokens=answer.usage.completion_tokens
+                ),
             )
-            for reply in replies
+            for answer in answers
         ]
 
     def loglikelihood(self, requests: Sequence[Instance]) -> NoReturn:
@@ -121,7 +129,7 @@ class FocusLlava(lmms):
         try:
             messages = doc_to_messages(self.task_dict[task][split][doc_id])
             checked = ChatMessages(messages=messages).model_dump()["messages"]
-            return Question(name=name, turns=turns(checked), sampling=sampling_settings(generation_kwargs))
+            return Question(name=name, turns=turns(checked), settings=sampling_settings(generation_kwargs))
         except Exception as error:  # the task's own code runs here
             raise RequestFailed(name, error) from error
 
@@ -152,13 +160,14 @@ def _refuse(kind: str, requests: Sequence[Instance]) -> NoReturn:
     raise NotImplementedError(f"{tasks} asks for {kind}; focusllava answers generate_until requests only")
 
 
-def _report(replies: Sequence[Reply], seconds: float) -> None:
+def _report(answers: Sequence[Answer], seconds: float) -> None:
     """Throughput and visual tokens, beside lmms-eval's scores."""
-    tokens = sum(reply.completion_tokens for reply in replies)
-    uncompressed = sum(reply.visual_tokens_uncompressed for reply in replies)
-    additional: dict[str, float] = {"num_requests": len(replies)}
+    usages = [answer.usage for answer in answers]
+    tokens = sum(usage.completion_tokens for usage in usages)
+    uncompressed = sum(usage.visual_tokens_uncompressed for usage in usages)
+    additional: dict[str, float] = {"num_requests": len(answers)}
     if uncompressed:
-        converted = sum(reply.converted_visual_tokens for reply in replies)
+        converted = sum(usage.converted_visual_tokens for usage in usages)
         additional["converted_visual_tokens_percent"] = 100 * converted / uncompressed
     log_metrics(
         total_elapsed_time=seconds,

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from focusllava.messages import Turn
+from focusllava.messages import Settings, Turn
 from services.common.errors import InvalidInput
 from services.common.ranges import check_sampling
 from services.common.types import SamplingParams
@@ -22,7 +22,7 @@ DEFAULT_MAX_NEW_TOKENS = 1024
 """For tasks that set none, as lmms-eval's own models do."""
 
 _SAMPLED = ("temperature", "top_p", "top_k")
-"""Without effect on greedy answers; tasks then leave values there that no draw would accept, such as top_p 0."""
+"""Settings that change no greedy answer: tasks then leave values there that no draw accepts, such as top_p 0."""
 _ALWAYS = ("repetition_penalty", "seed")
 _ONLY: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
@@ -41,7 +41,8 @@ class Question:
     name: str
     """task/split/document, for errors."""
     turns: tuple[Turn, ...]
-    sampling: SamplingParams
+    settings: Settings
+    """Settings of the answer; those of the samplers are the same for every question of a run."""
 
 
 class RequestFailed(RuntimeError):
@@ -52,7 +53,7 @@ class RequestFailed(RuntimeError):
         self.name = name
 
 
-def sampling_settings(generation_kwargs: Mapping[str, Any]) -> SamplingParams:
+def sampling_settings(generation_kwargs: Mapping[str, Any]) -> Settings:
     """Generation kwargs of a task -> our settings. Raises InvalidInput naming the kwarg and its value.
 
     Greedy unless a temperature above 0 is given and `do_sample` does not forbid it; `do_sample` alone draws at 1.
@@ -80,9 +81,8 @@ def sampling_settings(generation_kwargs: Mapping[str, Any]) -> SamplingParams:
         name, value = next(iter(given.items()))
         known = ("do_sample", "max_new_tokens", "until", *_SAMPLED, *_ALWAYS, *_ONLY)
         raise InvalidInput(f"is {value!r}: unknown, expected {', '.join(known)}", field=f"generation_kwargs.{name}")
-    sampling = SamplingParams(**settings)
-    check_sampling(sampling, field="generation_kwargs")
-    return sampling
+    check_sampling(SamplingParams(**settings), field="generation_kwargs")
+    return Settings(**settings)  # type: ignore[typeddict-item]
 
 
 def turns(messages: Sequence[Mapping[str, Any]]) -> tuple[Turn, ...]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7f7f7f")
-"""Those of Okabe and Ito's colours that contrast about three to one with white and with black alike."""
+"""Colours of Okabe and Ito's that contrast about three to one with white and with black alike."""
 MARKERS = ("o", "s", "^", "D", "v")
 HATCHES = ("", "//", "..", "xx", "\\\\", "++", "--")
 """A branch is told by its hatching too."""
@@ -225,6 +225,6 @@ def _svg(figure: Figure) -> str:
 
 
 def _into_svg(svg: str, element: str) -> str:
-    """With one more first child of the root."""
+    """The SVG with one more first child of the root."""
     start = svg.index(">", svg.index("<svg ")) + 1
     return f"{svg[:start]}\n {element}{svg[start:]}"

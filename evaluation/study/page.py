@@ -85,7 +85,7 @@ def page(results: Sequence[Result], figures: Mapping[str, Image]) -> str:
 
 
 def _figures(results: Sequence[Result], folder: pathlib.Path, checkpoint: pathlib.Path | None) -> dict[str, Image]:
-    """By file name; what is drawn anew is written to the folder, and no older figure is shown beside newer results."""
+    """Figures by file name; new ones are written to the folder, and no older one is shown beside newer results."""
     kept = [] if checkpoint else [load_image(folder / f"figure-{number}.svg") for number in FOCUS_FIGURES]
     try:
         new = drawn(results, checkpoint)

@@ -18,7 +18,7 @@ COLLAPSED_SHARE = 0.95
 ERRORS = 2.0
 """Standard errors of a difference from which on it counts."""
 SEEDS_FOR_ERROR = 3
-"""From so many seeds on the error is that of the seeds; that of fewer may be small by luck."""
+"""Fewest seeds whose own error is taken: that of fewer may be small by luck."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class Finding:
 
     claim: Claim
     tables: tuple[int, ...]
-    """Those that make the claim."""
+    """The tables that make the claim."""
     outcome: Outcome
     better: Spread | None = None
     worse: Spread | None = None

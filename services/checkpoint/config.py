@@ -196,7 +196,7 @@ def as_tuples(value: Any) -> Any:
 
 
 def _layers(field: str, build: Callable[[], Any]) -> int:
-    """Of a part whose fields transformers checks, and names."""
+    """Layers of a part whose fields transformers checks, and names."""
     try:
         return build().num_hidden_layers
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:

@@ -40,7 +40,7 @@ class Range:
 
 Count = Annotated[int, Range(1)]
 """A whole number, 1 or more."""
-Steps = Annotated[int, Range(0)]
+Natural = Annotated[int, Range(0)]
 """A whole number, 0 or more."""
 Amount = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, 1, above=True)]
@@ -101,10 +101,10 @@ def _convert(value: Any, hint: Any, path: str, over: Any = None) -> Any:
     """The value as its type hint has it. Raises InvalidInput with the path of what does not fit."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        value = _convert(value, parts[0], path, over)
-        for rule in parts[1:]:
-            require(rule.holds(value), path, value, str(rule))
-        return value
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            for rule in parts[1:]:
+                require(rule.holds(value), path, value, str(rule))
+        return _convert(value, parts[0], path, over)
     if origin in (Union, types.UnionType):  # of one type and None
         if value is None and type(None) in parts:
             return None

@@ -6,11 +6,15 @@ Legend: T tiles, P patches a tile, D LLM width, H and W of the unpadded feature 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
+from services.common.settings import Count, Natural, Range, Share
+
 Detail = Literal["low", "high"]
+MAX_LOGPROBS = 20
+"""Most likeliest tokens whose log probabilities are reported."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,30 +104,30 @@ class SamplingParams:
     """How the next token is drawn; the defaults are greedy decoding.
 
     In this order: logit_bias, penalties, constraint and min_tokens, temperature, top_k, top_p, min_p
-    (`services/llm/sampling.py`); ranges in `services/common/ranges.py`.
+    (`services/llm/kernels/sampling.py`). `services/common/ranges.py` checks what no single type can say.
     """
 
-    max_tokens: int = 256
-    min_tokens: int = 0
+    max_tokens: Count = 256
+    min_tokens: Natural = 0
     """No end-of-sequence token, stop token or stop string ends the answer before so many tokens; the constraint does,
     where it leaves nothing but the end."""
-    temperature: float = 0.0
+    temperature: Annotated[float, Range(0, 2)] = 0.0
     """0 takes the likeliest token; the other limits on a draw have no effect then."""
-    top_k: int = 0
+    top_k: Natural = 0
     """Draws from so many of the likeliest tokens; 0 from all."""
-    top_p: float = 1.0
+    top_p: Share = 1.0
     """Nucleus: the fewest likeliest tokens whose probability reaches this share of what top_k left."""
-    min_p: float = 0.0
+    min_p: Annotated[float, Range(0, 1)] = 0.0
     """Leaves out tokens less likely than this share of the likeliest one's probability."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: Annotated[float, Range(0, 2, above=True)] = 1.0
     """Logits of tokens in the prompt or the answer are divided by it where positive, multiplied where negative."""
-    presence_penalty: float = 0.0
+    presence_penalty: Annotated[float, Range(-2, 2)] = 0.0
     """Subtracted once from the logit of each token that the answer holds."""
-    frequency_penalty: float = 0.0
+    frequency_penalty: Annotated[float, Range(-2, 2)] = 0.0
     """Subtracted from a token's logit for each time that the answer holds it."""
-    seed: int | None = None
+    seed: Annotated[int, Range(0, 2**64 - 1)] | None = None
     """Makes draws repeatable, whatever else is served beside; None is a random one."""
-    logprobs: int | None = None
+    logprobs: Annotated[int, Range(0, MAX_LOGPROBS)] | None = None
     """Reports the log probability of each chosen token and of so many likeliest ones beside it; None reports none."""
     stop: tuple[str, ...] = ()
     """The answer ends before any of these."""
@@ -172,14 +176,20 @@ class SampledToken:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneParams:
-    """Per-request settings of the text-guided sampler; at most one of `threshold` and `keep_ratio` is set."""
+class SamplerSettings:
+    """Both samplers' settings of one request. What is None or True is as the checkpoint has it.
 
-    threshold: float | None = None
-    """gamma of Eq. 9 in (0, 1]; with keep_ratio None too, the checkpoint's."""
-    keep_ratio: float | None = None
-    """Keeps this share, in (0, 1], of a prompt's visual tokens, rounded up, whatever their importance adds up to."""
-    enabled: bool = True
+    Each has one name from the command line to the kernel. At most one of `threshold` and `keep_ratio` is set.
+    """
+
+    vision_sampler: bool = True
+    """False leaves the vision-guided sampler out. The encoder stage alone is told."""
+    text_sampler: bool = True
+    """False leaves the text-guided sampler out."""
+    threshold: Share | None = None
+    """gamma of Eq. 9: the kept tokens' share of the summed importance."""
+    keep_ratio: Share | None = None
+    """Keeps this share of a prompt's visual tokens, rounded up, whatever their importance adds up to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,8 +205,8 @@ class ImagePart:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatTurn:
-    """One message. role is "system", "user" or "assistant"; images only in user turns."""
+class PromptTurn:
+    """One message of a conversation. role is "system", "user" or "assistant"; images only in user turns."""
 
     role: str
     parts: tuple[TextPart | ImagePart, ...]
@@ -207,10 +217,10 @@ class GenerateRequest:
     """What the LLM stage is asked: turns, or a raw prompt."""
 
     request_id: str
-    turns: tuple[ChatTurn, ...] = ()
+    turns: tuple[PromptTurn, ...] = ()
     images: tuple[CompressedVisualTokens, ...] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    prune: PruneParams = field(default_factory=PruneParams)
+    samplers: SamplerSettings = SamplerSettings()
     continue_final_message: bool = False
     """The last turn is the assistant's, and the answer goes on from its text."""
     raw_prompt: str | tuple[int, ...] | None = None

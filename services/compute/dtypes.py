@@ -13,7 +13,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def choose_dtype(name: str, device: str | torch.device) -> torch.dtype:
-    """name: of `Dtype`. "auto": bfloat16 on a device that multiplies in it, float32 on any other."""
+    """The dtype of that name, one of `Dtype`. "auto" is bfloat16 on a device that multiplies in it, else float32."""
     if name != "auto":
         return getattr(torch, name)
     on_cpu = torch.device(device).type == "cpu"
@@ -38,6 +38,6 @@ def gpu_has_bfloat16() -> bool:
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
-    """Whether no value is NaN or infinite; of a floating dtype, one value or more."""
+    """Whether no value is NaN or infinite. The tensor has a floating dtype and one value or more."""
     # aminmax passes NaN on, and makes no tensor of the same size; isfinite().all() makes three.
     return all(math.isfinite(bound) for bound in tensor.aminmax())

@@ -1,4 +1,4 @@
-"""The form of each of a model's linear layers: what multiplies fastest on its device, in int8 when asked."""
+"""Gives each linear layer of a model the form that multiplies fastest on its device, in int8 when asked."""
 
 from __future__ import annotations
 
@@ -33,6 +33,16 @@ def prepare_linears(causal_lm: nn.Module, device: torch.device, dtype: torch.dty
         _replace(causal_lm.get_submodule("model.layers"), lambda linear: Int8Linear(linear.to(dtype)))
     if onednn_multiplies(device, dtype):
         _replace(causal_lm, lambda linear: fastest_linear(linear.to(dtype)))
+
+
+def linear_parameters(module: nn.Module) -> set[str]:
+    """Names of the parameters that `prepare_linears` takes."""
+    return {
+        f"{name}.{parameter}"
+        for name, child in module.named_modules()
+        if type(child) is nn.Linear
+        for parameter, _ in child.named_parameters()
+    }
 
 
 def onednn_multiplies(device: torch.device, dtype: torch.dtype) -> bool:

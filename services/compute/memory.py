@@ -1,4 +1,4 @@
-"""How much memory there is for a model: of a GPU, or of this process' machine and container."""
+"""The memory that there is for a model on a GPU, or on this process' machine and in its container."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _group_limits(root: pathlib.Path) -> list[tuple[int, int]]:
 
 
 def _number(path: pathlib.Path) -> int | None:
-    """None for a file that is not there or says "max"."""
+    """The number that a file holds; None for a file that is not there or says "max"."""
     try:
         return int(path.read_text())
     except (OSError, ValueError):
@@ -76,7 +76,7 @@ def _number(path: pathlib.Path) -> int | None:
 
 
 def _numbers(path: pathlib.Path, unit: int) -> dict[str, int]:
-    """Lines "name value" or "name: value kB"; empty where there is no such file."""
+    """The numbers of a file with lines "name value" or "name: value kB", by name; empty where there is no such file."""
     try:
         fields = [line.replace(":", " ").split() for line in path.read_text().splitlines()]
     except OSError:

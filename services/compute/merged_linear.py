@@ -19,7 +19,7 @@ from services.compute.panel_linear import PanelLinear
 
 
 class MergedLinear:
-    """Several layers of one input. No module: a model counts and moves the layers where they were."""
+    """Several layers of one input. It is no module: a model counts the layers where they were."""
 
     def __init__(self, *layers: nn.Module):
         self.layers = layers
@@ -68,7 +68,7 @@ class GateUpLinear(MergedLinear):
         super().__init__(gate, up)
 
     def gated(self, x_MK: torch.Tensor, silu_mul_: Callable[[torch.Tensor, torch.Tensor], None]) -> torch.Tensor:
-        """silu(gate(x)) * up(x): [..., K] -> [..., N]. silu_mul_: makes it of the two, in place of the first."""
+        """silu(gate(x)) * up(x): [..., K] -> [..., N]. silu_mul_ computes silu(a) * b of two results, in place of a."""
         if self._in_panels(x_MK):
             (gate_PKNp, up_PKNp), (gate_N, up_N) = self._panel_weights, self._panel_biases
             return torch.ops.focusllava.linear_gated(x_MK, gate_PKNp, gate_N, up_PKNp, up_N, self._outputs[0])

@@ -19,7 +19,7 @@ from services.compute.onednn_linear import OneDnnLinear
 PANEL = 32
 """Outputs side by side, as in linear.cpp and in what oneDNN makes of a bf16 weight for AMX."""
 FEW_TOKENS = 96
-"""Up to here the panels' own kernels are faster than oneDNN's on AMX."""
+"""Most tokens up to which the panels' own kernels are faster than oneDNN's on AMX."""
 
 
 class PanelLinear(nn.Module):
@@ -65,7 +65,7 @@ def lies_in_panels(onednn: OneDnnLinear, linear: nn.Linear) -> bool:
 
 
 def _panels(linear: nn.Linear) -> Iterator[torch.Tensor]:
-    """[K / p, up to 32, p] each. One at a time: the head of a large vocabulary must not lie in memory a third time."""
+    """Yields the panels [K / p, up to 32, p] one at a time: a large head must not lie in memory a third time."""
     p = 4 // linear.weight.element_size()
     for rows_NK in linear.weight.detach().split(PANEL):
         yield rows_NK.unflatten(1, (-1, p)).transpose(0, 1)

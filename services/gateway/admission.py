@@ -12,7 +12,7 @@ from services.common import wire
 from services.common.errors import InvalidInput, TooLarge
 from services.common.media import MediaLimits, check_image, content_hash
 from services.common.settings import require
-from services.common.types import ImageOptions
+from services.common.types import ImageOptions, SamplerSettings
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:\-]{0,127}")
 
@@ -58,8 +58,7 @@ class AdmittedChat:
     turns: tuple[llm_pb2.PromptTurn, ...]
     images: tuple[AdmittedImage, ...]
     sampling: llm_pb2.SamplingParams
-    prune: llm_pb2.PruneParams
-    vision_sampler: bool
+    samplers: SamplerSettings
     continue_final_message: bool
     raw_prompt: llm_pb2.RawPrompt | None
     """The prompt that stands in place of turns, if one does."""
@@ -81,7 +80,7 @@ def admit(request: focus_pb2.ChatRequest, limits: AdmissionLimits, request_id: s
             "expected up to 128 letters, digits, '.', '_', ':' or '-', a letter or digit first", field="request_id"
         )
     sampling = _sampling(request, limits)
-    wire.prune_from_proto(request.prune)
+    samplers = wire.samplers_from_proto(request.prune, vision_sampler=not request.vision_sampler_off)
     raw_prompt = _raw_prompt(request, limits) if request.HasField("raw_prompt") else None
     turns, images = _turns(request, limits) if raw_prompt is None else ((), ())
     return AdmittedChat(
@@ -89,8 +88,7 @@ def admit(request: focus_pb2.ChatRequest, limits: AdmissionLimits, request_id: s
         turns=turns,
         images=images,
         sampling=sampling,
-        prune=request.prune,
-        vision_sampler=not request.vision_sampler_off,
+        samplers=samplers,
         continue_final_message=request.continue_final_message,
         raw_prompt=raw_prompt,
     )

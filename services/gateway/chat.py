@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from focusllava.v1 import encoder_pb2, error_pb2, focus_pb2, llm_pb2
+from services.common import wire
 from services.common.errors import FocusError, with_field
 from services.common.grpc_status import code_of, status_of
 from services.common.telemetry import Metrics
@@ -131,7 +132,7 @@ class ChatService:
         return CacheKey(
             content_hash=image.content_hash,
             model_fingerprint=self._fingerprint,
-            vision_sampler=admitted.vision_sampler,
+            vision_sampler=admitted.samplers.vision_sampler,
             options=image.options,
         )
 
@@ -153,7 +154,7 @@ class ChatService:
             async with asyncio.timeout(deadline.remaining_s(at_most=3600)):
                 # Others may wait for the same encoding: it runs under the stage's own limit, not one caller's deadline.
                 return await self._cache.get_or_encode(
-                    key, lambda: self._encoder.encode(image.data, admitted.vision_sampler, image.options, Deadline())
+                    key, lambda: self._encoder.encode(image.data, key.vision_sampler, image.options, Deadline())
                 )
         except FocusError as error:
             raise with_field(error, image.field) from error
@@ -168,7 +169,7 @@ class ChatService:
             turns=admitted.turns,
             images=images,
             sampling=admitted.sampling,
-            prune=admitted.prune,
+            prune=wire.samplers_to_proto(admitted.samplers),
             continue_final_message=admitted.continue_final_message,
             raw_prompt=admitted.raw_prompt,
         )

@@ -18,8 +18,8 @@ from services.llm.engine_stats import EngineStats, Event, StepFailed
 from services.llm.sequence import Sequence
 
 MOST_FAILED_STEPS = 3
-"""After more than these, with no request that ended well between, a replica is unwell. It fails requests faster than
-others answer theirs, so it would get most of the traffic."""
+"""Failed steps beyond which, with no request that ended well between, a replica is unwell. It fails requests faster
+than others answer theirs, so it would get most of the traffic."""
 MOST_COMPILING = 64
 """Most constraints that wait to be compiled; one takes some milliseconds, a hostile one up to 4 s."""
 
@@ -110,7 +110,13 @@ class AsyncEngine:
             if self._closing:
                 raise _shutting_down()
             taken = threads.submit(work, *given, **named)
-        return await asyncio.wrap_future(taken)
+        try:
+            return await asyncio.wrap_future(taken)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise _shutting_down() from None  # nobody cancelled the caller: `close` cancelled what waited for a thread
 
     def stats(self) -> EngineStats:
         return self.engine.stats()
@@ -119,7 +125,7 @@ class AsyncEngine:
         """Raises RuntimeError when no request can be answered: the thread is gone, or step after step fails."""
         if not self._thread.is_alive():
             raise RuntimeError("the engine's thread has ended")
-        failed = self.stats().failed_steps
+        failed = self.engine.stats().failed_steps
         if failed > MOST_FAILED_STEPS:
             raise RuntimeError(f"{failed} steps failed since a request last ended well")
 

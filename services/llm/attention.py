@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 
 from services.compute.panel_linear import FEW_TOKENS
 from services.llm.kernels import AttentionStep, Kernels
-from services.llm.kernels.cpu import CpuKernels
+from services.llm.kernels.cpu_attention import CpuKernels
 from services.llm.kv_cache import BlockTables, KVCache
 from services.llm.scheduler import Chunk
 
@@ -35,7 +35,7 @@ class DecodeBatch:
         self._rows_LnB: list[torch.Tensor] = []
 
     def rows(self, request_ids: Sequence[str]) -> list[torch.Tensor]:
-        """A group: int64 [L, n, B], padded with the null row."""
+        """One table a KV cache group: int64 [L, n, B], padded with the null row."""
         tables = [self.cache.table(request_id) for request_id in request_ids]
         # BlockTables compare by identity: a sequence that was preempted in between has another one.
         if tables != self._tables or any(
@@ -115,7 +115,7 @@ class PackedStep:
 
     @property
     def decodes_few(self) -> bool:
-        """Whether this is no prefill, on a CPU, with no more tokens than the panels' own products are for."""
+        """Whether the step, on a CPU, only decodes, and no more tokens than the panels' own products are for."""
         return isinstance(self.kernels, CpuKernels) and not self.query_lens and self.decoding <= FEW_TOKENS
 
     def pages(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

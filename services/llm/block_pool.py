@@ -21,7 +21,7 @@ class Block:
     """Set while later requests may find it; it has a buffer then."""
     holders: int = 1
     readers: int = 0
-    """Those holders that are in prefill: they need the buffer."""
+    """Holders that are in prefill: they need the buffer."""
 
 
 class BlockPool:
@@ -32,7 +32,8 @@ class BlockPool:
         self._free = list(range(num_pages))
         self._free_buffers = list(range(num_buffers))
         self._read_buffers = 0  # buffers with readers
-        self._idle_pages = 0
+        self.idle_pages = 0
+        """Pages of blocks that no sequence holds and a later one may find."""
         self._known: dict[bytes, Block] = {}
         self._idle: OrderedDict[bytes, Block] = OrderedDict()
 
@@ -41,8 +42,9 @@ class BlockPool:
         return len(self._free)
 
     @property
-    def idle_pages(self) -> int:
-        return self._idle_pages
+    def pages_to_have(self) -> int:
+        """Pages that are free or idle."""
+        return self.free_pages + self.idle_pages
 
     @property
     def buffers_to_have(self) -> int:
@@ -77,13 +79,13 @@ class BlockPool:
         """One more holder of a known block, which reads it."""
         assert block.key is not None
         if self._idle.pop(block.key, None):
-            self._idle_pages -= len(block.pages)
+            self.idle_pages -= len(block.pages)
         self._known[block.key] = self._known.pop(block.key)  # the newest now
         block.holders += 1
         self._read(block)
 
     def name(self, block: Block, key: bytes) -> None:
-        """Later prompts find the block, unless they find an equal one already."""
+        """Lets later prompts find the block, unless they find an equal one already."""
         if block.key is None and key not in self._known:
             assert block.buffer is not None
             block.key = key
@@ -109,7 +111,7 @@ class BlockPool:
         blocks = dict.fromkeys([*self._known.values(), *held])
         assert all((b.holders, b.readers) == held.get(b, (0, 0)) for b in blocks), "a block is counted wrong"
         assert self._idle == {key: b for key, b in self._known.items() if not b.holders}
-        assert self._idle_pages == sum(len(b.pages) for b in self._idle.values())
+        assert self.idle_pages == sum(len(b.pages) for b in self._idle.values())
         assert all(b.key == key for key, b in self._known.items())
         assert all(b.key is None or self._known[b.key] is b for b in blocks)
         pages = [page for b in blocks for page in b.pages]
@@ -128,11 +130,11 @@ class BlockPool:
         self._read_buffers -= block.readers == 0
 
     def _settle(self, block: Block) -> None:
-        """Frees what of a block nobody needs any more."""
+        """Frees the parts of a block that nobody needs any more."""
         if block.key is not None:
             if not block.holders:
                 self._idle[block.key] = block
-                self._idle_pages += len(block.pages)
+                self.idle_pages += len(block.pages)
             return
         if block.buffer is not None and not block.readers:
             self._free_buffers.append(block.buffer)
@@ -141,10 +143,10 @@ class BlockPool:
             self._free += block.pages
 
     def _forget(self, block: Block) -> None:
-        """No later request finds it."""
+        """Takes the block's key away, so that no later request finds it."""
         assert block.key is not None
         del self._known[block.key]
         if self._idle.pop(block.key, None):
-            self._idle_pages -= len(block.pages)
+            self.idle_pages -= len(block.pages)
         block.key = None
         self._settle(block)

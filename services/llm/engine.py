@@ -15,11 +15,11 @@ from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.store import fingerprint
 from services.common.errors import InvalidInput
 from services.common.types import (
-    ChatTurn,
     CompressedVisualTokens,
     FinishedEvent,
     GenerateRequest,
     ImagePart,
+    PromptTurn,
     SampledToken,
     SamplingParams,
     TextPart,
@@ -27,17 +27,17 @@ from services.common.types import (
     Usage,
 )
 from services.compute.dtypes import dtype_of_stored
+from services.grammar.grammars import Grammars
 from services.llm.engine_config import EngineConfig
 from services.llm.engine_stats import EngineStats, Event, StepFailed
-from services.llm.grammars import Grammars
 from services.llm.intake import Intake
+from services.llm.kernels.sampling import sample
 from services.llm.kv_cache import KVCache
 from services.llm.model import Decoder
 from services.llm.model_runner import ModelRunner
-from services.llm.prompt import PromptRenderer
-from services.llm.sampling import sample
 from services.llm.scheduler import Scheduler, Step
 from services.llm.sequence import Sequence, SequenceState
+from services.text.prompt import PromptRenderer
 
 
 class Engine:
@@ -51,7 +51,7 @@ class Engine:
         model_fingerprint: str,
         engine_config: EngineConfig,
     ):
-        """engine_config: its sizes are all set."""
+        """engine_config: one whose sizes are all set (`EngineConfig.sized`)."""
         self.decoder, self.renderer, self.config = decoder, renderer, config
         self.fingerprint = model_fingerprint
         self.prune_layer = config.text_sampler.layer
@@ -115,10 +115,9 @@ class Engine:
         Called before any request. Answers two: the second is prefilled while the first decodes.
         """
         self.grammars.start()
-        if not self.runner.has_graphs:
-            return
         with torch.inference_mode():
-            self.runner.record_graphs(self.scheduler.max_running)
+            if not self.runner.record_graphs(self.scheduler.max_running):
+                return
         image = CompressedVisualTokens(
             tokens_ND=torch.zeros(4, self.decoder.config.hidden_size, dtype=self.decoder.dtype),
             branch_ids_M=torch.empty(0, dtype=torch.uint8),
@@ -127,7 +126,7 @@ class Engine:
             content_hash="",
             model_fingerprint=self.fingerprint,
         )
-        turn = ChatTurn(role="user", parts=(ImagePart(image=0), TextPart(text="Hello")))
+        turn = PromptTurn(role="user", parts=(ImagePart(image=0), TextPart(text="Hello")))
         for name, tokens, temperature in (("first", 3, 0.0), ("second", 2, 1.0)):
             sampling = SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=temperature)
             self.submit(GenerateRequest(request_id=name, turns=(turn,), images=(image,), sampling=sampling))
@@ -167,9 +166,9 @@ class Engine:
         return EngineStats(
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting),
-            kv_pages_used=self.cache.num_pages - self.cache.free_pages - self.cache.idle_pages,
+            kv_pages_used=self.cache.num_pages - self.cache.pool.pages_to_have,
             kv_pages_total=self.cache.num_pages,
-            kv_pages_cached=self.cache.idle_pages,
+            kv_pages_cached=self.cache.pool.idle_pages,
             kv_page_bytes=self.cache.page_bytes,
             failed_steps=self._failed_steps,
             preemptions=self.scheduler.preemptions,

@@ -12,7 +12,7 @@ import torch
 from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.sizing import LlmSizes, size_encoder, size_llm
 from services.checkpoint.store import stage_elements
-from services.common.settings import require
+from services.common.settings import Count, check_settings
 from services.compute.linear import Quantize
 from services.compute.memory import device_memory
 
@@ -21,15 +21,15 @@ from services.compute.memory import device_memory
 class EngineConfig:
     """Settings of `Engine`. None follows from checkpoint, device and memory (`services/checkpoint/sizing.py`)."""
 
-    kv_cache_bytes: int | None = None
+    kv_cache_bytes: Count | None = None
     """Bytes for keys and values, and for the hidden states beside those that may be used again."""
-    max_batch_tokens: int | None = None
+    max_batch_tokens: Count | None = None
     """Tokens of one step, each counted by the share of the layers that it goes through: running answers wait no longer
     than this for a prompt that arrives. Decoding sequences may exceed it; prefill gets what they leave, a block at
     least."""
-    max_running: int | None = None
+    max_running: Count | None = None
     """Most requests in work together."""
-    max_model_len: int | None = None
+    max_model_len: Count | None = None
     """Tokens of prompt and answer together; None is the model's own context."""
     prefix_reuse: bool = True
     """Equal beginnings of prompts, images included, go through the layers before the prune layer once."""
@@ -37,10 +37,7 @@ class EngineConfig:
     """"int8" quantises weights and inputs of the decoder's linear layers, on a CPU with AVX-512 VNNI."""
 
     def __post_init__(self) -> None:
-        for name in ("kv_cache_bytes", "max_batch_tokens", "max_running", "max_model_len"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, name, value, "1 or more")
-        require(self.quantize in (None, "int8"), "quantize", self.quantize, '"int8" or nothing')
+        check_settings(self)
 
     def sizes(
         self,

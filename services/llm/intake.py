@@ -5,56 +5,52 @@ Legend: N visual tokens, D width.
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from dataclasses import dataclass
 
 import torch
 
 from services.checkpoint.config import FocusLlavaConfig
 from services.common.errors import InvalidInput, TooLarge, WrongFingerprint
-from services.common.ranges import check_prune, check_sampling
-from services.common.types import GenerateRequest
+from services.common.ranges import check_samplers, check_sampling
+from services.common.types import GenerateRequest, SamplerSettings
 from services.compute.dtypes import all_finite, dtype_name
-from services.llm.detokenizer import Detokenizer
-from services.llm.grammars import Grammars
+from services.grammar.grammars import Grammars
+from services.llm.kernels.sampling import new_generator
 from services.llm.kv_cache import KVCache
 from services.llm.model import Decoder
 from services.llm.prefix import block_keys
-from services.llm.prompt import Prompt, PromptRenderer
-from services.llm.sampling import new_generator
 from services.llm.sequence import Sequence
+from services.sampler.text_guided import keeps_all
+from services.text.detokenizer import Detokenizer
+from services.text.prompt import Prompt, PromptRenderer
 
 
+@dataclass(frozen=True)
 class Intake:
     """Checks requests for one engine and changes nothing of it. Thread-safe."""
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        renderer: PromptRenderer,
-        config: FocusLlavaConfig,
-        model_fingerprint: str,
-        cache: KVCache,
-        grammars: Grammars,
-    ):
-        self.decoder, self.renderer, self.config, self.cache = decoder, renderer, config, cache
-        self.grammars = grammars
-        self.fingerprint = model_fingerprint
+    decoder: Decoder
+    renderer: PromptRenderer
+    config: FocusLlavaConfig
+    fingerprint: str
+    cache: KVCache
+    grammars: Grammars
 
     def sequence(self, request: GenerateRequest) -> Sequence:
         """Raises InvalidInput naming the field, WrongFingerprint for another checkpoint's tokens, or TooLarge."""
         received_at = time.monotonic()
         check_sampling(request.sampling)
-        check_prune(request.prune)
+        check_samplers(request.samplers)
         self._check_token_ids(request)
         visual_ND = self._visual_tokens(request)
         prompt = self._prompt(request)
-        threshold, keep_ratio = self._pruning(request, prompt)
         sequence = Sequence(
             request=request,
             prompt=prompt,
             visual_ND=visual_ND,
-            threshold=threshold,
-            keep_ratio=keep_ratio,
+            pruning=self._pruning(request, prompt),
             max_new_tokens=min(request.sampling.max_tokens, self.decoder.context - len(prompt.input_ids)),
             generator=new_generator(request.sampling),
             detokenizer=Detokenizer(self.renderer.tokenizer, request.sampling),
@@ -82,15 +78,14 @@ class Intake:
             if not 0 <= token < vocabulary:
                 raise InvalidInput(f"names token {token} of a vocabulary of {vocabulary}", field=field)
 
-    def _pruning(self, request: GenerateRequest, prompt: Prompt) -> tuple[float | None, float | None]:
-        """The threshold or the keep ratio that decides; neither when every token goes on."""
-        asked, ours = request.prune, self.config.text_sampler
-        if not (asked.enabled and ours.enabled and prompt.visual_spans and prompt.instruction_positions):
-            return None, None
-        if asked.keep_ratio is not None:
-            return None, asked.keep_ratio if asked.keep_ratio < 1 else None
-        threshold = ours.threshold if asked.threshold is None else asked.threshold
-        return threshold if threshold < 1 else None, None
+    def _pruning(self, request: GenerateRequest, prompt: Prompt) -> SamplerSettings | None:
+        """The request's settings, with the checkpoint's threshold if they name none; None when every token goes on."""
+        asked, ours = request.samplers, self.config.text_sampler
+        if not (asked.text_sampler and ours.enabled and prompt.visual_spans and prompt.instruction_positions):
+            return None
+        if asked.keep_ratio is None and asked.threshold is None:
+            asked = dataclasses.replace(asked, threshold=ours.threshold)
+        return None if keeps_all(asked) else asked
 
     def _check_room(self, sequence: Sequence) -> None:
         """Raises TooLarge for what could not run even if it had the whole KV cache."""

@@ -109,22 +109,13 @@ class KVCache:
         wanted = (self.blocks(lower_tokens), self.blocks(upper_tokens))
         return sum(max(0, w - h) * pages for w, h, pages in zip(wanted, held, self.pages_a_block, strict=True))
 
-    @property
-    def free_pages(self) -> int:
-        return self.pool.free_pages
-
-    @property
-    def idle_pages(self) -> int:
-        """Pages of blocks that no sequence holds and a later one may find."""
-        return self.pool.idle_pages
-
     def can_open(self, keys: Sequence[bytes], lower_tokens: int, upper_tokens: int, spare_pages: int) -> bool:
         """Whether a new sequence with these keys can hold so many tokens now, and leave spare_pages."""
         found = self.pool.find(keys)
         shared = sum(block.holders > 0 for block in found)  # an idle one is counted as room, so it is needed too
         pages = self.pages_needed(lower_tokens, upper_tokens) - shared * self.pages_a_block[LOWER] + spare_pages
         buffers = self.blocks(lower_tokens) - sum(block.readers > 0 for block in found)
-        return pages <= self.free_pages + self.idle_pages and buffers <= self.pool.buffers_to_have
+        return pages <= self.pool.pages_to_have and buffers <= self.pool.buffers_to_have
 
     def can_grow(self, request_id: str, group: int, tokens: int) -> bool:
         """Whether the sequence can hold `tokens` tokens of one group now."""
@@ -132,7 +123,7 @@ class KVCache:
         new = self.blocks(tokens) - len(table.blocks[group])
         buffers = new if group == LOWER and table.in_prefill else 0
         pages = new * self.pages_a_block[group]
-        return pages <= self.free_pages + self.idle_pages and buffers <= self.pool.buffers_to_have
+        return pages <= self.pool.pages_to_have and buffers <= self.pool.buffers_to_have
 
     # A sequence's way: open, adopt and grow in turns, end_prefill, grow, free.
 
@@ -166,7 +157,7 @@ class KVCache:
                 pool.index_fill_(0, table.rows[group][:, -1], 0)
 
     def name(self, request_id: str, keys: Sequence[bytes], tokens: int) -> None:
-        """From now on later requests find those of the first `tokens` tokens' blocks that are full and have a key."""
+        """Lets later requests find those of the first `tokens` tokens' blocks that are full and have a key."""
         if self.prefix_reuse:
             full = self._tables[request_id].blocks[LOWER][: min(tokens // self.block_size, len(keys))]
             for key, block in zip(keys[: len(full)], full, strict=True):

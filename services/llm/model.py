@@ -16,10 +16,10 @@ from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.store import check_shapes, load_stage
 from services.checkpoint.supported import check_decoder
 from services.compute.dtypes import dtype_of_stored
-from services.compute.linear import Quantize, onednn_multiplies, prepare_linears
+from services.compute.linear import Quantize, linear_parameters, onednn_multiplies, prepare_linears
 from services.llm.attention import ATTENTION_NAME, PackedStep
 from services.llm.kernels import AttentionStep, choose_elementwise
-from services.llm.kernels.fused_layer import FusedLayer, can_fuse, rms_norm
+from services.llm.kernels.fused_layer import FusedLayer, can_fuse, fuse_norms, rms_norm
 from services.sampler.text_guided import apply_rotary, text_importance
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
@@ -66,8 +66,8 @@ class Decoder:
         check_decoder(config)
         with torch.device("meta"):
             lm = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME, dtype=dtype)
-        # What is packed is converted then, one layer at a time: a second whole copy would not fit where one just does.
-        later = _linear_parameters(lm) if onednn_multiplies(torch.device(device), dtype) else set()
+        # What oneDNN takes is converted then, one layer at a time: two whole copies would not fit where one just does.
+        later = linear_parameters(lm) if onednn_multiplies(torch.device(device), dtype) else set()
         state = {
             name: state.pop(name) if name in later else state.pop(name).to(device=device, dtype=dtype)
             for name in list(state)
@@ -84,8 +84,8 @@ class Decoder:
         # Rotary frequencies are in no checkpoint and the meta device gave them no value.
         lm.model.rotary_emb = type(lm.model.rotary_emb)(config=config).to(device)
         assert not any(tensor.is_meta for tensor in (*lm.parameters(), *lm.buffers()))
-        state.clear()  # or the plain weights would stay beside the packed ones
-        _fuse_norms(lm)
+        state.clear()  # or the plain weights would stay beside the prepared ones
+        fuse_norms(lm)
         prepare_linears(lm.requires_grad_(False), torch.device(device), dtype, quantize)
         return cls(lm)
 
@@ -193,25 +193,3 @@ class Decoder:
             return apply_rotary(x_SHd, cos_Sd, sin_Sd)
         self.elementwise.rotate_(x_SHd, cos_Sd, sin_Sd)
         return x_SHd
-
-
-def _linear_parameters(module: nn.Module) -> set[str]:
-    """Names of the parameters that `prepare_linears` takes."""
-    return {
-        f"{name}.{parameter}"
-        for name, child in module.named_modules()
-        if type(child) is nn.Linear
-        for parameter, _ in child.named_parameters()
-    }
-
-
-def _fuse_norms(module: nn.Module) -> None:
-    """torch's fused RMS norm in place of the decoders' own: equal in fp32, one rounding fewer in bf16."""
-    child: Any
-    for name, child in module.named_children():
-        if type(child).__name__ in ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm"):
-            fused = nn.RMSNorm(child.weight.shape[0], eps=child.variance_epsilon, device="meta")
-            fused.weight = child.weight
-            setattr(module, name, fused)
-        else:
-            _fuse_norms(child)

@@ -18,15 +18,15 @@ from dataclasses import dataclass
 
 import torch
 
-from services.common.types import PruneDecision
+from services.common.types import PruneDecision, SamplerSettings
 from services.llm.attention import DecodeBatch, PackedStep
 from services.llm.kernels import choose_kernels
-from services.llm.kernels.decode_graphs import Capture, DecodeGraphs, DecodePass, cuda_capture
+from services.llm.kernels.decode_graphs import Capture, DecodeGraphs, cuda_capture
 from services.llm.kv_cache import LOWER, UPPER, KVCache
 from services.llm.model import Decoder, Rotary
 from services.llm.scheduler import Chunk, Step
 from services.llm.sequence import Sequence
-from services.sampler.text_guided import keep_by_ratio, keep_by_share
+from services.sampler.text_guided import keep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,24 +47,21 @@ class ModelRunner:
         self.decoder, self.cache, self.prune_layer = decoder, cache, prune_layer
         self.kernels = choose_kernels(decoder.device, decoder.dtype)
         self._batch = DecodeBatch(cache)
-        self._decode: DecodePass = self._whole_pass
+        self.graphs: DecodeGraphs | None = None
         if decoder.device.type == "cuda":  # GPU only
             self.use_graphs(cuda_capture())
 
-    @property
-    def has_graphs(self) -> bool:
-        return isinstance(self._decode, DecodeGraphs)
-
     def use_graphs(self, capture: Capture) -> None:
         """Has steps that only decode recorded from now on, once a shape, then replayed."""
-        self._decode = DecodeGraphs(self._whole_pass, capture, null_row=self.cache.null_row)
+        self.graphs = DecodeGraphs(self._whole_pass, capture, null_row=self.cache.null_row)
 
-    def record_graphs(self, most: int) -> None:
-        """Records now what up to `most` sequences of any length will replay. Only where there are graphs."""
-        assert isinstance(self._decode, DecodeGraphs)
-        blocks = self._batch.most_blocks(self.decoder.context)
-        layers = [group.num_layers for group in self.cache.groups]
-        self._decode.record(most, blocks, layers, self.cache.key.device)
+    def record_graphs(self, most: int) -> bool:
+        """Records now what up to `most` sequences of any length will replay; False where there are no graphs."""
+        if self.graphs is not None:
+            blocks = self._batch.most_blocks(self.decoder.context)
+            layers = [group.num_layers for group in self.cache.groups]
+            self.graphs.record(most, blocks, layers, self.cache.key.device)
+        return self.graphs is not None
 
     def run(self, step: Step, extend: Callable[[Step], None]) -> tuple[torch.Tensor, list[Sequence]]:
         """Returns logits [m, V] and their m sequences: all that decode or end their prefill.
@@ -80,7 +77,7 @@ class ModelRunner:
         """A step that only decodes: logits [n, V]."""
         numbers_3n = _decoding(step).to(self.decoder.device)
         rows = self._batch.rows([s.request_id for s in step.decode])
-        logits_nV = self._decode(numbers_3n[0], numbers_3n[1:], rows)
+        logits_nV = (self.graphs or self._whole_pass)(numbers_3n[0], numbers_3n[1:], rows)
         for sequence in step.decode:
             sequence.kv_lens = [length + 1 for length in sequence.kv_lens]
         return logits_nV
@@ -116,8 +113,8 @@ class ModelRunner:
         for chunk in step.lower:
             chunk.sequence.kv_lens[LOWER] += chunk.count
         for sequence in step.selecting:
-            if sequence.is_pruned and sequence.decision is None:
-                sequence.decision = self._decide(sequence)
+            if sequence.pruning and sequence.decision is None:
+                sequence.decision = self._decide(sequence, sequence.pruning)
             sequence.select()
         return HalfStep(
             hidden_nD=hidden_SD[:n], position_n=position_S[:n], rows_LnB=rows_LnB, upper_lengths_n=upper_lengths_n
@@ -187,23 +184,19 @@ class ModelRunner:
             parts = [part.to(device, hidden_SD.dtype, non_blocking=True) for part in features]
             hidden_SD.index_copy_(0, torch.cat(rows).to(device), torch.cat(parts) if len(parts) > 1 else parts[0])
 
-    def _decide(self, sequence: Sequence) -> PruneDecision:
+    def _decide(self, sequence: Sequence, pruning: SamplerSettings) -> PruneDecision:
         """Eq. 6-9 on the hidden states entering layer k of the instruction and of every visual token."""
         instruction = torch.tensor(sequence.prompt.instruction_positions)
         position_S = torch.cat([instruction, sequence.visual_N])
         rotary: Rotary = self.decoder.rotary(position_S.to(self.decoder.device))
         hidden_SD = self.cache.hidden.flatten(0, 1)[self.cache.hidden_index(sequence.request_id, position_S)]
         importance_N = self.decoder.visual_importance(hidden_SD, rotary, self.prune_layer, len(instruction)).cpu()
-        if sequence.keep_ratio is not None:
-            kept_K = keep_by_ratio(importance_N, sequence.keep_ratio)
-        else:
-            kept_K = keep_by_share(importance_N, 1.0 if sequence.threshold is None else sequence.threshold)
         return PruneDecision(
-            kept=kept_K,
+            kept=keep(importance_N, pruning),
             importance=importance_N,
             layer=self.prune_layer,
-            threshold=sequence.threshold,
-            keep_ratio=sequence.keep_ratio,
+            threshold=pruning.threshold,
+            keep_ratio=pruning.keep_ratio,
         )
 
 

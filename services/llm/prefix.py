@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from services.common.types import CompressedVisualTokens
-from services.llm.prompt import Prompt
+from services.text.prompt import Prompt
 
 
 def block_keys(prompt: Prompt, images: Sequence[CompressedVisualTokens], block_size: int) -> tuple[bytes, ...]:

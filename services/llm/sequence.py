@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from services.common.types import GenerateRequest, PruneDecision
-from services.llm.detokenizer import Detokenizer
-from services.llm.guide import Guide
-from services.llm.prompt import Prompt
-from services.sampler.text_guided import kept_by_ratio
+from services.common.types import GenerateRequest, PruneDecision, SamplerSettings
+from services.grammar.guide import Guide
+from services.sampler.text_guided import sure_to_leave
+from services.text.detokenizer import Detokenizer
+from services.text.prompt import Prompt
 
 
 class SequenceState(enum.Enum):
@@ -35,9 +35,8 @@ class Sequence:
     prompt: Prompt
     visual_ND: torch.Tensor | None
     """Visual tokens of all images, in the model's dtype; kept to the end, for preemption recomputes."""
-    threshold: float | None
-    """gamma of Eq. 9; None when keep_ratio decides, or when this request is not pruned."""
-    keep_ratio: float | None = None
+    pruning: SamplerSettings | None
+    """How the text-guided sampler chooses, with one of threshold and keep_ratio set; None when every token goes on."""
     max_new_tokens: int
     """The request's max_tokens, clipped to the context."""
     generator: torch.Generator
@@ -88,17 +87,11 @@ class Sequence:
         return self.prompt_len + len(self.output_ids)
 
     @property
-    def is_pruned(self) -> bool:
-        return self.threshold is not None or self.keep_ratio is not None
-
-    @property
     def removed(self) -> int:
         """Visual tokens that do not go on after the prune layer: so many are known to be so far."""
         if self.decision is not None:
             return self.num_visual - len(self.decision.kept)
-        if self.keep_ratio is not None:
-            return self.num_visual - kept_by_ratio(self.num_visual, self.keep_ratio)
-        return 0
+        return sure_to_leave(self.num_visual, self.pruning) if self.pruning else 0
 
     @property
     def max_kv_lens(self) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import torch
 from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.sizing import LlmSizes, check_kv_cache
 from services.checkpoint.supported import check_servable
-from services.common.settings import require
+from services.common.settings import Amount
 from services.compute.replica import ModelSettings
 from services.llm.engine_config import EngineConfig
 
@@ -18,13 +18,12 @@ from services.llm.engine_config import EngineConfig
 class LanguageModelSettings(ModelSettings, EngineConfig):
     """`args` of the llm application: a replica's and its engine's."""
 
-    stall_s: float = 300.0
-    """A replica whose requests made no progress for this long is replaced."""
+    stall_s: Amount = 300.0
+    """Seconds: a replica whose requests made no progress for this long is replaced."""
 
     def __post_init__(self) -> None:
         ModelSettings.__post_init__(self)
         EngineConfig.__post_init__(self)
-        require(self.stall_s >= 0, "stall_s", self.stall_s, "0 or more seconds")
 
     def replica_sizes(self, device: str, dtype: torch.dtype, gpu_part: float = 1.0) -> LlmSizes:
         """Sizes of a replica that is about to load; gpu_part: what it may use of its GPU.

@@ -55,8 +55,8 @@ class ImageEncoder:
         self.begin([image])
         return self._decoding[image].result()
 
-    def encode(self, images: Sequence[AskedImage]) -> list[CompressedVisualTokens]:
-        """Visual tokens of each image, which are kept as long as there is room. Raises as `EncoderPipeline.prepare`."""
+    def encode(self, images: Sequence[AskedImage]) -> list[tuple[CompressedVisualTokens, bool]]:
+        """Visual tokens of each image, and whether they were kept from before. Raises as `EncoderPipeline.prepare`."""
         fresh = [image for image in dict.fromkeys(images) if image not in self._kept]
         for batch in self._batches(fresh):
             prepared = [self._decoded(image) for image in batch]
@@ -65,7 +65,7 @@ class ImageEncoder:
             self.forget(batch)
         for image in images:
             self._kept.move_to_end(image)
-        found = [self._kept[image] for image in images]
+        found = [(self._kept[image], image not in fresh) for image in images]
         held = sum(map(_bytes_of, self._kept.items()))
         while held > KEPT_BYTES:
             held -= _bytes_of(self._kept.popitem(last=False))

@@ -32,10 +32,10 @@ from services.encoder.pipeline import EncoderPipeline
 from services.llm.engine import Engine
 from services.llm.engine_stats import StepFailed
 from services.llm.settings import LanguageModelSettings
-from services.llm.token_texts import TokenTexts
 from services.local.images import ImageEncoder
 from services.local.request import AskedImage, AskedRequest, read_request, services_errors
 from services.local.stream import LocalAnswer, LocalStream
+from services.text.token_texts import TokenTexts
 
 
 class LocalModel:
@@ -141,9 +141,8 @@ class LocalModel:
         Raises InvalidInput or TooLarge naming what is wrong with an image.
         """
         options = options or ImageOptions()
-        return self._images.encode(
-            [AskedImage(data=image, vision_sampler=vision_sampler, options=options) for image in images]
-        )
+        asked = [AskedImage(data=image, vision_sampler=vision_sampler, options=options) for image in images]
+        return [tokens for tokens, _ in self._images.encode(asked)]
 
     def step(self) -> None:
         """Encodes a batch of images at most, then runs one step of the engine; what comes of it goes to the streams."""
@@ -175,7 +174,7 @@ class LocalModel:
         batch: set[AskedImage] = set()
         tiles = done = 0
         places = self.engine.scheduler.max_running - len(self.engine.scheduler.waiting)
-        for ref, asked in itertools.islice(self._waiting, places):
+        for ref, asked in itertools.islice(self._waiting, max(places, 0)):
             stream, busy = ref(), bool(ready) or self.engine.has_work()
             if stream is not None and not stream.ended:
                 if busy and not self._wait_for_images and not self._images.are_decoded(asked.images):
@@ -191,12 +190,11 @@ class LocalModel:
                     batch.update(asked.images)
                     tiles += more
             done += 1
-        cached = [[self._images.is_kept(image) for image in asked.images] for _, asked in ready]
-        visual = iter(self._images.encode([image for _, asked in ready for image in asked.images]))
+        encoded = iter(self._images.encode([image for _, asked in ready for image in asked.images]))
         for _ in range(done):  # only now: where encoding fails, all wait on
             self._images.forget(self._waiting.popleft()[1].images)
-        for (stream, asked), in_cache in zip(ready, cached, strict=True):
-            self._enqueue(stream, asked, [(next(visual), known) for known in in_cache])
+        for stream, asked in ready:
+            self._enqueue(stream, asked, list(itertools.islice(encoded, len(asked.images))))
 
     def _tiles(self, asked: AskedRequest, batch: set[AskedImage]) -> int:
         """Tiles that a request adds to a batch of images. Raises FocusError naming the image that is wrong."""
@@ -212,7 +210,7 @@ class LocalModel:
     def _enqueue(
         self, stream: LocalStream, asked: AskedRequest, images: Sequence[tuple[CompressedVisualTokens, bool]]
     ) -> None:
-        """images: visual tokens of each, and whether they were there before."""
+        """Hands a request to the engine; images: visual tokens of each, and whether they were there before."""
         request_id = str(next(self._ids))  # a caller may give several requests one id
         request = dataclasses.replace(
             asked.request, request_id=request_id, images=tuple(tokens for tokens, _ in images)

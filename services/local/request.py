@@ -13,7 +13,7 @@ from focusllava.messages import ImageFile, Settings, Turn
 from focusllava.wire import build_request
 from services.common import wire
 from services.common.errors import FocusError, InvalidInput, TooLarge
-from services.common.types import ChatTurn, GenerateRequest, ImageOptions, ImagePart, TextPart
+from services.common.types import GenerateRequest, ImageOptions, ImagePart, PromptTurn, TextPart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,8 @@ def read_request(turns: Sequence[Turn], **settings: Unpack[Settings]) -> AskedRe
     """
     with services_errors():
         message = build_request(turns, **settings)
-    read: list[ChatTurn] = []
+    samplers = wire.samplers_from_proto(message.prune, vision_sampler=not message.vision_sampler_off)
+    read: list[PromptTurn] = []
     images: list[AskedImage] = []
     fields: list[str] = []
     for index, turn in enumerate(turns):
@@ -54,14 +55,14 @@ def read_request(turns: Sequence[Turn], **settings: Unpack[Settings]) -> AskedRe
             file = part if isinstance(part, ImageFile) else ImageFile(data=part)
             options = ImageOptions(detail="low" if file.detail == "low" else "high", reduced_jpeg=file.reduced_jpeg)
             parts.append(ImagePart(image=len(images)))
-            images.append(AskedImage(data=file.data, vision_sampler=not message.vision_sampler_off, options=options))
+            images.append(AskedImage(data=file.data, vision_sampler=samplers.vision_sampler, options=options))
             fields.append(f"turns[{index}].parts[{number}].image")
-        read.append(ChatTurn(role=turn.role, parts=tuple(parts)))
+        read.append(PromptTurn(role=turn.role, parts=tuple(parts)))
     request = GenerateRequest(
         request_id=message.request_id or uuid.uuid4().hex,
         turns=tuple(read),
         sampling=wire.sampling_from_proto(message.sampling),
-        prune=wire.prune_from_proto(message.prune),
+        samplers=samplers,
         continue_final_message=message.continue_final_message,
     )
     return AskedRequest(request=request, images=tuple(images), fields=tuple(fields))

@@ -17,9 +17,9 @@ from services.common import wire
 from services.common.errors import InternalError
 from services.common.types import CompressedVisualTokens, FinishedEvent, PruneDecision
 from services.llm.engine_stats import Event
-from services.llm.prompt import Prompt
 from services.llm.sequence import Sequence as EngineSequence
 from services.local.request import AskedRequest
+from services.text.prompt import Prompt
 
 
 @dataclass(frozen=True, kw_only=True)

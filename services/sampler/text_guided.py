@@ -10,6 +10,8 @@ import math
 
 import torch
 
+from services.common.types import SamplerSettings
+
 
 def apply_rotary(x_THd: torch.Tensor, cos_Td: torch.Tensor, sin_Td: torch.Tensor) -> torch.Tensor:
     """Rotary embedding as the Llama, Mistral and Qwen2 decoders apply it: halves rotated, one angle a position."""
@@ -57,3 +59,21 @@ def keep_by_ratio(importance_N: torch.Tensor, ratio: float) -> torch.Tensor:
     """
     kept = kept_by_ratio(importance_N.numel(), ratio)
     return importance_N.argsort(descending=True, stable=True)[:kept].sort().values
+
+
+def keep(importance_N: torch.Tensor, settings: SamplerSettings) -> torch.Tensor:
+    """The visual tokens that go on as `settings` say, of whose threshold and keep_ratio one is set: ascending int64."""
+    if settings.keep_ratio is not None:
+        return keep_by_ratio(importance_N, settings.keep_ratio)
+    assert settings.threshold is not None
+    return keep_by_share(importance_N, settings.threshold)
+
+
+def keeps_all(settings: SamplerSettings) -> bool:
+    """Whether every visual token goes on, whatever their importance."""
+    return (settings.threshold if settings.keep_ratio is None else settings.keep_ratio) == 1
+
+
+def sure_to_leave(count: int, settings: SamplerSettings) -> int:
+    """How many of `count` visual tokens `keep` leaves out, whatever their importance."""
+    return 0 if settings.keep_ratio is None else count - kept_by_ratio(count, settings.keep_ratio)

@@ -20,12 +20,12 @@ from transformers.models.llava_next.processing_llava_next import LlavaNextProces
 
 from services.checkpoint.import_llava_next import import_llava_next
 from services.common.types import (
-    ChatTurn,
     CompressedVisualTokens,
     GenerateRequest,
     ImageOptions,
     ImagePart,
-    PruneParams,
+    PromptTurn,
+    SamplerSettings,
     SamplingParams,
     TextPart,
     TokenEvent,
@@ -99,7 +99,7 @@ def image_bytes(shape_hw: tuple[int, int], seed: int = 0) -> bytes:
     return buffer.getvalue()
 
 
-def hf_inputs(pair: Pair, turns: Sequence[ChatTurn], images: Sequence[bytes]) -> dict[str, torch.Tensor]:
+def hf_inputs(pair: Pair, turns: Sequence[PromptTurn], images: Sequence[bytes]) -> dict[str, torch.Tensor]:
     messages = [
         {
             "role": turn.role,
@@ -148,7 +148,7 @@ def run_engine(pair: Pair, request: GenerateRequest) -> tuple[list[int], torch.T
         return tokens, decoder.logits(torch.cat(hidden))
 
 
-def check_equal(pair: Pair, turns: tuple[ChatTurn, ...], images: Sequence[bytes]) -> None:
+def check_equal(pair: Pair, turns: tuple[PromptTurn, ...], images: Sequence[bytes]) -> None:
     inputs = hf_inputs(pair, turns, images)
     visual = encode(pair, images)
     prompt = pair.engine.renderer.render(turns, [len(tokens.tokens_ND) for tokens in visual])
@@ -157,7 +157,7 @@ def check_equal(pair: Pair, turns: tuple[ChatTurn, ...], images: Sequence[bytes]
 
 
 def check_answer(
-    pair: Pair, turns: tuple[ChatTurn, ...], visual: Sequence[CompressedVisualTokens], inputs: dict[str, torch.Tensor]
+    pair: Pair, turns: tuple[PromptTurn, ...], visual: Sequence[CompressedVisualTokens], inputs: dict[str, torch.Tensor]
 ) -> None:
     """Greedy tokens and the logits of all positions, against transformers' for `inputs`."""
     request = GenerateRequest(
@@ -165,7 +165,7 @@ def check_answer(
         turns=turns,
         images=tuple(visual),
         sampling=SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True),
-        prune=PruneParams(enabled=False),
+        samplers=SamplerSettings(text_sampler=False),
     )
     tokens, logits_SV = run_engine(pair, request)
 
@@ -187,7 +187,7 @@ def assert_relative(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert error.max() < RELATIVE, f"largest relative difference {error.max():.2e} at position {int(error.argmax())}"
 
 
-QUESTION = (ChatTurn(role="user", parts=(ImagePart(image=0), TextPart(text="What number is on the red card?"))),)
+QUESTION = (PromptTurn(role="user", parts=(ImagePart(image=0), TextPart(text="What number is on the red card?"))),)
 
 
 @pytest.mark.parametrize("shape", SHAPES_HW)
@@ -240,12 +240,12 @@ def test_a_fresh_vision_sampler_is_never_used(pair: Pair) -> None:
 
 def test_several_turns_and_images_are_hugging_faces(pair: Pair) -> None:
     turns = (
-        ChatTurn(role="user", parts=(ImagePart(image=0), TextPart(text="Which word is above the circle?"))),
-        ChatTurn(role="assistant", parts=(TextPart(text="The word is house."),)),
-        ChatTurn(role="user", parts=(ImagePart(image=1), TextPart(text="And in this image?"))),
+        PromptTurn(role="user", parts=(ImagePart(image=0), TextPart(text="Which word is above the circle?"))),
+        PromptTurn(role="assistant", parts=(TextPart(text="The word is house."),)),
+        PromptTurn(role="user", parts=(ImagePart(image=1), TextPart(text="And in this image?"))),
     )
     check_equal(pair, turns, [image_bytes((90, 300), seed=1), image_bytes((64, 40), seed=2)])
 
 
 def test_no_image_is_hugging_faces(pair: Pair) -> None:
-    check_equal(pair, (ChatTurn(role="user", parts=(TextPart(text="Describe the house."),)),), [])
+    check_equal(pair, (PromptTurn(role="user", parts=(TextPart(text="Describe the house."),)),), [])

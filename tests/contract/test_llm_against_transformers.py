@@ -21,7 +21,7 @@ def test_unpruned_logits_equal_transformers_at_every_prompt_and_decode_position(
 ) -> None:
     engine = tiny_llm.engine(family, max_batch_tokens=budget)
     lm = tiny_llm.reference_lm(tiny_llm.checkpoint(family))
-    asked = tiny_llm.request(engine, images=(37, 21), prune=False, max_tokens=21)
+    asked = tiny_llm.request(engine, images=(37, 21), text_sampler=False, max_tokens=21)
     prompt_SD = tiny_llm.reference_embeddings(lm, engine, asked)
     forced = torch.randint(5, 300, (21,), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -50,7 +50,7 @@ def test_unpruned_logits_equal_transformers_at_every_prompt_and_decode_position(
 def test_unpruned_greedy_tokens_equal_transformers_generate(family: str) -> None:
     engine = tiny_llm.engine(family)
     lm = tiny_llm.reference_lm(tiny_llm.checkpoint(family))
-    asked = tiny_llm.request(engine, max_tokens=32, prune=False)
+    asked = tiny_llm.request(engine, max_tokens=32, text_sampler=False)
     embeddings_SD = tiny_llm.reference_embeddings(lm, engine, asked)
     expected = lm.generate(
         inputs_embeds=embeddings_SD[None], max_new_tokens=32, do_sample=False, eos_token_id=None, pad_token_id=0
@@ -122,7 +122,7 @@ def test_loads_without_the_encoders_shards_and_with_tied_embeddings(tmp_path: An
         shard.unlink()
     engine = tiny_llm.engine(folder=folder)
     lm = tiny_llm.reference_lm(folder)
-    asked = tiny_llm.request(engine, prune=False, max_tokens=8)
+    asked = tiny_llm.request(engine, text_sampler=False, max_tokens=8)
     expected, _ = reference_generate(lm, engine, asked, 8, None)
     assert tiny_llm.run(engine, [asked])["r"][0] == expected
 
@@ -130,7 +130,7 @@ def test_loads_without_the_encoders_shards_and_with_tied_embeddings(tmp_path: An
 @pytest.mark.parametrize("budget", [512, 20])  # with 20, some steps have upper chunks alone
 def test_bfloat16_runs_and_halves_the_cache(budget: int) -> None:
     wide, narrow = tiny_llm.engine(), tiny_llm.engine(dtype=torch.bfloat16, max_batch_tokens=budget)
-    results = [tiny_llm.run(e, [tiny_llm.request(e, max_tokens=6, prune=False)])["r"] for e in (wide, narrow)]
+    results = [tiny_llm.run(e, [tiny_llm.request(e, max_tokens=6, text_sampler=False)])["r"] for e in (wide, narrow)]
     assert results[1][2].usage.kv_bytes * 2 == results[0][2].usage.kv_bytes
     assert len(results[1][0]) == 6
     assert narrow.cache.key.dtype == torch.bfloat16

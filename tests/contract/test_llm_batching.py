@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from services.common.types import FinishedEvent, GenerateRequest, PruneParams, SamplingParams
+from services.common.types import FinishedEvent, GenerateRequest, SamplerSettings, SamplingParams
 from services.llm.engine import Engine
 from tests import tiny_llm
 from tests.tiny_checkpoints import FAMILIES
@@ -26,7 +26,7 @@ def alone(family: str, requests: Sequence[GenerateRequest]) -> Answers:
         while plain.has_work():
             events += plain.step()
         answers.update(tiny_llm.collect(events))
-        assert plain.cache.free_pages == plain.cache.num_pages
+        assert plain.cache.pool.free_pages == plain.cache.num_pages
     plain.check_integrity()
     assert plain.stats().prefill_passes == len(requests)
     return answers
@@ -155,7 +155,7 @@ def test_penalties_and_logprobs_see_the_same_prompt_and_answer_after_a_preemptio
             **{
                 **vars(tiny_llm.request(plain, f"r{i}", images=(60,), image_seed=i)),
                 "sampling": settings,
-                "prune": PruneParams(keep_ratio=0.5),
+                "samplers": SamplerSettings(keep_ratio=0.5),
             }
         )
         for i in range(6)

@@ -59,8 +59,8 @@ def test_positions_go_on_from_the_original_prompt_length() -> None:
     sequence = engine._sequences["r"]
     engine.step()
     engine.step()
-    assert sequence.next_position == sequence.prompt_len + 1 == sequence.kv_lens[0]
-    assert sequence.kv_lens[1] == sequence.kept_prompt_len + 1 < sequence.kv_lens[0]
+    assert sequence.kv_lens[0] == sequence.prompt_len + 1
+    assert sequence.kv_lens[1] == sequence.prompt_len - sequence.removed + 1 < sequence.kv_lens[0]
 
 
 def test_the_youngest_gives_way_keeps_its_decision_and_gives_the_same_answer() -> None:
@@ -105,7 +105,7 @@ def test_the_youngest_gives_way_keeps_its_decision_and_gives_the_same_answer() -
 @pytest.mark.parametrize("keep_ratio", [None, 0.25])
 def test_what_just_fits_alone_runs_and_what_does_not_is_refused(keep_ratio: float | None) -> None:
     engine = tiny_llm.engine(kv_cache_bytes=pool_for(320))
-    fits = tiny_llm.request(engine, images=(200,), keep_ratio=keep_ratio, prune=keep_ratio is not None)
+    fits = tiny_llm.request(engine, images=(200,), keep_ratio=keep_ratio, text_sampler=keep_ratio is not None)
     room = 320 - engine.prepare(fits).prompt_len + 1
     for name in ("a", "b"):
         engine.submit(
@@ -115,13 +115,13 @@ def test_what_just_fits_alone_runs_and_what_does_not_is_refused(keep_ratio: floa
                 images=(200,),
                 image_seed=3,
                 keep_ratio=keep_ratio,
-                prune=bool(keep_ratio),
+                text_sampler=bool(keep_ratio),
                 max_tokens=room,
             )
         )
     assert {len(ids) for ids, _, _ in tiny_llm.run(engine).values()} == {room}
     with pytest.raises(Exception, match="bytes of KV cache, this server has"):
-        engine.submit(tiny_llm.request(engine, images=(200,), prune=False, max_tokens=room + 1))
+        engine.submit(tiny_llm.request(engine, images=(200,), text_sampler=False, max_tokens=room + 1))
 
 
 def test_abort_in_every_state_frees_everything_at_once() -> None:
@@ -211,7 +211,7 @@ def test_a_storm_of_1000_aborts_leaves_the_pool_as_it_was(prefix_reuse: bool) ->
     engine.check_integrity()
     stats = engine.stats()
     assert stats.kv_pages_used == stats.running == stats.waiting == 0
-    assert engine.cache.free_pages + stats.kv_pages_cached == stats.kv_pages_total
+    assert engine.cache.pool.free_pages + stats.kv_pages_cached == stats.kv_pages_total
     assert bool(stats.kv_pages_cached) == prefix_reuse
     # All of it can be had again.
     assert_runs_alone_with_the_whole_pool(engine, 600)
@@ -259,7 +259,7 @@ def test_failed_steps_are_counted_until_a_request_ends_well() -> None:
 
 
 def assert_runs_alone_with_the_whole_pool(engine: Engine, tokens: int) -> None:
-    asked = tiny_llm.request(engine, "whole", images=(tokens - 100,), image_seed=99, prune=False, max_tokens=40)
+    asked = tiny_llm.request(engine, "whole", images=(tokens - 100,), image_seed=99, text_sampler=False, max_tokens=40)
     assert len(tiny_llm.run(engine, [asked])["whole"][0]) == 40
 
 

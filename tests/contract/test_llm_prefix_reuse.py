@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from services.common.types import ChatTurn, GenerateRequest, ImagePart, TextPart
+from services.common.types import GenerateRequest, ImagePart, PromptTurn, TextPart
 from services.llm.engine import Engine
 from tests import tiny_llm
 
@@ -85,8 +85,8 @@ def test_a_follow_up_selects_from_what_the_lower_layers_still_hold() -> None:
         request_id="second",
         turns=(
             *first.turns,
-            ChatTurn(role="assistant", parts=(TextPart(text="The number is seven."),)),
-            ChatTurn(role="user", parts=(TextPart(text="And which colour is the circle?"),)),
+            PromptTurn(role="assistant", parts=(TextPart(text="The number is seven."),)),
+            PromptTurn(role="user", parts=(TextPart(text="And which colour is the circle?"),)),
         ),
     )
     expected = tiny_llm.run(plain, [first, follow_up])
@@ -151,9 +151,9 @@ def test_two_images_in_another_order_and_a_system_prompt() -> None:
     swapped = replace(asked, images=asked.images[::-1])
     first_visual = engine.prepare(asked).prompt.visual_spans[0][0] // 16
     assert not set(engine.prepare(asked).block_keys[first_visual:]) & set(engine.prepare(swapped).block_keys)
-    system = ChatTurn(role="system", parts=(TextPart(text="Answer questions about images, briefly, in English."),))
+    system = PromptTurn(role="system", parts=(TextPart(text="Answer questions about images, briefly, in English."),))
     parts = (ImagePart(image=0), ImagePart(image=1), TextPart(text="What is this?"))
-    with_system = replace(asked, turns=(system, ChatTurn(role="user", parts=parts)))
+    with_system = replace(asked, turns=(system, PromptTurn(role="user", parts=parts)))
     same_system = replace(swapped, turns=with_system.turns)
     keys, others = (engine.prepare(each).block_keys for each in (with_system, same_system))
     shared = [key for key, other in zip(keys, others, strict=True) if key == other]
@@ -163,7 +163,7 @@ def test_two_images_in_another_order_and_a_system_prompt() -> None:
 def test_the_least_recently_used_prefix_goes_first_and_evicted_ones_are_computed_again() -> None:
     cache = tiny_llm.engine().cache
     engine = tiny_llm.engine(kv_cache_bytes=cache.blocks(450) * cache.block_bytes)
-    requests = [tiny_llm.request(engine, f"r{i}", images=(100,), image_seed=i, prune=False) for i in range(5)]
+    requests = [tiny_llm.request(engine, f"r{i}", images=(100,), image_seed=i, text_sampler=False) for i in range(5)]
     expected = ids(tiny_llm.engine(prefix_reuse=False), requests)
 
     def reused(asked: GenerateRequest) -> int:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import json
 import random
 from dataclasses import dataclass, field
 
@@ -12,24 +11,23 @@ from PIL import Image
 from transformers import AutoModelForCausalLM
 
 from services.checkpoint.config import FocusLlavaConfig, TextSamplerConfig, VisionSamplerConfig
-from services.checkpoint.import_llava_next import import_llava_next
 from services.common.errors import InvalidInput
 from services.common.types import (
-    ChatTurn,
     CompressedVisualTokens,
     FinishedEvent,
     GenerateRequest,
     ImagePart,
-    PruneParams,
+    PromptTurn,
+    SamplerSettings,
     SamplingParams,
     TextPart,
 )
 from services.encoder.pipeline import EncoderPipeline
 from services.llm.engine import Engine
-from services.llm.prompt import PromptRenderer
+from services.text.prompt import PromptRenderer
 from tests.llm_reference import causal_mask, naive_kept
-from tests.tiny_checkpoints import make_hub_checkpoint, make_random_checkpoint
-from tests.tiny_training import MODEL, tiny_run
+from tests.tiny_checkpoints import make_random_checkpoint
+from tests.tiny_training import MODEL, tiny_run, train_imported
 from tests.unit.sampler import oracles as oracle
 from training.data.branches import BranchBuilder, Exchange
 from training.data.questions import questions
@@ -102,14 +100,14 @@ def test_the_served_first_token_is_the_trained_one(kind, pruned, request):
         hidden = hidden_of(joint, [sample], pruned)
         for q, (branch, question) in enumerate(zip(sample.branches, asked, strict=True)):
             expected = int(joint.language_model.lm_head(hidden[0, q, branch.answer_start - 1]).argmax())
-            turn = ChatTurn(role="user", parts=(ImagePart(image=0), TextPart(text=question.question)))
+            turn = PromptTurn(role="user", parts=(ImagePart(image=0), TextPart(text=question.question)))
             engine.submit(
                 GenerateRequest(
                     request_id="r",
                     turns=(turn,),
                     images=(tokens,),
                     sampling=SamplingParams(max_tokens=1, ignore_eos=True),
-                    prune=PruneParams(enabled=pruned, threshold=0.6),
+                    samplers=SamplerSettings(text_sampler=pruned, threshold=0.6),
                 )
             )
             ids = []
@@ -281,34 +279,7 @@ def test_users_words_choose_and_an_answer_never_does(task, instruction):
 @pytest.mark.parametrize("text", [True, False])
 def test_what_was_trained_on_an_imported_checkpoint_is_on_in_its_export_and_served(tmp_path, vision, text):
     """An import has the vision-guided sampler off, for its selector is new."""
-    import_llava_next(make_hub_checkpoint(tmp_path / "hub"), tmp_path / "imported")
-    config = FocusLlavaConfig.load(tmp_path / "imported")
-    switched = dataclasses.replace(config, text_sampler=dataclasses.replace(config.text_sampler, enabled=False))
-    switched.save(tmp_path / "imported")
-    entries = []
-    for index, size_wh in enumerate(((56, 40), (80, 30), (90, 90))):
-        (tmp_path / f"{index}.png").write_bytes(picture(index, size_wh))
-        turns = [
-            {"from": "human", "value": "<image>\nWhat number is on the red card?"},
-            {"from": "gpt", "value": "Six"},
-        ]
-        entries.append({"image": f"{index}.png", "conversations": turns})
-    (tmp_path / "data.json").write_text(json.dumps(entries))
-    stage = {
-        "vision_sampler": vision,
-        "prune": {"layers": [2, 2], "thresholds": [0.6, 0.6]} if text else {},
-        "data": str(tmp_path / "data.json"),
-        # Coarse branches are to be chosen, which a selector of two steps would not.
-        "model": {"vision_sampler": {"branches": [[2, 2], [4, 4]], "balance_coefficients": [1.0, 1.0]}},
-    }
-    joint_run = JointTask(tiny_run(str(tmp_path / "out"), stage=stage, init_from=str(tmp_path / "imported")))
-    optimizer = torch.optim.SGD([p for p in joint_run.module.parameters() if p.requires_grad], lr=1e-3)
-    for step in range(2):
-        optimizer.zero_grad()
-        loss, _ = joint_run.module(joint_run.batch(step, 0, 1), step)
-        loss.backward()
-        optimizer.step()
-    joint_run.export(tmp_path / "out")
+    train_imported(tmp_path, vision=vision, text=text)
     exported = FocusLlavaConfig.load(tmp_path / "out")
     assert (exported.vision_sampler.enabled, exported.text_sampler.enabled) == (vision, text)
 
@@ -317,7 +288,7 @@ def test_what_was_trained_on_an_imported_checkpoint_is_on_in_its_export_and_serv
     engine = Engine.from_checkpoint(tmp_path / "out", dtype=torch.float32, kv_cache_bytes=1 << 23)
     (tokens,) = pipeline.encode([pipeline.prepare(picture(5, (56, 56)))], [True])
     assert (len(tokens.tokens_ND) < tokens.uncompressed_tokens == 88) == vision
-    turn = ChatTurn(role="user", parts=(ImagePart(image=0), TextPart(text="What number is on the red card?")))
+    turn = PromptTurn(role="user", parts=(ImagePart(image=0), TextPart(text="What number is on the red card?")))
     engine.submit(
         GenerateRequest(request_id="r", turns=(turn,), images=(tokens,), sampling=SamplingParams(max_tokens=2))
     )
@@ -402,7 +373,7 @@ def test_serving_emits_and_reports_what_the_loops_say(tmp_path, base_tile, prune
         uncompressed += tokens.uncompressed_tokens
 
     parts = (ImagePart(image=0), ImagePart(image=1), TextPart(text="Which word is written above?"))
-    turns = (ChatTurn(role="user", parts=parts),)
+    turns = (PromptTurn(role="user", parts=parts),)
     sampling = SamplingParams(max_tokens=1, ignore_eos=True)
     engine.submit(GenerateRequest(request_id="r", turns=turns, images=tuple(encoded), sampling=sampling))
     events = []

@@ -12,7 +12,7 @@ import psutil
 import torch
 import yaml
 
-from services.common.types import ChatTurn, FinishedEvent, GenerateRequest, ImagePart, SamplingParams, TextPart
+from services.common.types import FinishedEvent, GenerateRequest, ImagePart, PromptTurn, SamplingParams, TextPart
 from services.encoder.pipeline import EncoderPipeline
 from services.llm.engine import Engine
 from tests.tiny_training import MODEL
@@ -105,7 +105,7 @@ def test_a_killed_worker_resumes_and_the_export_answers(tmp_path):
     engine = Engine.from_checkpoint(tmp_path / "export", dtype=torch.float32, kv_cache_bytes=1 << 24)
     image = (ROOT / "docs/assets/sample.png").read_bytes()
     (tokens,) = pipeline.encode([pipeline.prepare(image)], [True])
-    turn = ChatTurn(role="user", parts=(ImagePart(image=0), TextPart(text="What number is on the blue card?")))
+    turn = PromptTurn(role="user", parts=(ImagePart(image=0), TextPart(text="What number is on the blue card?")))
     engine.submit(
         GenerateRequest(request_id="r", turns=(turn,), images=(tokens,), sampling=SamplingParams(max_tokens=4))
     )

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.common.errors import InvalidInput
-from services.common.types import ChatTurn, ImagePart, TextPart
-from services.llm.prompt import PromptRenderer
+from services.common.types import ImagePart, PromptTurn, TextPart
+from services.text.prompt import PromptRenderer
 from training.data.fonts import Box
 from training.layout import Branch
 
@@ -37,12 +37,12 @@ class BranchBuilder:
 
     def build(self, exchange: Exchange, history: Sequence[Exchange] = ()) -> tuple[tuple[int, ...], Branch]:
         """The branch of an exchange with the turns before it, and the words before the image."""
-        turns: list[ChatTurn] = []
+        turns: list[PromptTurn] = []
         for index, turn in enumerate((*history, exchange)):
             words = TextPart(text=turn.question)
             parts = (ImagePart(image=0), words) if index == 0 else (words,)
-            turns.append(ChatTurn(role="user", parts=parts))
-            turns.append(ChatTurn(role="assistant", parts=(TextPart(text=turn.answer),)))
+            turns.append(PromptTurn(role="user", parts=parts))
+            turns.append(PromptTurn(role="assistant", parts=(TextPart(text=turn.answer),)))
         prompt = self.renderer.render(turns[:-1], [1])
         start, end = prompt.visual_spans[0]
         # Tokenised apart from the prompt, as generated tokens are.

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from services.checkpoint.config import FocusLlavaConfig
-from services.common.settings import Count, Steps, require
+from services.common.settings import Count, Natural, require
 from services.encoder.anyres import best_resolution
 from services.encoder.reading import tiles_of
 from training.data.branches import BranchBuilder, Exchange
@@ -34,7 +34,7 @@ POSITION_KINDS = ("where", "left_of")
 class Curriculum:
     """Small images first: among fewer patches, where to look is learned in fewer and cheaper steps."""
 
-    steps: Steps = 0
+    steps: Natural = 0
     """Steps that it lasts; images of every size follow."""
     max_tiles: Count = 4
     """Most tiles of an image meanwhile, the base tile not counted."""

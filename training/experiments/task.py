@@ -8,7 +8,7 @@ from typing import Any
 
 from services.checkpoint.config import FocusLlavaConfig
 from services.common.errors import InvalidInput
-from services.common.settings import Count, Share, Steps, require
+from services.common.settings import Count, Natural, Share, require
 from training.experiments.branch_controls import BranchControl
 from training.experiments.grounding import Grounding
 from training.experiments.rivals.joint import InDecoder, InEncoder
@@ -32,8 +32,8 @@ class RivalSettings:
     newline_rows: Count | None = None
     """Rows of the map that share a newline."""
     source: Source | None = None
-    """Whose attention in the vision tower says what matters."""
-    layer: Steps | None = None
+    """The tokens whose attention in the vision tower says what matters."""
+    layer: Natural | None = None
     """The first layer that sees fewer tokens."""
 
     @property

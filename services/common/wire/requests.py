@@ -9,13 +9,13 @@ import numpy as np
 
 from focusllava.v1 import llm_pb2
 from services.common.errors import InvalidInput, WrongFingerprint
-from services.common.ranges import check_prune, check_sampling
+from services.common.ranges import check_samplers, check_sampling
 from services.common.types import (
-    ChatTurn,
     Constraint,
     GenerateRequest,
     ImagePart,
-    PruneParams,
+    PromptTurn,
+    SamplerSettings,
     SamplingParams,
     TextPart,
 )
@@ -35,13 +35,10 @@ def sampling_to_proto(sampling: SamplingParams) -> llm_pb2.SamplingParams:
 def sampling_from_proto(message: llm_pb2.SamplingParams, field: str = "sampling") -> SamplingParams:
     """Unset fields take the defaults. Raises InvalidInput for a value out of its range."""
     params = SamplingParams(
-        **_given(message),
+        **_scalars(message),
         stop=tuple(message.stop),
         stop_token_ids=tuple(message.stop_token_ids),
         logit_bias=tuple((token, _shortest(bias)) for token, bias in sorted(message.logit_bias.items())),
-        include_stop_str_in_output=message.include_stop_str_in_output,
-        ignore_eos=message.ignore_eos,
-        keep_special_tokens=message.keep_special_tokens,
         constraint=_constraint_from_proto(message.constraint, field) if message.HasField("constraint") else None,
     )
     check_sampling(params, field)
@@ -69,21 +66,30 @@ def _constraint_from_proto(message: llm_pb2.Constraint, field: str) -> Constrain
     return Constraint(kind=kind, text=getattr(message, kind))
 
 
-def prune_to_proto(prune: PruneParams) -> llm_pb2.PruneParams:
-    return llm_pb2.PruneParams(off=not prune.enabled, threshold=prune.threshold, keep_ratio=prune.keep_ratio)
+def samplers_to_proto(samplers: SamplerSettings) -> llm_pb2.PruneParams:
+    """What the LLM stage is told of them."""
+    fields = dict(vars(samplers))  # they bear the same names, but for the switches
+    del fields["vision_sampler"]
+    return llm_pb2.PruneParams(off=not fields.pop("text_sampler"), **fields)
 
 
-def prune_from_proto(message: llm_pb2.PruneParams, field: str = "prune") -> PruneParams:
+def samplers_from_proto(
+    message: llm_pb2.PruneParams, field: str = "prune", *, vision_sampler: bool = True
+) -> SamplerSettings:
     """Raises InvalidInput for a threshold or a ratio outside (0, 1], or both at once."""
-    params = PruneParams(**_given(message), enabled=not message.off)
-    check_prune(params, field)
-    return params
+    fields = _scalars(message)
+    off = fields.pop("off", False)
+    settings = SamplerSettings(vision_sampler=vision_sampler, text_sampler=not off, **fields)
+    check_samplers(settings, field)
+    return settings
 
 
-def _given(message: llm_pb2.SamplingParams | llm_pb2.PruneParams) -> dict[str, Any]:
-    """The optional scalar fields that are set."""
+def _scalars(message: llm_pb2.SamplingParams | llm_pb2.PruneParams) -> dict[str, Any]:
+    """The singular scalar fields that are set, by name."""
     given = {
-        field.name: value for field, value in message.ListFields() if field.has_presence and not field.message_type
+        field.name: value
+        for field, value in message.ListFields()
+        if not field.is_repeated and field.message_type is None
     }
     return {name: _shortest(v) if isinstance(v, float) else v for name, v in given.items()}
 
@@ -93,7 +99,7 @@ def _shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def turns_to_proto(turns: Sequence[ChatTurn]) -> list[llm_pb2.PromptTurn]:
+def turns_to_proto(turns: Sequence[PromptTurn]) -> list[llm_pb2.PromptTurn]:
     return [
         llm_pb2.PromptTurn(
             role=_ROLE_VALUES[turn.role],
@@ -110,7 +116,7 @@ def turns_to_proto(turns: Sequence[ChatTurn]) -> list[llm_pb2.PromptTurn]:
 
 def turns_from_proto(
     messages: Sequence[llm_pb2.PromptTurn], num_images: int, field: str = "turns"
-) -> tuple[ChatTurn, ...]:
+) -> tuple[PromptTurn, ...]:
     """Raises InvalidInput: no turns, a role or part that is not set, an image index that names no image."""
     if not messages:
         raise InvalidInput("is empty, expected at least one turn", field=field)
@@ -129,7 +135,7 @@ def turns_from_proto(
             else:
                 found = f"names image {part.image_index} of {num_images}" if kind else "is neither text nor image_index"
                 raise InvalidInput(found, field=f"{where}.parts[{number}]")
-        turns.append(ChatTurn(role=_ROLES[message.role], parts=tuple(parts)))
+        turns.append(PromptTurn(role=_ROLES[message.role], parts=tuple(parts)))
     return tuple(turns)
 
 
@@ -140,7 +146,7 @@ def generate_request_to_proto(request: GenerateRequest, model_fingerprint: str) 
         turns=turns_to_proto(request.turns),
         images=[tokens_to_proto(image) for image in request.images],
         sampling=sampling_to_proto(request.sampling),
-        prune=prune_to_proto(request.prune),
+        prune=samplers_to_proto(request.samplers),
         continue_final_message=request.continue_final_message,
         raw_prompt=raw_prompt_to_proto(request.raw_prompt),
     )
@@ -188,7 +194,7 @@ def generate_request_from_proto(message: llm_pb2.GenerateRequest) -> GenerateReq
         turns=turns_from_proto(message.turns, len(images)) if raw_prompt is None else (),
         images=images,
         sampling=sampling_from_proto(message.sampling),
-        prune=prune_from_proto(message.prune),
+        samplers=samplers_from_proto(message.prune),
         continue_final_message=message.continue_final_message,
         raw_prompt=raw_prompt,
     )

@@ -134,6 +134,11 @@ class FocusOptions(Fields):
     reduced_jpeg: bool | None = None
     """Whether large JPEGs may be decoded at reduced scale; unset: the checkpoint's."""
 
+    def prune(self) -> llm_pb2.PruneParams:
+        """The text-guided sampler's part."""
+        named = {name: getattr(self, name, None) for name in llm_pb2.PruneParams.DESCRIPTOR.fields_by_name}
+        return llm_pb2.PruneParams(**{**named, "off": not self.text_sampler})
+
 
 class ChatCompletionRequest(Settings):
     """The body of POST /v1/chat/completions."""
@@ -188,9 +193,7 @@ class ChatCompletionRequest(Settings):
         chat = focus_pb2.ChatRequest(
             turns=[self._turn(message, f"messages[{number}]") for number, message in enumerate(self.messages)],
             sampling=self.sampling(max_tokens, logprobs),
-            prune=llm_pb2.PruneParams(
-                off=not self.focus.text_sampler, threshold=self.focus.threshold, keep_ratio=self.focus.keep_ratio
-            ),
+            prune=self.focus.prune(),
             vision_sampler_off=not self.focus.vision_sampler,
             request_id=request_id,
             continue_final_message=self.continue_final_message,

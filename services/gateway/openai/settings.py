@@ -148,24 +148,11 @@ class Settings(Constrained):
         """Whether the answer is to have log probabilities."""
 
     def sampling(self, max_tokens: int | None, logprobs: int | None) -> llm_pb2.SamplingParams:
-        """The gRPC API's settings. Raises InvalidInput for more than one constraint."""
-        return llm_pb2.SamplingParams(
-            max_tokens=max_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            seed=self.seed,
-            stop=self.stop,
-            ignore_eos=self.ignore_eos,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            logprobs=logprobs,
-            min_tokens=self.min_tokens,
-            stop_token_ids=self.stop_token_ids,
-            logit_bias=self.logit_bias,
-            include_stop_str_in_output=self.include_stop_str_in_output,
-            constraint=self.constraint()[1],
-            keep_special_tokens=not self.skip_special_tokens,
-        )
+        """The gRPC API's settings: the fields that bear its names, and the rest by hand.
+
+        Raises InvalidInput for more than one constraint.
+        """
+        known = llm_pb2.SamplingParams.DESCRIPTOR.fields_by_name
+        fields = {name: getattr(self, name) for name in known if name in type(self).model_fields}
+        fields |= {"max_tokens": max_tokens, "logprobs": logprobs, "constraint": self.constraint()[1]}
+        return llm_pb2.SamplingParams(**fields, keep_special_tokens=not self.skip_special_tokens)

@@ -1,4 +1,4 @@
-"""Kernels of the decoder, by kind of device, and which ones a device gets.
+"""What a decoder's layers and the drawing of its tokens compute, by kind of device, and what a device gets.
 
 Legend: S query tokens of a packed pass, K key tokens, H query heads, G key heads, d head width, n sequences,
 B blocks of a block table. Every `H // G` consecutive query heads share one key head.
@@ -13,8 +13,8 @@ import torch
 
 from services.compute.linear import onednn_multiplies
 from services.compute.processor import has_kernels
-from services.llm.kernels.cpu import CpuKernels
-from services.llm.kernels.reference import ReferenceKernels
+from services.llm.kernels.cpu_attention import CpuKernels
+from services.llm.kernels.reference_attention import ReferenceKernels
 
 
 class Kernels(Protocol):
@@ -99,13 +99,13 @@ class AttentionStep(Protocol):
 
 
 def choose_elementwise(device: torch.device, dtype: torch.dtype) -> Elementwise | None:
-    """None where transformers' own layers are to run."""
+    """The operators for this device and dtype; None where transformers' own layers are to run."""
     if onednn_multiplies(device, dtype):
         return torch.ops.focusllava if has_kernels(dtype) else None
     if device.type == "cuda":
-        from services.llm.kernels import elementwise  # Triton comes with torch's CUDA builds only
+        from services.llm.kernels import cuda_elementwise  # Triton comes with torch's CUDA builds only
 
-        return elementwise
+        return cuda_elementwise
     return None
 
 
@@ -114,7 +114,7 @@ def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     if onednn_multiplies(device, dtype) and has_kernels(dtype):
         return CpuKernels()
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        from services.llm.kernels.cuda import cuda_kernels
+        from services.llm.kernels.cuda_attention import cuda_kernels
 
         return cuda_kernels(device)
     return ReferenceKernels()

@@ -1,4 +1,7 @@
-"""One cluster on a random checkpoint serves every test that asks for it; its first raylet dies as it starts."""
+"""One cluster serves every test that asks for it; its first raylet dies as it starts.
+
+Its checkpoint is what a short training run of both samplers exports of a random import.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,15 @@ import grpc
 import pytest
 
 from cluster.local import LocalCluster
+from services.checkpoint.store import fingerprint
 from tests.serving_client import FP32, OPTIONS
-from tests.tiny_checkpoints import make_random_checkpoint
+from tests.tiny_training import train_imported
 
 
 @pytest.fixture(scope="package")
 def checkpoint(tmp_path_factory) -> tuple[pathlib.Path, str]:
-    folder = tmp_path_factory.mktemp("serving") / "random-tiny"
-    return folder, make_random_checkpoint(folder)
+    folder = train_imported(tmp_path_factory.mktemp("serving"))
+    return folder, fingerprint(folder)
 
 
 @pytest.fixture(scope="package")

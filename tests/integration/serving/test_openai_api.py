@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import re
 import urllib.error
@@ -12,6 +13,7 @@ import openai
 import pytest
 from transformers import AutoTokenizer
 
+from focusllava.v1 import llm_pb2
 from tests.serving_client import LEAKS, chat, gauge, picture, question, scrape, text_of, until
 
 
@@ -45,6 +47,20 @@ def test_the_answer_is_that_of_grpc_whole_and_streamed(client, channel, checkpoi
     assert whole.choices[0].finish_reason == "length"
     assert whole.focus["images"][0]["cached"] and whole.focus["visual_tokens_kept"] == usage.visual_tokens_kept
     assert whole.focus["kv_bytes"] == usage.kv_bytes < whole.focus["kv_unpruned_bytes"]
+
+
+def test_samplers_trained_on_an_import_are_on_in_what_is_served_until_a_request_turns_them_off(client, channel):
+    """An import has the vision-guided sampler off, and its export after training has it on."""
+    image = picture(5, (56, 56))
+    for vision, text in itertools.product((True, False), repeat=2):
+        request = question(image, vision_sampler_off=not vision, prune=llm_pb2.PruneParams(off=not text))
+        usage = chat(channel, request)[-1].finished.usage
+        fields = {"vision_sampler": vision, "text_sampler": text} if not (vision and text) else {}
+        said = ask(client, image, extra_body={"focus": fields, "ignore_eos": True}).focus
+        counts = usage.visual_tokens_uncompressed, usage.visual_tokens_sampled, usage.visual_tokens_kept
+        uncompressed, sampled, kept = counts
+        assert (uncompressed, sampled < uncompressed, kept < sampled) == (88, vision, text), (fields, counts)
+        assert counts == tuple(said[f"visual_tokens_{name}"] for name in ("uncompressed", "sampled", "kept"))
 
 
 def test_a_stream_comes_in_pieces(client):
@@ -117,6 +133,9 @@ def test_both_stages_are_there(cluster):
     url = cluster.openai_url.removesuffix("/v1") + "/health"
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=30) as answer:
         assert json.loads(answer.read()) == {"status": "ok"}
+    head = urllib.request.Request(url, method="HEAD")
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(head, timeout=30) as answer:
+        assert (answer.status, answer.read(), answer.headers["content-length"]) == (200, b"", "15")
 
 
 def test_a_text_completion(client, checkpoint):

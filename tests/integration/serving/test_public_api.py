@@ -18,7 +18,7 @@ from focusllava import FocusClient
 from focusllava.v1 import focus_pb2, focus_pb2_grpc, llm_pb2
 from services.checkpoint.config import FocusLlavaConfig
 from services.common.media import content_hash
-from tests.serving_client import LEAKS, chat, gauge, ids_of, picture, question, replica_pids, scrape, until
+from tests.serving_client import LEAKS, chat, gauge, ids_of, picture, question, replica_pids, scrape, text_of, until
 
 DASHBOARD = pathlib.Path(__file__).parents[3] / "cluster" / "grafana" / "focusllava.json"
 
@@ -153,17 +153,29 @@ def test_model_info(channel, checkpoint):
     assert info.max_images == 8 and info.max_image_bytes == 20 * 2**20
 
 
-def test_an_answer_survives_the_death_of_its_llm_replica(cluster, channel):
-    request = question(picture(81), sampling=llm_pb2.SamplingParams(max_tokens=600, ignore_eos=True))
-    undisturbed = ids_of(chat(channel, request))
+def test_answers_survive_the_death_of_their_llm_replica(cluster, channel):
+    """A greedy answer, and one that is drawn and must match a schema: both go on and are the same."""
+    digits = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 9}, "minItems": 200}
+    schema = json.dumps({**digits, "maxItems": 200})
+    constrained = llm_pb2.SamplingParams(
+        max_tokens=900, temperature=1, seed=11, constraint=llm_pb2.Constraint(json_schema=schema)
+    )
+    requests = [
+        question(picture(81), sampling=llm_pb2.SamplingParams(max_tokens=600, ignore_eos=True)),
+        question(picture(82), sampling=constrained),
+    ]
+    undisturbed = [ids_of(chat(channel, request)) for request in requests]
     stub = focus_pb2_grpc.FocusServiceStub(channel)
-    call = stub.Chat(request, timeout=150, metadata=(("application", "gateway"),))
-    events = [next(call) for _ in range(4)]
+    calls = [stub.Chat(request, timeout=150, metadata=(("application", "gateway"),)) for request in requests]
+    answers = [[next(call) for _ in range(4)] for call in calls]
     (replica,) = replica_pids(cluster, "llm")
     os.kill(replica, signal.SIGKILL)
-    events += list(call)
-    assert events[-1].WhichOneof("event") == "finished", events[-1]
-    assert ids_of(events) == undisturbed and len(undisturbed) == 600
+    for events, call in zip(answers, calls, strict=True):
+        events += list(call)
+        assert events[-1].WhichOneof("event") == "finished", events[-1]
+    assert [ids_of(events) for events in answers] == undisturbed and len(undisturbed[0]) == 600
+    drawn = json.loads(text_of(answers[1]))
+    assert len(drawn) == 200 and set(drawn) <= set(range(10)) and len(set(drawn)) > 1
     assert until(lambda: "focusllava_stage_retries_total{" in scrape(cluster)), "it was lost, and called again"
 
 

@@ -11,10 +11,10 @@ import torch
 from focusllava.v1 import encoder_pb2, focus_pb2, focus_pb2_grpc, llm_pb2
 from services.common import wire
 from services.common.types import (
-    ChatTurn,
     GenerateRequest,
     ImageOptions,
     ImagePart,
+    PromptTurn,
     SamplingParams,
     TextPart,
     TokenEvent,
@@ -40,7 +40,7 @@ def test_split_over_grpc_equals_one_process(channel, checkpoint):
         engine.submit(
             GenerateRequest(
                 request_id="one-process",
-                turns=(ChatTurn(role="user", parts=(ImagePart(image=0), TextPart(text="What is on the card?"))),),
+                turns=(PromptTurn(role="user", parts=(ImagePart(image=0), TextPart(text="What is on the card?"))),),
                 images=(dataclasses.replace(tokens, tokens_ND=tokens.tokens_ND.bfloat16()),),
                 sampling=SamplingParams(max_tokens=12, ignore_eos=True),
             )

@@ -189,9 +189,9 @@ def answer(engine, visual):
     tokens = CompressedVisualTokens(tokens_ND=torch.randn(visual, width), map_hw=(1, 1), content_hash="0" * 64,
         branch_ids_M=torch.empty(0, dtype=torch.uint8), uncompressed_tokens=visual,
         model_fingerprint=engine.fingerprint)
-    turn = ChatTurn(role="user", parts=(ImagePart(image=0), TextPart(text="What number is on the red card?")))
-    engine.submit(GenerateRequest(request_id="r", turns=(turn,), images=(tokens,), prune=PruneParams(threshold=1.0),
-        sampling=SamplingParams(max_tokens=4, ignore_eos=True)))
+    turn = PromptTurn(role="user", parts=(ImagePart(image=0), TextPart(text="What number is on the red card?")))
+    engine.submit(GenerateRequest(request_id="r", turns=(turn,), images=(tokens,),
+        samplers=SamplerSettings(threshold=1.0), sampling=SamplingParams(max_tokens=4, ignore_eos=True)))
     while engine.has_work():
         engine.step()
 answer(Engine.from_checkpoint(small, dtype=dtype, kv_cache_bytes=2**22), 80)  # everything is imported and warm now

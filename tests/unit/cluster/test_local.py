@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pathlib
@@ -12,7 +13,7 @@ import time
 import pytest
 import yaml
 
-from cluster import local, ray_head, serve_api
+from cluster import deploy, local, ray_head, serve_api
 from cluster.app import encoder, gateway, llm
 from cluster.checks import ClusterError, Ports, check_disk, check_host, check_port, free_ports
 from cluster.deployer import Deployer
@@ -88,6 +89,32 @@ def test_a_wrong_configuration_is_refused_before_ray_is_there(folder, change, sa
                 assert not deployer.states()
                 time.sleep(0.1)
     assert says in str(caught.value)
+
+
+def test_a_status_that_serve_cannot_tell_is_asked_for_again(monkeypatch, capsys):
+    """What was last known stands meanwhile, and the log says why."""
+    known = {"llm": ("DEPLOYING", "")}
+    answers = iter([RuntimeError("no controller"), known, TimeoutError("busy"), ValueError("odd"), known])
+
+    def states():
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    class Reader(io.StringIO):
+        def flush(self):
+            if len(self.getvalue().splitlines()) == 5:
+                raise BrokenPipeError  # as when nobody reads any more
+
+    monkeypatch.setattr(deploy, "_states", states)
+    monkeypatch.setattr(deploy, "POLL_S", 0)
+    reader = Reader()
+    with pytest.raises(BrokenPipeError):
+        deploy._tell_states(reader)
+    told = [json.loads(line)["states"] for line in reader.getvalue().splitlines()]
+    assert told == [{}] + 4 * [{"llm": ["DEPLOYING", ""]}]
+    assert "no controller" in capsys.readouterr().err
 
 
 def test_a_misspelt_setting_is_named(folder):

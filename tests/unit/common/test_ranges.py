@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from services.common.errors import InvalidInput
-from services.common.ranges import check_prune, check_sampling
-from services.common.types import PruneParams, SamplingParams
+from services.common.ranges import check_samplers, check_sampling
+from services.common.types import SamplerSettings, SamplingParams
 
 
 @pytest.mark.parametrize(
@@ -14,9 +14,9 @@ from services.common.types import PruneParams, SamplingParams
     [
         ({"max_tokens": -1}, "asked.max_tokens: is -1, expected 1 or more"),
         ({"top_k": -1}, "asked.top_k: is -1, expected 0 or more"),
-        ({"seed": -1}, "asked.seed: is -1, expected [0, 2^64)"),
-        ({"seed": 2**64}, "asked.seed: is 18446744073709551616, expected [0, 2^64)"),
-        ({"logprobs": -1}, "asked.logprobs: is -1, expected 0 to 20"),
+        ({"seed": -1}, "asked.seed: is -1, expected [0, 18446744073709551615]"),
+        ({"seed": 2**64}, "asked.seed: is 18446744073709551616, expected [0, 18446744073709551615]"),
+        ({"logprobs": -1}, "asked.logprobs: is -1, expected [0, 20]"),
         ({"temperature": 1e400}, "asked.temperature: is inf, expected [0, 2]"),
         ({"stop": ("a", "")}, "asked.stop[1]: is empty"),
         ({"stop": ("a",) * 9}, "asked.stop: has 9 strings, expected at most 8"),
@@ -31,4 +31,4 @@ def test_values_that_are_refused(changes: dict, message: str) -> None:
 
 def test_the_defaults_are_in_range() -> None:
     check_sampling(SamplingParams())
-    check_prune(PruneParams())
+    check_samplers(SamplerSettings())

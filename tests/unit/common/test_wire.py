@@ -11,12 +11,12 @@ from focusllava.v1 import error_pb2, llm_pb2
 from services.common import wire
 from services.common.errors import Code, FocusError, InvalidInput, TooLarge, WrongFingerprint
 from services.common.types import (
-    ChatTurn,
     Constraint,
     FinishedEvent,
     GenerateRequest,
     ImagePart,
-    PruneParams,
+    PromptTurn,
+    SamplerSettings,
     SamplingParams,
     TextPart,
     TokenEvent,
@@ -53,14 +53,14 @@ def generate_request(**changes: object) -> GenerateRequest:
     request = GenerateRequest(
         request_id="r-1",
         turns=(
-            ChatTurn(role="system", parts=(TextPart(text="Be brief."),)),
-            ChatTurn(role="user", parts=(ImagePart(image=0), TextPart(text="What? 你好"))),
-            ChatTurn(role="assistant", parts=(TextPart(text=""),)),
-            ChatTurn(role="user", parts=(ImagePart(image=1), TextPart(text="And this?"))),
+            PromptTurn(role="system", parts=(TextPart(text="Be brief."),)),
+            PromptTurn(role="user", parts=(ImagePart(image=0), TextPart(text="What? 你好"))),
+            PromptTurn(role="assistant", parts=(TextPart(text=""),)),
+            PromptTurn(role="user", parts=(ImagePart(image=1), TextPart(text="And this?"))),
         ),
         images=(visual_tokens(), visual_tokens(branch_ids_M=torch.empty(0, dtype=torch.uint8), notes=())),
         sampling=SAMPLING,
-        prune=PruneParams(threshold=0.85),
+        samplers=SamplerSettings(threshold=0.85),
     )
     return dataclasses.replace(request, **changes)
 
@@ -79,22 +79,27 @@ def test_unset_fields_take_the_defaults() -> None:
     message.ClearField("sampling")
     message.ClearField("prune")
     back = wire.generate_request_from_proto(message)
-    assert back.sampling == SamplingParams() and back.prune == PruneParams()
+    assert back.sampling == SamplingParams() and back.samplers == SamplerSettings()
 
 
 def test_every_setting_is_sent() -> None:
-    for params, message in ((SAMPLING, llm_pb2.SamplingParams), (PruneParams(), llm_pb2.PruneParams)):
+    for params, message in ((SAMPLING, llm_pb2.SamplingParams), (SamplerSettings(), llm_pb2.PruneParams)):
         ours, wires = {field.name for field in dataclasses.fields(params)}, set(message.DESCRIPTOR.fields_by_name)
-        assert ours - {"enabled"} == wires - {"off"}
+        assert ours - {"vision_sampler", "text_sampler"} == wires - {"off"}
     assert not any(getattr(SAMPLING, f.name) == f.default for f in dataclasses.fields(SAMPLING))
 
 
 @pytest.mark.parametrize(
-    "prune",
-    [PruneParams(enabled=False), PruneParams(threshold=1.0), PruneParams(keep_ratio=0.49), PruneParams()],
+    "samplers",
+    [
+        SamplerSettings(text_sampler=False),
+        SamplerSettings(threshold=1.0),
+        SamplerSettings(keep_ratio=0.49),
+        SamplerSettings(),
+    ],
 )
-def test_prune_round_trip(prune: PruneParams) -> None:
-    assert wire.prune_from_proto(wire.prune_to_proto(prune)) == prune
+def test_sampler_settings_round_trip(samplers: SamplerSettings) -> None:
+    assert wire.samplers_from_proto(wire.samplers_to_proto(samplers)) == samplers
 
 
 def test_zero_and_unset_differ() -> None:
@@ -214,13 +219,13 @@ def test_raw_prompt_stands_alone() -> None:
 @pytest.mark.parametrize("name", ["threshold", "keep_ratio"])
 def test_pruning_out_of_range_is_refused(name: str, value: float) -> None:
     with pytest.raises(InvalidInput) as caught:
-        wire.prune_from_proto(llm_pb2.PruneParams(**{name: value}), "prune")
+        wire.samplers_from_proto(llm_pb2.PruneParams(**{name: value}), "prune")
     assert caught.value.field == f"prune.{name}" and str(caught.value).endswith("expected (0, 1]")
 
 
 def test_threshold_and_ratio_exclude_each_other() -> None:
     with pytest.raises(InvalidInput, match=r"^prune\.keep_ratio: is 0\.49 beside a threshold of 0\.85"):
-        wire.prune_from_proto(llm_pb2.PruneParams(threshold=0.85, keep_ratio=0.49))
+        wire.samplers_from_proto(llm_pb2.PruneParams(threshold=0.85, keep_ratio=0.49))
 
 
 def test_malformed_turns_are_refused() -> None:

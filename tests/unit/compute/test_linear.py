@@ -11,7 +11,7 @@ from services.common.errors import InvalidInput
 from services.compute.linear import fastest_linear, prepare_linears
 from services.compute.onednn_linear import Int8Linear, OneDnnLinear
 from services.compute.panel_linear import FEW_TOKENS, PanelLinear, lies_in_panels
-from services.llm.kernels.reference import ReferenceKernels
+from services.llm.kernels.reference_attention import ReferenceKernels
 from services.llm.model import Decoder
 from tests import tiny_llm
 from tests.processor import ONEDNN_DTYPES, needs_bf16, needs_vnni

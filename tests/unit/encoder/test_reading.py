@@ -18,7 +18,7 @@ from services.encoder.anyres import REDUCED_MARGIN
 from services.encoder.model import EncoderModel
 from services.encoder.pipeline import EncoderPipeline
 from services.encoder.reading import read_tiles
-from services.llm.prompt import PromptRenderer
+from services.text.prompt import PromptRenderer
 from tests.tiny_checkpoints import make_random_checkpoint
 from training.data.branches import BranchBuilder
 from training.data.conversations import ConversationBatches

@@ -9,8 +9,8 @@ import sys
 import pytest
 from PIL import Image
 
-from evaluation.easy_vqa_score import COLUMNS, DIGITS, GROUPS
-from evaluation.score import SETTINGS, answers, baseline_scores, score, table
+from evaluation.easy_vqa_score import TOLD
+from evaluation.score import SAMPLERS, answers, baseline_scores, score, table
 from services.common.errors import InvalidInput
 from services.local.model import LocalModel
 from tests.tiny_checkpoints import make_random_checkpoint
@@ -127,32 +127,31 @@ def test_a_stage_trains_on_the_training_split(installed, tmp_path):
 def test_score_counts_by_kind_and_group(tmp_path):
     make_random_checkpoint(tmp_path, tile_px=28)
     model = LocalModel(tmp_path, "cpu", "float32")
-    both = next(setting for setting in SETTINGS if setting.name == "both")
     forms = {"colour": "what color is the shape?", "shape": "what is the red shape?", "presence": "is there a circle?"}
     file = _png("red")
     asked = [QuestionAnswer(kind=k, question=q, answer="?", box_xyxy=None) for k, q in forms.items()]
-    said = [answer.text.strip() for answer in answers(model, file, asked, both)]
+    said = [answer.text.strip() for answer in answers(model, file, asked, SAMPLERS["both"])]
     # The model's own words are the right answers to colour and presence, and something else is that to shape.
     right = [said[0], said[1] + "x", said[2]]
     data = [
         (file, [QuestionAnswer(kind=k, question=forms[k], answer=a, box_xyxy=None)])
         for k, a in zip(forms, right, strict=True)
     ]
-    result = score(model, data, both, None, GROUPS, DIGITS)
+    result = score(model, data, SAMPLERS["both"], told=TOLD)
     assert result["exact_percent"] == {
         "all": 66.67, "colour": 100, "presence": 100, "shape": 0, "what": 50, "yes or no": 100,
     }  # fmt: skip
     assert result["questions"] == {"all": 3, "colour": 1, "presence": 1, "shape": 1, "what": 2, "yes or no": 1}
     assert 0 < result["converted_percent"] <= result["sampled_percent"] < 100
     assert result["kept_percent"] <= result["sampled_percent"]
-    header, _, row = table({"both": result}, COLUMNS).splitlines()
-    assert header.count("|") == row.count("|") == len(COLUMNS) + 3
+    header, _, row = table({"both": result}, TOLD.columns).splitlines()
+    assert header.count("|") == row.count("|") == len(TOLD.columns) + 3
     assert row.endswith("| 66.67 | 50.0 | 100.0 | 0.0 | 100.0 | 100.0 | - |")
 
 
 def test_baselines_see_training_answers_only(installed):
     training = [question for _, asked in easy_vqa("train")[:30] for question in asked]
-    results = baseline_scores(easy_vqa("test")[:9], training, GROUPS, DIGITS)
+    results = baseline_scores(easy_vqa("test")[:9], training, TOLD)
     # Three colours in ten images each: the first in the alphabet, and never more than one in three.
     for name in ("majority", "question only"):
         assert results[name]["exact_percent"]["colour"] == 33.33

@@ -12,11 +12,11 @@ import yaml
 from PIL import Image
 
 from evaluation import lmms_eval_plugin
-from evaluation.lmms_eval_plugin.answering import InProcess, Samplers, Served
+from evaluation.lmms_eval_plugin.answering import InProcess, Served
 from evaluation.lmms_eval_plugin.example import make
 from evaluation.lmms_eval_plugin.questions import Question, RequestFailed, image_file, sampling_settings, turns
 from services.common.errors import InvalidInput
-from services.common.types import PruneParams, SamplingParams
+from services.common.types import SamplingParams
 from services.local.model import LocalModel
 from tests.fakes.gateway import ScriptedGateway
 from tests.tiny_checkpoints import make_random_checkpoint
@@ -35,7 +35,7 @@ def asked(*parts, name: str = "task/test/0", **kwargs) -> Question:
         {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "url": part} for part in parts
     ]
     kwargs = {"max_new_tokens": 4, "do_sample": False, **kwargs}
-    return Question(name=name, turns=turns([{"role": "user", "content": content}]), sampling=sampling_settings(kwargs))
+    return Question(name=name, turns=turns([{"role": "user", "content": content}]), settings=sampling_settings(kwargs))
 
 
 # Generation kwargs. The first three are those of textvqa_val, pope_adv and mmvet.
@@ -67,7 +67,7 @@ def asked(*parts, name: str = "task/test/0", **kwargs) -> Question:
 )
 def test_generation_kwargs_become_our_settings(kwargs, expected):
     before = json.dumps(kwargs)
-    assert sampling_settings(kwargs) == expected
+    assert SamplingParams(**sampling_settings(kwargs)) == expected
     assert json.dumps(kwargs) == before, "a task's kwargs are used again for its next request"
 
 
@@ -145,38 +145,41 @@ def test_a_batch_changes_nobody_s_answer_and_encodes_an_image_once(local, monkey
     encoded = []
     encode = pipeline.encode
     monkeypatch.setattr(pipeline, "encode", lambda images, flags: encoded.append(len(images)) or encode(images, flags))
-    model = InProcess(local, Samplers())
+    model = InProcess(local, {})
     batched = model.answer(QUESTIONS)
     assert encoded == [2], "four questions, two distinct images"
-    assert model.answer(QUESTIONS[:1]) == batched[:1] and encoded == [2], "the image of the batch before is kept"
-    alone = [InProcess(local, Samplers()).answer([question])[0] for question in QUESTIONS]
-    assert alone == batched
-    assert batched[0] == batched[3] and batched[1].visual_tokens_uncompressed == 0
-    assert batched[2].visual_tokens_uncompressed > batched[0].visual_tokens_uncompressed
-    assert all(reply.completion_tokens for reply in batched)
+    (again,) = model.answer(QUESTIONS[:1])
+    assert encoded == [2], "the image of the batch before is kept"
+    alone = [InProcess(local, {}).answer([question])[0] for question in QUESTIONS]
+    for one, other in zip([*alone, again], [*batched, batched[0]], strict=True):
+        assert (one.text, one.token_ids, counts(one)) == (other.text, other.token_ids, counts(other))
+    assert batched[0].token_ids == batched[3].token_ids and batched[1].usage.visual_tokens_uncompressed == 0
+    assert batched[2].usage.visual_tokens_uncompressed > batched[0].usage.visual_tokens_uncompressed
+    assert all(answer.usage.completion_tokens for answer in batched)
+
+
+def counts(answer):
+    return dataclasses.replace(answer.usage, time_to_first_token_ms=0)
 
 
 def test_the_samplers_are_those_of_the_arguments(local):
     def converted(**samplers) -> float:
-        (reply,) = InProcess(local, Samplers(**samplers)).answer(QUESTIONS[:1])
-        return reply.converted_visual_tokens / reply.visual_tokens_uncompressed
+        (answer,) = InProcess(local, samplers).answer(QUESTIONS[:1])
+        return answer.usage.converted_share_percent
 
-    off = PruneParams(enabled=False)
-    assert converted(vision=False, prune=off) == 1.0
-    vision_alone = converted(prune=off)
-    assert vision_alone < 1.0 and converted(vision=False, prune=PruneParams(keep_ratio=0.25)) < 1.0
-    assert converted(prune=PruneParams(threshold=0.3)) < converted(prune=PruneParams(threshold=0.9)) < vision_alone
+    assert converted(vision_sampler=False, text_sampler=False) == 100
+    vision_alone = converted(text_sampler=False)
+    assert vision_alone < 100 and converted(vision_sampler=False, keep_ratio=0.25) < 100
+    assert converted(threshold=0.3) < converted(threshold=0.9) < vision_alone
 
 
 def test_an_error_names_its_request_and_leaves_no_work_behind(local):
     engine = local.engine
-    damaged = Question(name="task/test/7", turns=turns_of(b"no image"), sampling=SamplingParams())
-    beyond = dataclasses.replace(
-        asked(picture(1), name="task/test/8"), sampling=SamplingParams(stop_token_ids=(10**6,))
-    )
+    damaged = Question(name="task/test/7", turns=turns_of(b"no image"), settings={})
+    beyond = dataclasses.replace(asked(picture(1), name="task/test/8"), settings={"stop_token_ids": [10**6]})
     for wrong in (damaged, beyond):
         with pytest.raises(RequestFailed, match=wrong.name) as failed:
-            InProcess(local, Samplers()).answer([QUESTIONS[0], wrong])
+            InProcess(local, {}).answer([QUESTIONS[0], wrong])
         assert isinstance(failed.value.__cause__, InvalidInput)
         assert not engine.has_work()
         engine.check_integrity()
@@ -198,12 +201,12 @@ def gateway():
 
 
 def test_a_gateway_is_asked_the_same(gateway):
-    samplers = Samplers(vision=False, prune=PruneParams(keep_ratio=0.25))
+    samplers = {"vision_sampler": False, "keep_ratio": 0.25}
     served = Served(gateway.address, samplers, timeout_s=10, token="secret")
     replies = served.answer([asked(picture(1), "Which?", until=["\n"]), asked("Two and two?", name="task/test/1")])
     served.close()
     assert [reply.text for reply in replies] == ["a red café"] * 2
-    assert replies[0].converted_visual_tokens == pytest.approx(30) and replies[0].visual_tokens_uncompressed == 100
+    assert replies[0].usage.converted_visual_tokens == pytest.approx(30)
     request = next(request for request in gateway.requests if request.turns[0].parts[0].image)
     assert request.turns[0].parts[0].image == image_file(picture(1)) and request.turns[0].parts[1].text == "Which?"
     assert request.vision_sampler_off and request.prune.keep_ratio == 0.25 and not request.prune.HasField("threshold")
@@ -213,7 +216,7 @@ def test_a_gateway_is_asked_the_same(gateway):
 
 def test_a_gateway_s_refusal_is_raised_with_the_request_s_name(gateway):
     gateway.script = gateway.refusing(grpc.StatusCode.RESOURCE_EXHAUSTED, "sampling.max_tokens: is 4096")
-    served = Served(gateway.address, Samplers(), timeout_s=10, token=None)
+    served = Served(gateway.address, {}, timeout_s=10, token=None)
     with pytest.raises(RequestFailed, match="task/test/3: RESOURCE_EXHAUSTED: sampling.max_tokens: is 4096"):
         served.answer([asked("What?", name="task/test/3")])
     served.close()

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from evaluation.lmms_eval_plugin.answering import InProcess, Samplers
+from evaluation.lmms_eval_plugin.answering import InProcess
 from evaluation.lmms_eval_plugin.example import scenes
 from evaluation.lmms_eval_plugin.questions import Question, RequestFailed, sampling_settings, turns
 from services.common.errors import InvalidInput
@@ -32,9 +32,9 @@ def messages(row):
 def expected(rows) -> list[str]:
     """The stages' own answers."""
     model = LocalModel(CHECKPOINT, "cpu", "float32")
-    sampling = sampling_settings({"max_new_tokens": 8, "do_sample": False, "until": ["\n\n"]})
-    batch = [Question(name="", turns=turns(messages(row)), sampling=sampling) for row in rows]
-    return [reply.text.strip() for reply in InProcess(model, Samplers()).answer(batch)]
+    settings = sampling_settings({"max_new_tokens": 8, "do_sample": False, "until": ["\n\n"]})
+    batch = [Question(name="", turns=turns(messages(row)), settings=settings) for row in rows]
+    return [answer.text.strip() for answer in InProcess(model, {}).answer(batch)]
 
 
 def test_the_command_line_scores_the_stages_own_answers(tmp_path):

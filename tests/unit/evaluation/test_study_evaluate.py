@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from evaluation.scenes import benchmark_images
-from evaluation.score import SETTINGS as SAMPLERS
-from evaluation.score import answers
+from evaluation.score import SAMPLERS, answers
 from evaluation.study.evaluate import benchmark_samples, evaluate, schedule_of, trained_task
 from evaluation.study.runs import Study, run_config
 from evaluation.study.settings import SETTINGS
@@ -35,17 +34,16 @@ def test_scores_are_the_served_engines(tmp_path, name):
     model = task.module.eval()
     model.schedule = schedule_of(setting)
     served = LocalModel(CHECKPOINT, "cpu", "float32")
-    samplers = next(one for one in SAMPLERS if one.name == name)
     served_right = served_converted = served_full = kept = 0.0
     for asked, (file, questions) in zip(
         benchmark_samples(task, "test", IMAGES), benchmark_images("test", IMAGES), strict=True
     ):
         assert asked.questions == questions
         ours = model.answer([asked.sample], random.Random(0))
-        (tokens,) = served.encode([file], vision_sampler=samplers.vision)
+        (tokens,) = served.encode([file], vision_sampler=SAMPLERS[name]["vision_sampler"])
         torch.testing.assert_close(ours.encoded[0].tokens_ND, tokens.tokens_ND, rtol=1e-3, atol=1e-3)
         threshold = setting.text[1] if setting.text else None
-        for q, answer in enumerate(answers(served, file, questions, samplers, threshold)):
+        for q, answer in enumerate(answers(served, file, questions, SAMPLERS[name], threshold)):
             text, usage = answer.text.strip(), answer.usage
             assert bool(ours.exact_BQ[0, q]) == (text == questions[q].answer)
             seen_L = ours.tokens_BQL[0, q]

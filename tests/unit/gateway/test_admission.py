@@ -68,7 +68,7 @@ def test_an_admitted_request_keeps_its_order_and_points_at_its_images():
             vision_sampler_off=True,
         )
     )
-    assert result.request_id == "abc-1" and not result.vision_sampler
+    assert result.request_id == "abc-1" and not result.samplers.vision_sampler
     assert [image.content_hash for image in result.images] == [content_hash(PNG), content_hash(other)]
     assert [image.field for image in result.images] == ["turns[1].parts[0].image", "turns[1].parts[2].image"]
     kinds = [[part.WhichOneof("part") for part in t.parts] for t in result.turns]
@@ -141,7 +141,7 @@ def test_a_raw_prompt_enters_as_it_is():
         (ask(prune=llm_pb2.PruneParams(threshold=math.nan)), InvalidInput, "prune.threshold: is nan"),
         (ask(prune=llm_pb2.PruneParams(keep_ratio=1.5)), InvalidInput, "prune.keep_ratio: is 1.5, expected (0, 1]"),
         (ask(prune=llm_pb2.PruneParams(keep_ratio=0.5, threshold=0.5)), InvalidInput, "expected one of the two"),
-        (ask(sampling=llm_pb2.SamplingParams(logprobs=21)), InvalidInput, "sampling.logprobs: is 21, expected 0 to 20"),
+        (ask(sampling=llm_pb2.SamplingParams(logprobs=21)), InvalidInput, "sampling.logprobs: is 21, expected [0, 20]"),
         (ask(sampling=llm_pb2.SamplingParams(min_p=1.1)), InvalidInput, "sampling.min_p: is 1.1, expected [0, 1]"),
     ],
 )

@@ -54,7 +54,7 @@ async def test_concurrent_streams_equal_the_engine_alone() -> None:
 
 async def test_tokens_come_as_they_are_made_and_not_at_the_end() -> None:
     async with running() as engine:
-        request = tiny_llm.request(engine.engine, max_tokens=1500, prune=False)
+        request = tiny_llm.request(engine.engine, max_tokens=1500, text_sampler=False)
         async with contextlib.aclosing(engine.generate(request)) as events:
             await anext(events)
             await anext(events)
@@ -173,7 +173,7 @@ async def test_an_engine_whose_every_step_fails_is_unwell_until_a_request_ends_w
 
 async def test_a_step_that_could_not_be_planned_leaves_no_block_that_holds_nothing(monkeypatch) -> None:
     async with running() as engine:
-        first, later = (tiny_llm.request(engine.engine, name, images=(60,), prune=False) for name in ("a", "c"))
+        first, later = (tiny_llm.request(engine.engine, name, images=(60,), text_sampler=False) for name in ("a", "c"))
         expected = tiny_llm.run(tiny_llm.engine(), [first])["a"][0]
         cache, calls = engine.engine.cache, 0
         append = cache._append
@@ -190,7 +190,7 @@ async def test_a_step_that_could_not_be_planned_leaves_no_block_that_holds_nothi
             patch.setattr(cache, "_append", fail)
             both = threading.Event()
             engine._inbox.put(both.wait)
-            other = tiny_llm.request(engine.engine, "b", images=(70,), image_seed=5, prune=False)
+            other = tiny_llm.request(engine.engine, "b", images=(70,), image_seed=5, text_sampler=False)
             asked = asyncio.create_task(outcomes(engine, first, other))
             while engine._inbox.qsize() < 2:
                 await asyncio.sleep(0.005)
@@ -243,6 +243,34 @@ async def test_close_ends_streams_joins_and_refuses_what_comes_later() -> None:
     for late in (requests[0], constrained):
         with pytest.raises(StageUnavailable):
             await answer(engine, late)
+
+
+async def test_close_ends_what_waits_to_be_compiled(monkeypatch) -> None:
+    """One constraint is being compiled, another waits for the thread, and a third has been cancelled by its caller."""
+    engine = AsyncEngine(tiny_llm.engine())
+    grammars = engine.engine.grammars
+    compiling, goes_on, compile_ = threading.Event(), threading.Event(), grammars._compile
+
+    def slowly(constraint: Constraint) -> Any:
+        compiling.set()
+        goes_on.wait(20)
+        return compile_(constraint)
+
+    monkeypatch.setattr(grammars, "_compile", slowly)
+    constraints = [Constraint(kind="regex", text=letter) for letter in "abc"]
+    requests = [tiny_llm.request(engine.engine, c.text, max_tokens=5, constraint=c) for c in constraints]
+    first, second, third = (asyncio.create_task(answer(engine, request)) for request in requests)
+    await asyncio.to_thread(compiling.wait, 20)
+    third.cancel()
+    closing = asyncio.create_task(asyncio.to_thread(engine.close))
+    with pytest.raises(StageUnavailable):
+        await asyncio.wait_for(second, 20)
+    goes_on.set()
+    await closing
+    with pytest.raises(StageUnavailable):
+        await first
+    with pytest.raises(asyncio.CancelledError):
+        await third
 
 
 async def test_cancel_storm() -> None:

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from services.llm.kernels import Kernels, choose_kernels
-from services.llm.kernels.cpu import CpuKernels
-from services.llm.kernels.reference import ReferenceKernels
+from services.llm.kernels.cpu_attention import CpuKernels
+from services.llm.kernels.reference_attention import ReferenceKernels
 from tests import gpu
 from tests.attention_oracle import decode_oracle, prefill_oracle
 from tests.processor import HAS_COMPILER, cpu_kernels

@@ -101,7 +101,7 @@ def test_every_token_of_every_layer_has_a_place_of_its_own(layers: int, prune_la
 def test_pages_freed_by_either_group_serve_the_other() -> None:
     cache = make(blocks=10)  # 30 pages: 1 a lower block, 2 an upper one
     prefill(cache, "a", 40, 12)
-    assert cache.free_pages == 30 - 10 - 6 and cache.pages_missing("a", 41, 16) == 1 + 2
+    assert cache.pool.free_pages == 30 - 10 - 6 and cache.pages_missing("a", 41, 16) == 1 + 2
     cache.open("b")
     assert cache.can_grow("b", UPPER, 28) and not cache.can_grow("b", UPPER, 29)
     cache.grow("b", UPPER, 28)
@@ -111,7 +111,7 @@ def test_pages_freed_by_either_group_serve_the_other() -> None:
     cache.free("a")
     cache.free("a")
     cache.check_integrity(set())
-    assert cache.free_pages == 30
+    assert cache.pool.free_pages == 30
 
 
 def test_a_tokens_place_stays_while_the_table_grows() -> None:
@@ -142,13 +142,13 @@ def test_known_blocks_are_shared_stay_when_idle_and_are_found_up_to_the_first_di
     assert prefill(cache, "b", 14, 6, keys_of("1", "2", "x")) == 8
     assert torch.equal(cache.slots("a", LOWER, 0, 8), cache.slots("b", LOWER, 0, 8))
     cache.check_integrity({"a", "b"})
-    used = cache.num_pages - cache.free_pages
+    used = cache.num_pages - cache.pool.free_pages
     assert used == cache.pages_needed(14, 6) * 2 - 2
     cache.free("a")
-    assert cache.idle_pages == 1, "b still holds the other two"
+    assert cache.pool.idle_pages == 1, "b still holds the other two"
     cache.free("b")
     cache.check_integrity(set())
-    assert cache.free_pages + cache.idle_pages == cache.num_pages and cache.idle_pages == 4
+    assert cache.pool.free_pages + cache.pool.idle_pages == cache.num_pages and cache.pool.idle_pages == 4
     assert prefill(cache, "c", 12, 4, keys_of("1", "2", "3")) == 12
     assert prefill(cache, "d", 12, 4, keys_of("2", "3")) == 8, "keys chain where they are made, not here"
     assert prefill(make(prefix_reuse=False), "e", 12, 4, keys_of("1")) == 0
@@ -195,7 +195,7 @@ def test_a_broken_sequence_leaves_nothing_to_find() -> None:
     assert not cache.pool.find(keys_of("1"))
     cache.free("a")
     cache.check_integrity(set())
-    assert (cache.idle_pages, cache.free_pages) == (0, cache.num_pages)
+    assert (cache.pool.idle_pages, cache.pool.free_pages) == (0, cache.num_pages)
 
 
 def _lose_a_page(cache: KVCache) -> None:

@@ -10,8 +10,8 @@ import torch
 from transformers.generation import logits_process as hf
 
 from services.common.types import SampledToken, SamplingParams
-from services.llm import sampling
-from services.llm.sampling import new_generator, sample
+from services.llm.kernels import sampling
+from services.llm.kernels.sampling import new_generator, sample
 
 PROBABILITIES = torch.tensor([0.05, 0.4, 0.1, 0.3, 0.15])
 VOCABULARY = 40

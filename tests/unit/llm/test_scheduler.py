@@ -81,7 +81,7 @@ def test_an_older_prompt_comes_first() -> None:
 def test_several_short_prompts_share_a_step() -> None:
     engine = tiny_llm.engine(max_batch_tokens=200, prefix_reuse=False)
     for index in range(5):
-        engine.submit(tiny_llm.request(engine, f"r{index}", images=(60,), prune=False, max_tokens=50))
+        engine.submit(tiny_llm.request(engine, f"r{index}", images=(60,), text_sampler=False, max_tokens=50))
     length = engine._sequences["r0"].prompt_len
     steps = stepping(engine)
     assert len(engine.step()) == 200 // length == 2
@@ -99,7 +99,7 @@ def test_first_come_first_served_when_the_pool_is_full() -> None:
     cache = tiny_llm.engine().cache
     engine = tiny_llm.engine(kv_cache_bytes=cache.blocks(280) * cache.block_bytes, prefix_reuse=False)
     engine.submit(tiny_llm.request(engine, "first", images=(60,), max_tokens=5))
-    engine.submit(tiny_llm.request(engine, "long", images=(200,), prune=False, max_tokens=5))
+    engine.submit(tiny_llm.request(engine, "long", images=(200,), text_sampler=False, max_tokens=5))
     engine.submit(tiny_llm.request(engine, "small", images=(), max_tokens=1))
     order = []
     while engine.has_work():

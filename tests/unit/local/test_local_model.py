@@ -20,12 +20,12 @@ from focusllava.messages import Settings, read_image
 from services.common.errors import InternalError, InvalidInput, StageUnavailable, TooLarge
 from services.common.media import MediaLimits
 from services.common.types import (
-    ChatTurn,
     FinishedEvent,
     GenerateRequest,
     ImageOptions,
     ImagePart,
-    PruneParams,
+    PromptTurn,
+    SamplerSettings,
     SamplingParams,
     TextPart,
     TokenEvent,
@@ -71,24 +71,25 @@ def same(one: LocalAnswer, other: LocalAnswer) -> bool:
 def test_an_answer_is_that_of_the_two_stages(model: LocalModel) -> None:
     pipeline = EncoderPipeline.from_checkpoint(CHECKPOINT, dtype=torch.float32)
     engine = Engine.from_checkpoint(CHECKPOINT, dtype=torch.float32, kv_cache_bytes=2**26)
-    cases: list[tuple[Settings, SamplingParams, PruneParams, bool, str | None]] = [
-        ({}, SamplingParams(), PruneParams(), True, None),
-        ({"threshold": 0.8}, SamplingParams(), PruneParams(threshold=0.8), True, "low"),
+    cases: list[tuple[Settings, SamplingParams, SamplerSettings, str | None]] = [
+        ({}, SamplingParams(), SamplerSettings(), None),
+        ({"threshold": 0.8}, SamplingParams(), SamplerSettings(threshold=0.8), "low"),
         (
             {"keep_ratio": 0.5, "vision_sampler": False, "max_tokens": 5, "ignore_eos": True},
-            SamplingParams(max_tokens=5, ignore_eos=True), PruneParams(keep_ratio=0.5), False, None,
+            SamplingParams(max_tokens=5, ignore_eos=True), SamplerSettings(keep_ratio=0.5, vision_sampler=False), None,
         ),
         (
             {"text_sampler": False, "temperature": 0.9, "seed": -1, "stop": "0"},
-            SamplingParams(temperature=0.9, seed=2**64 - 1, stop=("0",)), PruneParams(enabled=False), True, None,
+            SamplingParams(temperature=0.9, seed=2**64 - 1, stop=("0",)), SamplerSettings(text_sampler=False), None,
         ),
     ]  # fmt: skip
-    for settings, sampling, prune, vision, detail in cases:
+    for settings, sampling, samplers, detail in cases:
+        vision = samplers.vision_sampler
         answer = model.ask(SAMPLE, RED, detail=detail, **settings)
         options = ImageOptions(detail="low" if detail else "high")
         (tokens,) = pipeline.encode([pipeline.prepare(SAMPLE.read_bytes(), vision, options)], [vision])
-        turn = ChatTurn(role="user", parts=(ImagePart(image=0), TextPart(text=RED)))
-        request = GenerateRequest(request_id="r", turns=(turn,), images=(tokens,), sampling=sampling, prune=prune)
+        turn = PromptTurn(role="user", parts=(ImagePart(image=0), TextPart(text=RED)))
+        request = GenerateRequest(request_id="r", turns=(turn,), images=(tokens,), sampling=sampling, samplers=samplers)
         sequence = engine.prepare(request)
         engine.enqueue(sequence)
         events = []
@@ -220,7 +221,7 @@ def test_what_cannot_be_loaded_is_named(tmp_path: pathlib.Path) -> None:
 
 
 def test_sizes_follow_from_the_checkpoint_as_in_serving(model: LocalModel) -> None:
-    served = LanguageModelSettings(checkpoint=str(CHECKPOINT)).sizes("cpu", torch.float32)
+    served = LanguageModelSettings(checkpoint=str(CHECKPOINT)).replica_sizes("cpu", torch.float32)
     assert model.engine.scheduler.max_running == served.max_running
     with LocalModel(CHECKPOINT, "cpu", "float32", max_running=2, max_model_len=900, prefix_reuse=False) as small:
         assert small.engine.scheduler.max_running == 2 and small.engine.decoder.context == 900
@@ -272,7 +273,7 @@ def test_the_latest_visual_tokens_are_kept_within_bounds(model: LocalModel, monk
     encoder = ImageEncoder(model.pipeline, max_tiles=20)
     files = [read_image(picture(seed)) for seed in range(4)]
     images = [AskedImage(data=file, vision_sampler=True, options=ImageOptions()) for file in files]
-    one = encoder.encode(images[:1])[0].tokens_ND.nbytes + len(files[0])
+    one = encoder.encode(images[:1])[0][0].tokens_ND.nbytes + len(files[0])
     monkeypatch.setattr("services.local.images.KEPT_BYTES", int(2.5 * one))
     encoder.encode(images[1:3])
     encoder.encode(images[1:2])

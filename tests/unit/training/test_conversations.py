@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from services.checkpoint.config import FocusLlavaConfig
 from services.common.errors import InvalidInput
-from services.llm.prompt import PromptRenderer
+from services.text.prompt import PromptRenderer
 from tests.tiny_checkpoints import FAMILIES, make_random_checkpoint
 from training.data.branches import BranchBuilder, Exchange
 from training.data.conversations import ConversationBatches, read_exchanges

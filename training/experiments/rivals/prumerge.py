@@ -48,9 +48,9 @@ class PruMergePlus:
     budget: float | None = 0.25
     newline_rows: int = 1
     neighbour_share: float = 32 / 576
-    """Of the map's tokens: how many dropped ones each kept one takes in."""
+    """Share of the map's tokens: how many dropped ones each kept one takes in."""
     source: Source = "cls"
-    """Whose attention in the tower `RivalInput.attention_HW` has to be."""
+    """The tokens whose attention in the tower `RivalInput.attention_HW` has to be."""
 
     def __post_init__(self) -> None:
         check_share(self.budget)

@@ -45,9 +45,9 @@ class VisionZip:
     budget: float = 0.25
     newline_rows: int = 1
     contextual_share: float = 10 / 64
-    """Of the tokens that come out."""
+    """Share of the tokens that come out."""
     source: Source = "cls"
-    """Whose attention in the tower `RivalInput.attention_HW` has to be."""
+    """The tokens whose attention in the tower `RivalInput.attention_HW` has to be."""
 
     def __post_init__(self) -> None:
         check_share(self.budget)

@@ -171,7 +171,7 @@ REFUSED_IN_TEXT = [
     ({"prompt": "x" * 65_537}, "prompt", "has 65537 characters, the limit is 65536"),
     ({"prompt": [5, -1]}, "prompt", "holds -1, expected token ids"),
     ({"prompt": None}, "prompt", "is missing"),
-    ({"logprobs": 21}, "logprobs", "is 21, expected 0 to 20"),
+    ({"logprobs": 21}, "logprobs", "is 21, expected [0, 20]"),
     ({"logprobs": True}, "logprobs", "is True"),
     ({"messages": []}, "messages", "is not supported"),
     ({"tools": []}, "tools", "is not supported"),

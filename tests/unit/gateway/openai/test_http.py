@@ -184,11 +184,23 @@ async def test_a_page_of_another_site_cannot_ask():
 async def test_other_paths_and_methods():
     async with open_door() as door:
         nowhere = await door.raw.post("/v1/responses", json={"model": "tiny", "input": "?"})
-        wrong = await door.raw.get("/v1/chat/completions")
+        wrong = [await door.raw.get("/v1/chat/completions"), await door.raw.delete("/health")]
+        wrong.append(await door.raw.head("/v1/chat/completions"))
         with pytest.raises(openai.NotFoundError, match="model: is 'other'"):
             await door.client.models.retrieve("other")
     assert nowhere.status_code == 404 and "/v1/chat/completions" in nowhere.json()["error"]["message"]
-    assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
+    assert [(each.status_code, each.headers["allow"]) for each in wrong] == [
+        (405, "POST"), (405, "GET, HEAD"), (405, "POST"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models", "/v1/models/tiny"])
+async def test_head_is_get_without_a_body(path):
+    async with open_door() as door:
+        whole, head = await door.raw.get(path), await door.raw.head(path)
+        assert head.status_code == whole.status_code == 200 and head.content == b""
+        assert head.headers["content-length"] == whole.headers["content-length"] == str(len(whole.content))
+        assert (await door.raw.get(path)).content == whole.content  # the connection goes on
 
 
 async def test_the_request_id_is_the_callers():

@@ -6,38 +6,38 @@ import itertools
 from collections.abc import Sequence
 
 from services.common.errors import InvalidInput
-from services.common.types import ChatTurn, ImagePart, TextPart
+from services.common.types import ImagePart, PromptTurn, TextPart
 
 ROLES = ("system", "user", "assistant")
 
 
-def has_words(turn: ChatTurn) -> bool:
+def has_words(turn: PromptTurn) -> bool:
     return any(isinstance(part, TextPart) and part.text.strip() for part in turn.parts)
 
 
-def last_user_turn(turns: Sequence[ChatTurn]) -> int:
+def last_user_turn(turns: Sequence[PromptTurn]) -> int:
     """Index of the turn that asks; -1 where the user says nothing."""
     return max((index for index, turn in enumerate(turns) if turn.role == "user"), default=-1)
 
 
-def join_leading_system_turns(turns: Sequence[ChatTurn]) -> list[ChatTurn]:
+def join_leading_system_turns(turns: Sequence[PromptTurn]) -> list[PromptTurn]:
     """The system turns that begin a conversation become one, a blank line between them."""
     leading = list(itertools.takewhile(lambda turn: turn.role == "system", turns))
     return [_joined(leading), *turns[len(leading) :]] if len(leading) > 1 else list(turns)
 
 
-def join_all_system_turns(turns: Sequence[ChatTurn]) -> list[ChatTurn]:
+def join_all_system_turns(turns: Sequence[PromptTurn]) -> list[PromptTurn]:
     """Every system turn becomes a part of the first, for templates that know one alone."""
     system = [turn for turn in turns if turn.role == "system"]
     return [_joined(system), *(turn for turn in turns if turn.role != "system")]
 
 
-def _joined(turns: Sequence[ChatTurn]) -> ChatTurn:
+def _joined(turns: Sequence[PromptTurn]) -> PromptTurn:
     texts = ("".join(part.text for part in turn.parts if isinstance(part, TextPart)) for turn in turns)
-    return ChatTurn(role="system", parts=(TextPart(text="\n\n".join(texts)),))
+    return PromptTurn(role="system", parts=(TextPart(text="\n\n".join(texts)),))
 
 
-def check_turns(turns: Sequence[ChatTurn], num_images: int, *, continue_final: bool) -> None:
+def check_turns(turns: Sequence[PromptTurn], num_images: int, *, continue_final: bool) -> None:
     """Raises InvalidInput: no turn, an unknown role, an image that is not used exactly once in order and by the user,
     nothing that is asked, or no turn of the assistant's to continue."""
     if not turns:

@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerFast
 
 from services.common.errors import InvalidInput
 from services.common.types import Constraint, SamplingParams
-from services.llm import grammars as grammars_module
-from services.llm.grammars import Grammars
-from services.llm.guide import Guide
+from services.grammar import grammars as grammars_module
+from services.grammar.grammars import Grammars
+from services.grammar.guide import Guide
 from tests.tiny_checkpoints import make_tokenizer
 
 TOKENIZER = make_tokenizer("llama")
@@ -247,7 +247,7 @@ def test_a_forced_text_is_looked_for_once_and_comes_as_each_tokens_own_mask_says
 def test_an_answer_that_leaves_its_forced_text_or_its_way_to_the_end_is_noticed(
     grammars: Grammars, closes: bool
 ) -> None:
-    """As where a row's scores are no numbers: any token may come out."""
+    """Any token may come out where a row's scores are no numbers."""
     constraint = Constraint(kind="regex", text="[jk]abcdefghi[lm]")
     way = grammars.compile(constraint).way
     assert way

@@ -7,8 +7,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from services.common.types import FinishedEvent, TokenEvent, TokenLogprob, TokenLogprobs, Usage
-from services.llm.grammars import Grammars
-from services.llm.token_texts import TokenTexts
+from services.grammar.grammars import Grammars
+from services.text.token_texts import TokenTexts
 from tests import tiny_llm
 
 

@@ -1,4 +1,4 @@
-"""Attention on a GPU: torch's variable-length flash attention for prefill, paged_decode.py for decode.
+"""Attention on a GPU: torch's variable-length flash attention for prefill, cuda_paged_decode.py for decode.
 
 Legend: see services/llm/kernels/__init__.py.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from services.llm.kernels.paged_decode import paged_decode, store
+from services.llm.kernels.cuda_paged_decode import paged_decode, store
 
 CAUSAL = (-1, 0)
 """Window (left, right) of `varlen_attn`: aligned to the last query and the last key of each segment."""

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from services.common.types import SamplingParams
-from services.llm.detokenizer import MAX_HELD_TOKENS, Detokenizer
+from services.text.detokenizer import MAX_HELD_TOKENS, Detokenizer
 from tests.tiny_checkpoints import make_tokenizer
 
 TEXTS = (

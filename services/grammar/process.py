@@ -2,7 +2,7 @@
 
 Clients send grammars: some take hours to compile, and a few thousand rules in a chain overflow the compiler's stack,
 which ends its process. So each is compiled first in a fork of this process, with a bound on its time and stack. Run as
-`python -m services.llm.grammar_process`: the first line of standard input describes the tokenizer, each later one is a
+`python -m services.grammar.process`: the first line of standard input describes the tokenizer, each later one is a
 constraint, answered by one line: {"grammar": text} or {"error": text}.
 """
 

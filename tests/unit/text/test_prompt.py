@@ -10,8 +10,8 @@ import torch
 from transformers import LlavaNextProcessor, PreTrainedTokenizerFast
 
 from services.common.errors import InvalidInput
-from services.common.types import ChatTurn, ImagePart, TextPart
-from services.llm.prompt import Prompt, PromptRenderer
+from services.common.types import ImagePart, PromptTurn, TextPart
+from services.text.prompt import Prompt, PromptRenderer
 from tests.tiny_checkpoints import FAMILIES, IMAGE_TOKEN, make_hub_checkpoint, make_tokenizer
 
 # The template of llava-v1.6-vicuna: every image of a turn first; other templates strip the texts.
@@ -24,9 +24,9 @@ VICUNA = (
 STRIPPING = VICUNA.replace("c['text'] + ' '", "c['text'] | trim")
 
 
-def turn(role: str, *parts: str | int) -> ChatTurn:
+def turn(role: str, *parts: str | int) -> PromptTurn:
     made = tuple(ImagePart(image=p) if isinstance(p, int) else TextPart(text=p) for p in parts)
-    return ChatTurn(role=role, parts=made)
+    return PromptTurn(role=role, parts=made)
 
 
 def renderer(family: str = "llama", *, template: str | None = None, **options: Any) -> PromptRenderer:
@@ -65,7 +65,7 @@ def processors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("template", [None, VICUNA, STRIPPING])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_same_ids_as_transformers_processor(
-    processors: dict[str, Any], family: str, template: str | None, turns: tuple[ChatTurn, ...]
+    processors: dict[str, Any], family: str, template: str | None, turns: tuple[PromptTurn, ...]
 ) -> None:
     pictures = [torch.zeros(3, 40, 60), torch.zeros(3, 28, 28)]
     count = sum(isinstance(part, ImagePart) for each in turns for part in each.parts)
@@ -218,7 +218,7 @@ def test_texts_with_private_use_characters_pass_through() -> None:
         ((turn("system", 0), turn("user", "x")), 1, "image in a system turn"),
     ],
 )
-def test_turns_that_are_refused(turns: tuple[ChatTurn, ...], images: int, message: str) -> None:
+def test_turns_that_are_refused(turns: tuple[PromptTurn, ...], images: int, message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
         renderer().render(turns, [4] * images)
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from services.common.types import SamplingParams
-from services.llm.closing import MOST_STEPS, Closing
+from services.grammar.closing import MOST_STEPS, Closing
 
 SPARE_TOKENS = 8
 """An answer that nears max_tokens goes to its constraint's end when so many are left beside it, or an eighth of all."""
@@ -23,7 +23,7 @@ class Start(NamedTuple):
     """A constraint at its beginning."""
 
     matcher: llguidance.LLMatcher
-    """Not to be changed."""
+    """A matcher that has read nothing; it is copied, never changed."""
     way: list[int] | None
     """The shortest way to the end that is known (`Closing.way`)."""
 
@@ -49,7 +49,7 @@ class Guide:
         self.ahead: list[int] = []
         """Tokens of the answer that the matcher has not seen yet."""
         self.forced: list[int] = []
-        """Those tokens, the next one last, of which each must come; empty where that is not known."""
+        """Tokens that must come, the next one last; empty where that is not known."""
         self._closing, self._eos = closing, eos_token_ids
         self._most, self._min_tokens = max_new_tokens, sampling.min_tokens
         self._end = eos_token_ids if sampling.ignore_eos else ()

@@ -21,8 +21,8 @@ from transformers import AutoTokenizer, LlavaNextConfig
 
 from services.checkpoint.config import Instruction
 from services.common.errors import InvalidInput
-from services.common.types import ChatTurn, ImagePart
-from services.llm.turns import (
+from services.common.types import ImagePart, PromptTurn
+from services.text.turns import (
     check_turns,
     has_words,
     join_all_system_turns,
@@ -93,9 +93,11 @@ class PromptRenderer:
         )
         return cls(tokenizer, image_token_id=image_token_id, context=context, instruction=instruction)
 
-    def render(self, turns: Sequence[ChatTurn], image_tokens: Sequence[int], *, continue_final: bool = False) -> Prompt:
-        """turns to a prompt; image_tokens: visual tokens of each image, in order; continue_final: the prompt ends with
-        the text of the last turn, the assistant's.
+    def render(
+        self, turns: Sequence[PromptTurn], image_tokens: Sequence[int], *, continue_final: bool = False
+    ) -> Prompt:
+        """The prompt of a conversation. image_tokens: visual tokens of each image, in order; continue_final: the prompt
+        ends with the text of the last turn, the assistant's.
 
         Leading system turns are joined. Later ones stay in place where the template renders them, otherwise they are
         joined to the leading ones. Raises InvalidInput: what `check_turns` raises, turns that the template refuses, or
@@ -149,7 +151,7 @@ class PromptRenderer:
             )
         return encoded["input_ids"], encoded["offset_mapping"]
 
-    def _renders(self, turns: Sequence[ChatTurn], continue_final: bool) -> bool:
+    def _renders(self, turns: Sequence[PromptTurn], continue_final: bool) -> bool:
         """Whether the template takes these turns and shows each of their texts once and in order."""
         texts: list[_Text] = []
         _, marked = self._messages(turns, texts, continue_final)
@@ -161,7 +163,7 @@ class PromptRenderer:
         return shown == [chr(FIRST_SENTINEL + index) for index in range(len(texts))]
 
     def _messages(
-        self, turns: Sequence[ChatTurn], texts: list[_Text], continue_final: bool
+        self, turns: Sequence[PromptTurn], texts: list[_Text], continue_final: bool
     ) -> tuple[list[Any], list[Any]]:
         last_user = last_user_turn(turns)
         real: list[Any] = []

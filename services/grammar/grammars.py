@@ -4,7 +4,7 @@ The engine's thread computes the masks of all its answers at once, after it has 
 that out meanwhile. A thread of their own would cost a processor more than the masks do: it takes Python's lock from the
 engine and a core from the model.
 
-Legend: n answers, V vocabulary, W = ceil(V / 32) words.
+Legend: n answers, r those of them whose mask a matcher computes, V vocabulary, W = ceil(V / 32) words.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import numpy.typing as npt
 
 from services.common.errors import InvalidInput
 from services.common.types import Constraint, SamplingParams
-from services.llm.closing import Closing
-from services.llm.grammar_process import limits
-from services.llm.guide import Guide, Start
+from services.grammar.closing import Closing
+from services.grammar.guide import Guide, Start
+from services.grammar.process import limits
 
 logger = logging.getLogger(__name__)
 
@@ -118,8 +118,8 @@ class Grammars:
                 else:
                     masks_nW[row, token // 32] = 1 << token % 32
             self._fill([(guides[row].matcher, row) for row in rows], masks_nW)
-            any_n: npt.NDArray[np.bool_] = np.any(masks_nW[rows], axis=1)
-            for row, allows_any in zip(rows, any_n.tolist(), strict=True):
+            any_r: npt.NDArray[np.bool_] = np.any(masks_nW[rows], axis=1)
+            for row, allows_any in zip(rows, any_r.tolist(), strict=True):
                 guide = guides[row]
                 if allows_any and not guide.matcher.is_error():
                     guide.restrict(masks_nW[row])
@@ -231,7 +231,7 @@ class Grammars:
     def _running_process(self) -> subprocess.Popen[str]:
         if self._process is None or self._process.poll() is not None:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "services.llm.grammar_process"],
+                [sys.executable, "-m", "services.grammar.process"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,

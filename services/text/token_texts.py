@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from services.common.types import TokenEvent, TokenLogprob, TokenLogprobs
-from services.llm.detokenizer import REPLACEMENT
+from services.text.detokenizer import REPLACEMENT
 
 E = TypeVar("E")
 

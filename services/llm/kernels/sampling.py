@@ -18,8 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from services.common.ranges import MAX_LOGPROBS
-from services.common.types import SampledToken, SamplingParams, TokenLogprob, TokenLogprobs
+from services.common.types import MAX_LOGPROBS, SampledToken, SamplingParams, TokenLogprob, TokenLogprobs
 
 CANDIDATES = 256
 """Likeliest tokens that are looked at before a row's whole vocabulary is sorted, which takes 20 times as long."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from services.compute import native
-from services.llm.kernels.reference import ReferenceKernels
+from services.llm.kernels.reference_attention import ReferenceKernels
 
 
 class CpuKernels(ReferenceKernels):
