@@ -295,7 +295,7 @@ def test_what_was_trained_on_an_imported_checkpoint_is_on_in_its_export_and_serv
     (tmp_path / "data.json").write_text(json.dumps(entries))
     stage = {
         "vision_sampler": vision,
-        "prune": {"layers": [2, 2], "thresholds": [0.6, 0.6]} if text else {},
+        "prune": {"layers": [2, 2], "thresholds": [0.6, 0.6]} if text else None,
         "data": str(tmp_path / "data.json"),
         # Coarse branches are to be chosen, which a selector of two steps would not.
         "model": {"vision_sampler": {"branches": [[2, 2], [4, 4]], "balance_coefficients": [1.0, 1.0]}},
