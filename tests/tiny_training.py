@@ -83,7 +83,7 @@ def train_imported(folder: pathlib.Path, *, vision: bool = True, text: bool = Tr
     (folder / "data.json").write_text(json.dumps(entries))
     stage = {
         "vision_sampler": vision,
-        "prune": {"layers": [2, 2], "thresholds": [0.6, 0.6]} if text else {},
+        "prune": {"layers": [2, 2], "thresholds": [0.6, 0.6]} if text else None,
         "data": str(folder / "data.json"),
         # Coarse branches are to be chosen, which a selector of two steps would not.
         "model": {"vision_sampler": {"branches": [[2, 2], [4, 4]], "balance_coefficients": [1.0, 1.0]}},
