@@ -10,4 +10,4 @@ export PYTHONPATH=".:$folder"
 "$python" -c "import sys, transformers; sys.exit(transformers.__version__ != '$version')"
 echo "compat: transformers $version"
 "$python" -m pytest tests/contract tests/unit/encoder tests/unit/checkpoint/test_import_llava_next.py \
-    tests/unit/llm/test_prompt.py tests/unit/training/test_held_share.py
+    tests/unit/text/test_prompt.py tests/unit/training/test_held_share.py
