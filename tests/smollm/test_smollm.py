@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import os
 import pathlib
@@ -113,9 +114,14 @@ def test_a_large_image_is_answered_with_all_its_visual_tokens(served):
     pixels = np.random.default_rng(0).integers(0, 256, (1344, 1344, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
+    question, url = "What is in the picture?", "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
     with FocusClient(served.grpc, timeout_s=300) as client:
-        answer = client.ask(file.getvalue(), "What is in the picture?", max_tokens=8, ignore_eos=True).result()
+        answer = client.ask(file.getvalue(), question, max_tokens=8, ignore_eos=True).result()
     usage = answer.usage
     assert usage.visual_tokens_uncompressed == usage.visual_tokens_sampled == 2928 >= usage.visual_tokens_kept > 0
     assert usage.completion_tokens == 8 and answer.text
-    print(answer)
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
+    with openai.OpenAI(base_url=served.openai, api_key="-", timeout=300) as http:
+        name, turns = http.models.list().data[0].id, [{"role": "user", "content": parts}]
+        said = http.chat.completions.create(model=name, messages=turns, max_tokens=8, extra_body={"ignore_eos": True})
+    assert said.choices[0].message.content == answer.text and said.usage.prompt_tokens == usage.prompt_tokens
