@@ -120,7 +120,7 @@ def test_a_split_prompt_makes_the_same_decision() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_threshold_one_and_ratio_one_equal_off(family: str) -> None:
     engine = tiny_llm.engine(family)
-    settings: tuple[dict[str, Any], ...] = ({"threshold": 1.0}, {"keep_ratio": 1.0}, {"prune": False})
+    settings: tuple[dict[str, Any], ...] = ({"threshold": 1.0}, {"keep_ratio": 1.0}, {"text_sampler": False})
     full, ratio, off = (
         tiny_llm.run(engine, [tiny_llm.request(engine, max_tokens=24, **setting)])["r"] for setting in settings
     )

@@ -195,7 +195,7 @@ def test_a_storm_of_1000_aborts_leaves_the_pool_as_it_was(prefix_reuse: bool) ->
                 images=((20,), (), (45,), (100,))[index % 4],
                 max_tokens=1 + index % 40,
                 image_seed=index % 12,
-                **({"keep_ratio": 0.3} if index % 3 else {"prune": False}),
+                **({"keep_ratio": 0.3} if index % 3 else {"text_sampler": False}),
             )
         )
         alive.append(name)

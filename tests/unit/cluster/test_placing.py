@@ -17,7 +17,7 @@ from services.checkpoint.store import stage_elements
 from services.common.errors import InvalidInput
 from services.compute.dtypes import choose_dtype, dtype_name
 from services.compute.memory import Memory
-from services.llm import settings as llm_settings
+from services.llm import engine_config
 from services.llm.settings import LanguageModelSettings
 from tests import tiny_llm
 from tests.unit.cluster.test_local import PORTS
@@ -210,6 +210,6 @@ def test_a_replica_that_is_told_no_size_finds_it_itself(monkeypatch: pytest.Monk
     dtype = torch.bfloat16  # another than that of the file, in which the embeddings would stay
     sizes = settings.replica_sizes("cpu", dtype)
     assert sizes.full_images == 16 and sizes.weights == stage_elements(folder, "llm") * dtype.itemsize
-    monkeypatch.setattr(llm_settings, "device_memory", lambda device: Memory(total=GIB, free=GIB))
+    monkeypatch.setattr(engine_config, "device_memory", lambda device: Memory(total=GIB, free=GIB))
     with pytest.raises(InvalidInput, match="memory: cpu of .* has .* for the language model"):
         settings.replica_sizes("cpu", dtype)
