@@ -230,7 +230,7 @@ def check_size(size: int, name: str) -> None:
 
 
 class SamplerSettings(TypedDict, total=False):
-    """Which visual tokens the model sees; what is left out or None is as the served checkpoint has it."""
+    """Settings of both samplers, which decide what visual tokens the model sees; None is as the checkpoint has it."""
 
     vision_sampler: Annotated[bool | None, "Whether the vision-guided sampler compresses each image."]
     text_sampler: Annotated[bool | None, "Whether the text-guided sampler keeps what the question asks for alone."]

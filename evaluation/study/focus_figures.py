@@ -21,7 +21,7 @@ from training.data.questions import QuestionAnswer
 
 SPLIT: PosterSplit = "test"
 POSTERS = 40
-"""So many first posters of the split are looked through for those that are shown."""
+"""Posters at the beginning of the split among which those that are shown are looked for."""
 LONGEST = 2.0
 """Sides of posters that are shown, as a ratio: longer ones are too small beside others."""
 BOX_WH, SMALL_BOX_WH = (300, 300), (200, 200)

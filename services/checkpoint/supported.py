@@ -1,4 +1,4 @@
-"""Which checkpoints this program computes as their authors meant: the one list that import and serving go by."""
+"""The one list, for import and for serving, of checkpoints that this program computes as their authors meant."""
 
 from __future__ import annotations
 

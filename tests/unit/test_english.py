@@ -18,7 +18,7 @@ GENERATED = ("_pb2.py", "_pb2_grpc.py")
 
 CONTINUES = frozenset("Of And But Or Nor That Than Because Whose".split())
 """Words that open no good docstring or comment."""
-CONTINUES_A_NAME = frozenset("As Those Is Are Was Were Not Else".split())
+CONTINUES_A_NAME = frozenset("As Those Which So Is Are Was Were Not Else".split())
 """Words that open no good docstring, yet may open a comment: "As ray ends workers first, ..."."""
 FRONTS = frozenset("For By From To In On At With Without After Before Until".split())
 """Prepositions that open a docstring only where a comma or a colon sets the phrase apart: "With samplers off, ..."."""

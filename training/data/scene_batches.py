@@ -112,7 +112,7 @@ class SceneBatches:
         return [asked[n] for _, n in sorted(keyed, reverse=True)[: self.questions_per_image]]
 
     def _make_plan(self, block: int, world_size: int) -> list[list[int]]:
-        """Which scenes each batch of a block holds: sorted by tiles, neighbours to the ranks of one step."""
+        """Plans the scenes of each batch of a block: sorted by tiles, neighbours to the ranks of one step."""
         count = STEPS_SORTED_TOGETHER * world_size * self.images
         first, small = block * count, self._starts_small(block)
         order = sorted(range(first, first + count), key=lambda i: self._size(self._scene(i, small)))

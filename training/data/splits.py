@@ -1,4 +1,4 @@
-"""Which split a scene belongs to, endless and resumable streams of scenes, and the version of the data."""
+"""The splits of scenes, endless and resumable streams of them, and the version of the data."""
 
 import dataclasses
 import hashlib

@@ -67,7 +67,7 @@ class BranchControl:
 
 
 def regions_touched(boxes: Boxes, map_hw: tuple[int, int], window: int, grid: tuple[int, int]) -> torch.Tensor:
-    """Which regions share an area with a box: bool [M]."""
+    """Whether each region shares an area with a box: bool [M]."""
     touched = torch.zeros(grid, dtype=torch.bool)
     (height, width), side = map_hw, float(window)
     for x0, y0, x1, y1 in boxes:

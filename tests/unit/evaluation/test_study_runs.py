@@ -1,4 +1,4 @@
-"""Which runs of a study start and which are skipped; runs that train are in tests/integration/test_study.py."""
+"""The choice of runs that a study starts or skips; runs that train are in tests/integration/test_study.py."""
 
 import dataclasses
 import json

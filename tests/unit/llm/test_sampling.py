@@ -23,7 +23,7 @@ def alone(logits_V: torch.Tensor, params: SamplingParams, generator=None, prompt
 
 
 def draws(params: SamplingParams, count: int, logits_V: torch.Tensor, prompt=(), output=()) -> list[int]:
-    """So many draws from the same logits and one generator."""
+    """Draws `count` tokens from the same logits with one generator."""
     rows = logits_V.expand(count, -1)
     tokens = sample(rows, [params] * count, [new_generator(params)] * count, [prompt] * count, [output] * count)
     return [token.token_id for token in tokens]
