@@ -190,6 +190,6 @@ def test_the_endpoint_has_every_metric_that_the_dashboard_draws(cluster, channel
         shown = set(re.findall(r"^(ray_[a-z_]+)[{ ]", scrape(cluster), re.M))
         return drawn - shown
 
-    # A busy machine's controller is slow to report. A scrape between two reports of a gauge may lack it, so one that has
-    # all is enough.
+    # A busy machine's controller is slow to report, and a scrape between two reports of a gauge may lack it: one scrape
+    # that has all is enough.
     assert until(lambda: not missing(), 180), missing()
