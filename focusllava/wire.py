@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Unpack
 
 from google.protobuf.descriptor import FieldDescriptor
@@ -170,10 +170,8 @@ class AnswerState:
         """The event's new text, which may be empty. Raises FocusClientError on an error event."""
         kind = event.WhichOneof("event")
         if kind == "token":
-            self.text += event.token.text
-            self.token_ids += event.token.token_ids
             self.logprobs += map(_logprobs, event.token.logprobs)
-            return event.token.text
+            return self.extend(event.token.text, event.token.token_ids)
         if kind == "started":
             self.request_id = event.started.request_id
             self.images = tuple(_image_info(image) for image in event.started.images)
@@ -183,6 +181,12 @@ class AnswerState:
         elif kind == "error":
             raise FocusClientError(event.error.code or "INTERNAL", event.error.message)
         return ""
+
+    def extend(self, text: str, token_ids: Iterable[int]) -> str:
+        """Adds to the answer, and gives the text back."""
+        self.text += text
+        self.token_ids += token_ids
+        return text
 
     def answer(self) -> Answer:
         """The whole answer. Raises FocusClientError (INTERNAL) where the stream broke off."""

@@ -57,6 +57,8 @@ class ImageEncoder:
 
     def encode(self, images: Sequence[AskedImage]) -> list[tuple[CompressedVisualTokens, bool]]:
         """Visual tokens of each image, and whether they were kept from before. Raises as `EncoderPipeline.prepare`."""
+        if not images:
+            return []
         fresh = [image for image in dict.fromkeys(images) if image not in self._kept]
         for batch in self._batches(fresh):
             prepared = [self._decoded(image) for image in batch]

@@ -168,7 +168,7 @@ class LocalModel:
 
     def _admit(self) -> None:
         """Hands waiting requests to the engine, in order: as many as one batch of tiles and its queue have room for."""
-        for _, asked in itertools.islice(self._waiting, self._images.max_tiles // 2):
+        for _, asked in itertools.islice(self._waiting, self._images.max_tiles):
             self._images.begin(asked.images)
         ready: list[tuple[LocalStream, AskedRequest]] = []
         batch: set[AskedImage] = set()

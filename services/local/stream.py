@@ -15,7 +15,7 @@ from focusllava.messages import Answer, ImageInfo
 from focusllava.wire import AnswerState
 from services.common import wire
 from services.common.errors import InternalError
-from services.common.types import CompressedVisualTokens, FinishedEvent, PruneDecision
+from services.common.types import CompressedVisualTokens, FinishedEvent, PruneDecision, TokenEvent
 from services.llm.engine_stats import Event
 from services.llm.sequence import Sequence as EngineSequence
 from services.local.request import AskedRequest
@@ -120,7 +120,10 @@ class LocalStream(AnswerState):
             return
         if not self.token_ids and not isinstance(event, FinishedEvent):
             self._first_token_s = time.monotonic() - self._received_at
-        text = self.take(wire.event_to_proto(event))  # type: ignore[arg-type]  # its fields are a ChatResponse's
+        if isinstance(event, TokenEvent) and not event.logprobs:
+            text = self.extend(event.text, event.token_ids)
+        else:
+            text = self.take(wire.event_to_proto(event))  # type: ignore[arg-type]  # its fields are a ChatResponse's
         if text:
             self._pieces.append(text)
         if isinstance(event, FinishedEvent):
