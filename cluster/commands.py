@@ -1,4 +1,4 @@
-"""The commands `focusllava serve` and `focusllava import`.
+"""The commands `focusllava serve`, `focusllava import` and `focusllava assemble`.
 
 They import what they need when they run: `focusllava --help` loads this module.
 """
@@ -143,6 +143,43 @@ def import_checkpoint(source: pathlib.Path, destination: pathlib.Path) -> None:
 
     with _Percent("importing") as percent:
         click.echo(import_llava_next(source, destination, progress=percent, dry_run=dry_run))
+
+
+@click.command("assemble")
+@click.argument("destination", metavar="DST", type=click.Path(file_okay=False, path_type=pathlib.Path))
+@click.option(
+    "--text",
+    required=True,
+    metavar="DIR",
+    type=click.Path(exists=True, file_okay=False, path_type=pathlib.Path),
+    help="A hub folder of a Llama, Mistral or Qwen2.",
+)
+@click.option(
+    "--vision",
+    required=True,
+    metavar="DIR",
+    type=click.Path(exists=True, file_okay=False, path_type=pathlib.Path),
+    help="A hub folder of a CLIP.",
+)
+@click.option(
+    "--chat-template",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path),
+    help="A chat template, in Jinja.  [default: the text model's, taught to read images]",
+)
+def assemble_checkpoint(
+    destination: pathlib.Path, text: pathlib.Path, vision: pathlib.Path, chat_template: pathlib.Path | None
+) -> None:
+    """Make a FocusLLaVA checkpoint DST of a plain language model and a plain CLIP, for training to begin with.
+
+    Projector and vision-guided sampler are new. Before DST appears it answers two tokens about an image.
+    """
+    from cluster.dry_run import dry_run
+    from services.checkpoint.assemble import assemble
+
+    template = chat_template.read_text("utf8") if chat_template else None
+    with _Percent("assembling") as percent:
+        click.echo(assemble(text, vision, destination, template=template, progress=percent, dry_run=dry_run))
 
 
 class _Percent:

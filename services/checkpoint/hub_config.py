@@ -23,7 +23,7 @@ PREPROCESSING = {
     "do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True,
     "resample": 3, "rescale_factor": 1 / 255,
 }  # fmt: skip
-_LIBRARY_FIELDS = ("transformers_version", "architectures", "dtype", "use_cache", "_name_or_path")
+LIBRARY_FIELDS = ("transformers_version", "architectures", "dtype", "use_cache", "_name_or_path")
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def convert_config(
 ) -> FocusLlavaConfig:
     preprocessing = _preprocessing(src, hub)
     text, vision = (
-        {name: value for name, value in part.to_diff_dict().items() if name not in _LIBRARY_FIELDS}
+        {name: value for name, value in part.to_diff_dict().items() if name not in LIBRARY_FIELDS}
         for part in (hub.text_config, hub.vision_config)
     )
     text["tie_word_embeddings"] = bool(hub.tie_word_embeddings or hub.text_config.tie_word_embeddings)
@@ -171,10 +171,15 @@ def _eos_token_ids(src: pathlib.Path, hub: Any) -> tuple[int, ...]:
     image_token = tokenizer.convert_ids_to_tokens(index) if index < len(tokenizer) else None
     if image_token is None or tokenizer(image_token, add_special_tokens=False).input_ids != [index]:
         raise InvalidInput(f"is {index}, which the tokenizer does not know", field="config.json image_token_index")
+    return declared_ends(src, hub.text_config.eos_token_id, tokenizer, "config.json text_config.eos_token_id")
+
+
+def declared_ends(src: pathlib.Path, configured: Any, tokenizer: Any, field: str) -> tuple[int, ...]:
+    """Ids that end an answer: the generation config's, else `configured`, which `field` names; and the tokenizer's."""
     path = src / "generation_config.json"
     declared = read_json(path).get("eos_token_id") if path.is_file() else None
-    field = "config.json text_config.eos_token_id" if declared is None else f"{path.name} eos_token_id"
-    declared = hub.text_config.eos_token_id if declared is None else declared
+    field = field if declared is None else f"{path.name} eos_token_id"
+    declared = configured if declared is None else declared
     ids = [*(declared if isinstance(declared, list) else [declared]), tokenizer.eos_token_id]
     if any(not isinstance(i, int | None) for i in ids):
         raise InvalidInput(f"is {declared!r}, expected a token id or several", field=field)

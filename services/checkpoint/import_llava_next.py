@@ -8,28 +8,25 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
-import re
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, CLIPVisionModel
 
 from services.checkpoint.config import FocusLlavaConfig, VisionSamplerConfig
-from services.checkpoint.hub_config import chat_template, convert_config, read_hub_config, read_json
+from services.checkpoint.hub_config import chat_template, convert_config, read_hub_config
+from services.checkpoint.hub_tensors import DTYPES, HubTensor, existing_parent, map_names
 from services.checkpoint.store import LLM_PREFIX, LM_HEAD, check_shapes
 from services.checkpoint.writer import MAX_SHARD_BYTES, CheckpointWriter
 from services.common.errors import InvalidInput
 from services.sampler.vision_guided import VisionGuidedSampler
 
 SAMPLER = "vision_guided_sampler."
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-# Written by older libraries; recomputed by today's.
-_BUFFERS = re.compile(r".*\.(embeddings\.position_ids|rotary_emb\.inv_freq)$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,16 +53,6 @@ class ImportReport:
         return "\n".join((*lines, *(f"note: {note}" for note in self.notes)))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Source:
-    """One tensor of the hub's checkpoint."""
-
-    hub_name: str
-    path: pathlib.Path
-    shape: tuple[int, ...]
-    dtype: str
-
-
 def import_llava_next(
     src: str | pathlib.Path,
     dst: str | pathlib.Path,
@@ -90,7 +77,7 @@ def import_llava_next(
     started = time.monotonic()
     src = pathlib.Path(src)
     hub = read_hub_config(src)
-    sources, unused = _map_names(src)
+    sources, unused = map_names(src, our_name)
     odd = sorted({s.dtype for s in sources.values()} - set(DTYPES))
     if odd:
         raise InvalidInput(f"has tensors of {', '.join(odd)}: quantized checkpoints are not supported", field=str(src))
@@ -105,7 +92,7 @@ def import_llava_next(
     fresh = _fresh_sampler(config)
     check_shapes({n: s.shape for n, s in sources.items()}, {n: s for n, s in expected.items() if n not in fresh})
     total = sum(math.prod(s.shape) * getattr(torch, DTYPES[s.dtype]).itemsize for s in sources.values())
-    free = shutil.disk_usage(_existing_parent(pathlib.Path(dst))).free
+    free = shutil.disk_usage(existing_parent(pathlib.Path(dst))).free
     if free < total:
         raise InvalidInput(f"has {free / 1e9:.1f} GB free, {total / 1e9:.1f} GB are needed", field=str(dst))
     done = 0
@@ -177,64 +164,7 @@ def our_name(hub_name: str) -> str:
     return hub_name.removeprefix("model.").replace("vision_tower.vision_model.", "vision_tower.", 1)
 
 
-def _map_names(src: pathlib.Path) -> tuple[dict[str, _Source], list[str]]:
-    """Our name -> where it is, and the hub's names that are known but not needed."""
-    sources: dict[str, _Source] = {}
-    unused = []
-    for path in _shards(src):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for hub_name in file.keys():  # noqa: SIM118 (not a dict)
-                    view = file.get_slice(hub_name)
-                    name = our_name(hub_name)
-                    if _BUFFERS.match(name):
-                        unused.append(hub_name)
-                    elif name in sources:
-                        raise InvalidInput(f"is there twice, the other as {sources[name].hub_name}", field=hub_name)
-                    else:
-                        sources[name] = _Source(
-                            hub_name=hub_name, path=path, shape=tuple(view.get_shape()), dtype=view.get_dtype()
-                        )
-        except SafetensorError as error:
-            raise InvalidInput(f"is not a readable safetensors file: {error}", field=str(path)) from None
-    if not sources:
-        raise InvalidInput("holds no tensors", field=str(src))
-    return sources, unused
-
-
-def _shards(src: pathlib.Path) -> list[pathlib.Path]:
-    index = src / "model.safetensors.index.json"
-    names = _indexed(index) if index.is_file() else ["model.safetensors"]
-    for name in names:
-        if pathlib.PurePath(name).name != name:
-            raise InvalidInput(f"names a shard {name!r} outside its folder", field=index.name)
-        if not (src / name).is_file():
-            if not index.is_file() and (list(src.glob("*.bin")) or list(src.glob("*.pt*"))):
-                raise InvalidInput(
-                    f"{src} holds pickled weights (.bin), which can run code: convert it to safetensors first",
-                    field="source",
-                )
-            raise InvalidInput(f"{src} lacks this file", field=name)
-    return [src / name for name in names]
-
-
-def _indexed(index: pathlib.Path) -> list[str]:
-    """The files that an index names."""
-    weight_map, field = read_json(index).get("weight_map"), f"{index.name} weight_map"
-    if not isinstance(weight_map, dict):
-        raise InvalidInput(f"is {weight_map!r:.80}, expected an object", field=field)
-    for tensor, file in weight_map.items():
-        if not isinstance(file, str):
-            raise InvalidInput(f"has {file!r:.80} for {tensor}, expected the name of a file", field=field)
-    return sorted(set(weight_map.values()))
-
-
-def _existing_parent(path: pathlib.Path) -> pathlib.Path:
-    path = path.absolute()
-    return path if path.exists() else _existing_parent(path.parent)
-
-
-def _notes(config: FocusLlavaConfig, sources: dict[str, _Source]) -> tuple[str, ...]:
+def _notes(config: FocusLlavaConfig, sources: dict[str, HubTensor]) -> tuple[str, ...]:
     layers = config.vision_config.num_hidden_layers
     depth = (
         config.vision_feature_layer if config.vision_feature_layer >= 0 else layers + 1 + config.vision_feature_layer
