@@ -2,7 +2,8 @@
 
 A *block* takes pages, and while somebody may need the hidden states of its tokens, a *buffer*. A block with a key is
 *known*: later prompts find and share it. A known block that no sequence holds is *idle*: it stays until its pages or
-its buffer are needed, the least recently used first.
+its buffer are needed, the least recently used first. One that sequences hold and none of them reads is *unread*: where
+no block is idle it is forgotten for its buffer.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ class BlockPool:
         self.idle_pages = 0
         """Pages of blocks that no sequence holds and a later one may find."""
         self._known: dict[bytes, Block] = {}
+        # OrderedDict finds its first at once; dict goes over all that was taken before it.
         self._idle: OrderedDict[bytes, Block] = OrderedDict()
+        self._unread: OrderedDict[bytes, Block] = OrderedDict()
 
     @property
     def free_pages(self) -> int:
@@ -59,10 +62,9 @@ class BlockPool:
         del self._free[-pages:]
         if with_buffer:
             if not self._free_buffers:
-                idle = next(iter(self._idle.values()), None)
-                self._forget(idle or next(known for known in self._known.values() if not known.readers))
+                self._forget(next(iter((self._idle or self._unread).values())))
             block.buffer = self._free_buffers.pop()
-            self._read(block)
+            self._add_reader(block)
         return block
 
     def find(self, keys: Sequence[bytes]) -> list[Block]:
@@ -78,11 +80,9 @@ class BlockPool:
     def adopt(self, block: Block) -> None:
         """One more holder of a known block, which reads it."""
         assert block.key is not None
-        if self._idle.pop(block.key, None):
-            self.idle_pages -= len(block.pages)
-        self._known[block.key] = self._known.pop(block.key)  # the newest now
+        self._pick(block)
         block.holders += 1
-        self._read(block)
+        self._add_reader(block)
 
     def name(self, block: Block, key: bytes) -> None:
         """Lets later prompts find the block, unless they find an equal one already."""
@@ -93,14 +93,14 @@ class BlockPool:
 
     def stop_reading(self, block: Block) -> None:
         """A holder is through with its prefill."""
-        self._unread(block)
+        self._remove_reader(block)
         self._settle(block)
 
     def release(self, block: Block, *, reading: bool, broken: bool) -> None:
         """One holder less. broken: what the block holds may be wrong, nobody may find it any more."""
         block.holders -= 1
         if reading:
-            self._unread(block)
+            self._remove_reader(block)
         if broken and block.key is not None:
             self._forget(block)
         else:
@@ -111,6 +111,7 @@ class BlockPool:
         blocks = dict.fromkeys([*self._known.values(), *held])
         assert all((b.holders, b.readers) == held.get(b, (0, 0)) for b in blocks), "a block is counted wrong"
         assert self._idle == {key: b for key, b in self._known.items() if not b.holders}
+        assert self._unread == {key: b for key, b in self._known.items() if b.holders and not b.readers}
         assert self.idle_pages == sum(len(b.pages) for b in self._idle.values())
         assert all(b.key == key for key, b in self._known.items())
         assert all(b.key is None or self._known[b.key] is b for b in blocks)
@@ -121,20 +122,23 @@ class BlockPool:
         assert all((b.buffer is not None) == bool(b.readers or b.key) for b in blocks)
         assert self._read_buffers == sum(b.readers > 0 for b in blocks)
 
-    def _read(self, block: Block) -> None:
+    def _add_reader(self, block: Block) -> None:
         block.readers += 1
         self._read_buffers += block.readers == 1
 
-    def _unread(self, block: Block) -> None:
+    def _remove_reader(self, block: Block) -> None:
         block.readers -= 1
         self._read_buffers -= block.readers == 0
 
     def _settle(self, block: Block) -> None:
-        """Frees the parts of a block that nobody needs any more."""
+        """Frees the parts of a block that nobody needs any more; a known one keeps them, and may be idle or unread."""
         if block.key is not None:
             if not block.holders:
+                self._unread.pop(block.key, None)
                 self._idle[block.key] = block
                 self.idle_pages += len(block.pages)
+            elif not block.readers:
+                self._unread[block.key] = block
             return
         if block.buffer is not None and not block.readers:
             self._free_buffers.append(block.buffer)
@@ -146,7 +150,13 @@ class BlockPool:
         """Takes the block's key away, so that no later request finds it."""
         assert block.key is not None
         del self._known[block.key]
-        if self._idle.pop(block.key, None):
-            self.idle_pages -= len(block.pages)
+        self._pick(block)
         block.key = None
         self._settle(block)
+
+    def _pick(self, block: Block) -> None:
+        """Takes a known block out of the idle and the unread ones."""
+        assert block.key is not None
+        self._unread.pop(block.key, None)
+        if self._idle.pop(block.key, None):
+            self.idle_pages -= len(block.pages)

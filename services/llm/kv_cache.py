@@ -167,7 +167,7 @@ class KVCache:
         """The upper layers have read the hidden states: buffers of blocks that nobody can find are free."""
         table = self._tables[request_id]
         table.in_prefill = False
-        for block in table.blocks[LOWER]:
+        for block in reversed(table.blocks[LOWER]):  # a prefix's end is forgotten before its beginning
             self.pool.stop_reading(block)
 
     def free(self, request_id: str, *, broken: bool = False) -> None:
