@@ -58,8 +58,11 @@ def read_hub_config(src: pathlib.Path) -> Any:
         "vision_config.model_type": (vision.model_type, ("clip_vision_model",)),
         "vision_feature_select_strategy": (hub.vision_feature_select_strategy, ("default",)),
         "projector_hidden_act": (hub.projector_hidden_act, ("gelu",)),
-        "quantization_config": (raw.get("quantization_config"), (None,)),
     }
+    for where in ("", "text_config", "vision_config"):
+        part = raw.get(where) if where else raw
+        if isinstance(part, dict):
+            supported[f"{where}.quantization_config".lstrip(".")] = (part.get("quantization_config"), (None,))
     for field, (value, allowed) in supported.items():
         if value not in allowed:
             raise InvalidInput(f"is {value!r}, supported: {', '.join(map(str, allowed))}", field=f"config.json {field}")
