@@ -1,9 +1,9 @@
-"""What a replica of either model stage has: a place to run, and a task that reports."""
+"""What a replica of either model stage has: a place to run, its part of a GPU, and a task that reports."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +60,19 @@ def _is_device(name: str) -> bool:
         return name == "auto" or bool(torch.device(name).type)
     except RuntimeError:  # torch's words for a name that it does not know
         return False
+
+
+def gpu_part(device: str, assigned: Callable[[], Mapping[str, float]]) -> float:
+    """The part of a GPU that a replica was given; 1 where it runs on none. assigned: asks Ray for its resources.
+
+    Raises InvalidInput for a GPU that it was not given: other replicas would count on the same memory.
+    """
+    if not device.startswith("cuda"):
+        return 1.0
+    given = assigned().get("GPU", 0.0)
+    expected = "cpu, or a GPU that Ray gave this replica: num_gpus in its ray_actor_options"
+    require(given > 0, "device", device, expected)
+    return min(given, 1.0)
 
 
 class Reporter:

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import time
 
+import ray
 import ray.serve.metrics
 import torch
 from ray import serve
@@ -18,7 +19,7 @@ from services.common.errors import InternalError
 from services.common.grpc_status import check_fingerprint, refuse
 from services.common.telemetry import Metrics
 from services.common.types import CompressedVisualTokens
-from services.compute.replica import GrpcOnly, Reporter
+from services.compute.replica import GrpcOnly, Reporter, gpu_part
 from services.encoder.batcher import TileBatcher
 from services.encoder.pipeline import EncoderPipeline
 from services.encoder.settings import EncoderSettings
@@ -43,6 +44,7 @@ class Encoder(GrpcOnly):
 
     def __init__(self, settings: EncoderSettings):
         device, dtype = settings.place()
+        gpu_part(device, lambda: ray.get_runtime_context().get_assigned_resources())
         self._pipeline = EncoderPipeline.from_checkpoint(
             settings.checkpoint,
             dtype=dtype,

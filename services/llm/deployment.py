@@ -16,27 +16,15 @@ from focusllava.sizes import size_text
 from focusllava.v1 import error_pb2, llm_pb2
 from services.common import wire
 from services.common.grpc_status import check_fingerprint, refuse, status_of
-from services.common.settings import require
 from services.common.telemetry import Metrics
 from services.common.types import FinishedEvent
-from services.compute.replica import GrpcOnly, Reporter
+from services.compute.replica import GrpcOnly, Reporter, gpu_part
 from services.llm.async_engine import AsyncEngine
 from services.llm.engine import Engine
 from services.llm.settings import LanguageModelSettings
 from services.text.token_texts import TokenTexts
 
 logger = logging.getLogger("ray.serve")
-
-
-def _gpu_part(device: str) -> float:
-    """The part of a GPU that Ray gave this replica; 1 where it runs on none. Raises InvalidInput where it takes one
-    that Ray did not give: other replicas would count on the same memory."""
-    if not device.startswith("cuda"):
-        return 1.0
-    given = ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0)
-    expected = "cpu, or a GPU that Ray gave this replica: num_gpus in its ray_actor_options"
-    require(given > 0, "device", device, expected)
-    return min(given, 1.0)
 
 
 def request_sizes(engine: Engine) -> wire.RequestSizes:
@@ -50,7 +38,8 @@ class LanguageModel(GrpcOnly):
 
     def __init__(self, settings: LanguageModelSettings):
         device, dtype = settings.place()
-        sizes = settings.replica_sizes(device, dtype, _gpu_part(device))
+        part = gpu_part(device, lambda: ray.get_runtime_context().get_assigned_resources())
+        sizes = settings.replica_sizes(device, dtype, part)
         logger.info(f"KV cache of {size_text(sizes.kv_cache_bytes)}: {sizes.full_images} requests of a full image")
         self._model = Engine.from_checkpoint(settings.checkpoint, settings.sized(sizes), dtype=dtype, device=device)
         self._model.warm_up()

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
+import ray
 import torch
 
 from services.common.errors import InvalidInput
 from services.common.settings import build_settings
 from services.compute import dtypes
-from services.compute.replica import ModelSettings
+from services.compute.replica import ModelSettings, gpu_part
+from services.encoder.deployment import Encoder, EncoderSettings
+from services.llm.deployment import LanguageModel, LanguageModelSettings
 
 
 def settings(**values: object) -> ModelSettings:
@@ -61,3 +65,22 @@ def test_a_strange_setting_is_refused_by_name():
         settings(torch_threads=0)
     with pytest.raises(InvalidInput, match="device: is 'gpu', expected auto, cpu, cuda or another device of torch"):
         settings(device="gpu")
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "part"),
+    [("cuda", {"GPU": 0.25}, 0.25), ("cuda:0", {"GPU": 2.0}, 1.0), ("cpu", {"CPU": 1.0}, 1.0)],
+)
+def test_a_replica_knows_its_part_of_a_gpu(device, given, part):
+    assert gpu_part(device, lambda: given) == part
+
+
+@pytest.mark.parametrize(
+    ("deployment", "settings"), [(Encoder, EncoderSettings), (LanguageModel, LanguageModelSettings)]
+)
+def test_no_stage_takes_a_gpu_that_ray_did_not_give(deployment, settings, monkeypatch):
+    """Only what Ray says of a replica's resources is made up: there may be no GPU here."""
+    resources = SimpleNamespace(get_assigned_resources=lambda: {"CPU": 1.0})
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: resources)
+    with pytest.raises(InvalidInput, match="device: is 'cuda', expected cpu, or a GPU .*num_gpus"):
+        deployment.func_or_class(settings(checkpoint="/not/read", device="cuda"))

@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 
-from services.common.errors import InvalidInput
 from services.common.telemetry import Metrics
 from services.compute import replica
 from services.llm import deployment
@@ -85,17 +83,3 @@ async def test_totals_are_told_as_they_are(monkeypatch: pytest.MonkeyPatch) -> N
             model._report()
         for name, total in totals.items():
             assert [value for each, value in told if each == f"focusllava_{name}"] == [0, total]
-
-
-@pytest.mark.parametrize(("given", "part"), [({"GPU": 0.25}, 0.25), ({"GPU": 2.0}, 1.0), ({"CPU": 1.0}, None)])
-def test_a_replica_takes_its_part_of_a_gpu_and_none_that_ray_did_not_give(monkeypatch, given, part) -> None:
-    """Only what Ray says of a replica's resources is made up: there may be no GPU here."""
-    assert deployment._gpu_part("cpu") == 1.0
-    monkeypatch.setattr(
-        deployment.ray, "get_runtime_context", lambda: SimpleNamespace(get_assigned_resources=lambda: given)
-    )
-    if part is None:
-        with pytest.raises(InvalidInput, match="device: is 'cuda', expected cpu, or a GPU .*num_gpus"):
-            deployment._gpu_part("cuda")
-    else:
-        assert deployment._gpu_part("cuda") == deployment._gpu_part("cuda:0") == part
