@@ -94,17 +94,6 @@ class ClusterState:
                 marked += children.get(pid, ())
         return list(found)
 
-    def pid_of(self, program: str) -> int | None:
-        """The process of this cluster that runs the program of this name."""
-        for pid in self.pids():
-            try:
-                path = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
-            except OSError:
-                continue
-            if pathlib.PurePath(path).name == program:
-                return pid
-        return None
-
     def last_words(self) -> str:
         """The line of the logs that says best why the head ended."""
         logs = self.ray_dir / "session_latest" / "logs"

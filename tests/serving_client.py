@@ -96,10 +96,19 @@ def proxy_pids(cluster) -> list[int]:
 
 
 def pids_titled(cluster, beginning: str) -> list[int]:
-    found = []
-    for pid in cluster.state.pids():
+    return [pid for pid, title in titles(cluster.state).items() if title.startswith(beginning)]
+
+
+def pid_of(state, program: str) -> int | None:
+    """The process of this cluster that runs the program of this name."""
+    paths = {pid: title.split("\0")[0] for pid, title in titles(state).items()}
+    return next((pid for pid, path in paths.items() if pathlib.PurePath(path).name == program), None)
+
+
+def titles(state) -> dict[int, str]:
+    """Each process of this cluster with its command line, in which NUL ends each word."""
+    found = {}
+    for pid in state.pids():
         with contextlib.suppress(OSError):
-            title = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
-            if title.startswith(beginning):
-                found.append(pid)
+            found[pid] = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
     return found

@@ -17,7 +17,7 @@ import pytest
 
 from cluster.local import LocalCluster
 from services.checkpoint.store import fingerprint
-from tests.serving_client import FP32, OPTIONS
+from tests.serving_client import FP32, OPTIONS, pid_of
 from tests.tiny_training import train_imported
 
 
@@ -46,7 +46,7 @@ def kill_first_raylet(local: LocalCluster, killed: list[int]) -> None:
     """Sends SIGKILL as soon as it runs, which is before the dashboard answers."""
     while not killed:
         with contextlib.suppress(AssertionError):  # there is no state yet
-            raylet = local.state.pid_of("raylet")
+            raylet = pid_of(local.state, "raylet")
             if raylet is not None:
                 os.kill(raylet, signal.SIGKILL)
                 killed.append(raylet)

@@ -17,7 +17,7 @@ from cluster.listeners import listeners
 from cluster.loopback import addresses
 from cluster.ray_head import MARKER, ClusterState
 from cluster.watch import HeadDied, StartWatch, check_listeners
-from tests.serving_client import until
+from tests.serving_client import pid_of, until
 from tests.unit.cluster.test_local import PORTS
 
 
@@ -179,6 +179,6 @@ def test_processes_that_write_over_their_environment_are_found_by_their_parents(
         try:
             child = int(parent.stdout.readline())
             assert set(state.pids()) == {parent.pid, child}
-            assert until(lambda: state.pid_of("sleep") == child, 10)  # it is the shell's fork, then env, then sleep
+            assert until(lambda: pid_of(state, "sleep") == child, 10)  # it is the shell's fork, then env, then sleep
         finally:
             os.kill(child, signal.SIGKILL)
