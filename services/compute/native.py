@@ -19,7 +19,6 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -33,6 +32,7 @@ FLAGS: tuple[str, ...] = (
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fPIC",
+    "-shared",
 )
 if platform.machine() in ("x86_64", "AMD64"):
     FLAGS += ("-mprefer-vector-width=512",)  # compilers halve vectors for clock rates of older processors
@@ -74,16 +74,12 @@ def build(folder: pathlib.Path) -> pathlib.Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Another process may be building the same: each writes files of its own, the last to end puts its in place.
-        with tempfile.TemporaryDirectory(dir=folder) as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = [pathlib.Path(scratch) / f"{source.stem}.o" for source in SOURCES]
-            include = [f"-I{path}" for path in include_paths()]
-            commands = [
-                [*compiler, *flags, *include, "-c", source, "-o", made]
-                for source, made in zip(SOURCES, objects, strict=True)
-            ]
-            list(pool.map(_run, commands))
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = pathlib.Path(scratch) / library.name
-            _run([*compiler, *flags, "-shared", *objects, *libraries, "-o", made])
+            # All sources in one piece: torch's headers, most of the compiler's work, are read once.
+            include = [f"-I{path}" for path in include_paths()]
+            include += [word for source in SOURCES[:-1] for word in ("-include", str(source))]
+            _run([*compiler, *flags, *include, SOURCES[-1], *libraries, "-o", made])
             made.replace(library)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise CannotBuild(str(error)) from error
