@@ -101,15 +101,21 @@ def test_llama_3_8b_on_smaller_machines() -> None:
 
 def test_what_is_needed_is_what_is_just_enough() -> None:
     """Less by a block is refused; with it one full image fits, and one request is in work."""
+    config = hub_config(LLAMA3)
+    count = elements(config, "llm")
+
+    def with_budget(budget: int):
+        return size_llm(config, count, dtype=torch.bfloat16, on_gpu=False, budget=budget)
+
     low, high = GIB, 40 * GIB
     while high - low > 1:
         middle = (low + high) // 2
         try:
-            sized(LLAMA3, middle, on_gpu=False)
+            with_budget(middle)
             high = middle
         except InvalidInput:
             low = middle
-    least = sized(LLAMA3, high, on_gpu=False)
+    least = with_budget(high)
     assert (least.full_images, least.max_running) == (1, 1) and least.kv_cache_bytes == least.full_image_bytes
 
 
