@@ -24,6 +24,11 @@ def keep_freed_memory() -> bool:
     What it costs: resident memory stays at the largest that was ever in use at once, plus what fragmentation wastes; it
     does not grow from pass to pass. A tensor above 64 MiB made outside the main thread still comes from the kernel.
 
+    One thing undoes it: protobuf's C implementation calls malloc_trim(0) after every 10,000 arenas that it frees, which
+    gives all free memory back, whatever is set here; the next pass faults it in again. A message takes an arena, and so
+    does its serialisation: a served replica comes there every 3,000 token events or so. Only a library that is
+    preloaded could keep protobuf from it.
+
     Only Linux with glibc is changed. With another libc nothing happens, and with another allocator preloaded (jemalloc,
     tcmalloc) nothing that matters. MALLOC_TRIM_THRESHOLD_ and the like in the environment are overruled.
     """

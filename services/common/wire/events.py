@@ -50,11 +50,10 @@ def usage_from_proto(message: llm_pb2.Usage) -> Usage:
 def event_to_proto(event: Event) -> llm_pb2.GenerateResponse:
     """An event as protobuf; a FocusError becomes the stream's error event."""
     if isinstance(event, TokenEvent):
-        logprobs = [_logprobs_to_proto(logprobs) for logprobs in event.logprobs]
-        token = llm_pb2.Token(
-            text=event.text, token_ids=event.token_ids, logprobs=logprobs, prompt_tokens=event.prompt_tokens
-        )
-        return llm_pb2.GenerateResponse(token=token)
+        token = {"text": event.text, "token_ids": event.token_ids, "prompt_tokens": event.prompt_tokens}
+        if event.logprobs:
+            token["logprobs"] = [_logprobs_to_proto(logprobs) for logprobs in event.logprobs]
+        return llm_pb2.GenerateResponse(token=token)  # a Token of its own would be one more arena to free
     if isinstance(event, FinishedEvent):
         finished = llm_pb2.Finished(reason=_REASON_VALUES[event.reason], usage=usage_to_proto(event.usage))
         return llm_pb2.GenerateResponse(finished=finished)
