@@ -9,5 +9,5 @@ trap 'rm -rf "$folder"' EXIT INT TERM
 export PYTHONPATH=".:$folder"
 "$python" -c "import sys, transformers; sys.exit(transformers.__version__ != '$version')"
 echo "compat: transformers $version"
-"$python" -m pytest tests/contract tests/unit/encoder tests/unit/checkpoint/test_import_llava_next.py \
-    tests/unit/text/test_prompt.py tests/unit/training/test_held_share.py
+"$python" -m pytest tests/contract tests/unit/encoder tests/unit/checkpoint/test_import_*.py \
+    tests/unit/text/test_prompt*.py tests/unit/training/test_held_share.py

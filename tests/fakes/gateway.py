@@ -9,7 +9,10 @@ from concurrent import futures
 
 import grpc
 
+from focusllava import RetryPolicy
 from focusllava.v1 import error_pb2, focus_pb2, focus_pb2_grpc, llm_pb2
+
+QUICK = RetryPolicy(attempts=3, first_delay_s=0.01)
 
 USAGE = llm_pb2.Usage(
     prompt_tokens=120,
