@@ -27,11 +27,15 @@ def checkpoint(tmp_path_factory) -> tuple[pathlib.Path, str]:
     return folder, fingerprint(folder)
 
 
+ALONE = {stage: {"autoscaling_config": {"min_replicas": 1, "max_replicas": 1}} for stage in ("encoder", "llm")}
+"""No second replica takes a slow machine's cores while others are tested; test_under_load.py asks for one."""
+
+
 @pytest.fixture(scope="package")
 def cluster(checkpoint):
     said: list[str] = []
     killed: list[int] = []
-    with LocalCluster(checkpoint=checkpoint[0], grpc_port=0, timeout_s=400, args=FP32) as local:
+    with LocalCluster(checkpoint=checkpoint[0], grpc_port=0, timeout_s=400, args=FP32, options=ALONE) as local:
         killer = threading.Thread(target=kill_first_raylet, args=(local, killed), daemon=True)
         killer.start()
         local.start(progress=said.append)
