@@ -241,4 +241,7 @@ def _load_engine(settings: LanguageModelSettings, device: str, dtype: torch.dtyp
         most = settings.memory_share * memory.total
         gpu_part = (min(most, memory.free) - encoder.bytes) / most
     sizes = settings.sizes(settings.checkpoint, device, dtype, memory_share=settings.memory_share, gpu_part=gpu_part)
-    return Engine.from_checkpoint(settings.checkpoint, settings.sized(sizes), dtype=dtype, device=device)
+    engine = Engine.from_checkpoint(settings.checkpoint, settings.sized(sizes), dtype=dtype, device=device)
+    if torch.device(device).type == "cuda":  # GPU only
+        engine.warm_up()
+    return engine

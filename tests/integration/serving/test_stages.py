@@ -8,6 +8,7 @@ import grpc
 import pytest
 import torch
 
+from focusllava import FocusClient
 from focusllava.v1 import encoder_pb2, focus_pb2, focus_pb2_grpc, llm_pb2
 from services.common import wire
 from services.common.types import (
@@ -21,6 +22,7 @@ from services.common.types import (
 )
 from services.encoder.pipeline import EncoderPipeline
 from services.llm.engine import Engine
+from services.local.model import LocalModel
 from tests.serving_client import LEAKS, chat, encoded, generated, ids_of, picture, question, text_of
 
 
@@ -58,6 +60,34 @@ def test_split_over_grpc_equals_one_process(channel, checkpoint):
         assert (served.prompt_tokens, served.visual_tokens_uncompressed, served.visual_tokens_sampled) == (
             here.prompt_tokens, here.visual_tokens_uncompressed, len(tokens.tokens_ND),
         )  # fmt: skip
+
+
+def test_local_model_answers_token_for_token_as_the_server(cluster, checkpoint, monkeypatch):
+    """LocalModel rounds no visual tokens; here they are bfloat16, as on the wire."""
+    encode = EncoderPipeline.encode
+    monkeypatch.setattr(
+        EncoderPipeline,
+        "encode",
+        lambda *asked: [dataclasses.replace(t, tokens_ND=t.tokens_ND.bfloat16()) for t in encode(*asked)],
+    )
+    asked = (
+        {}, {"vision_sampler": False}, {"text_sampler": False}, {"keep_ratio": 0.3}, {"detail": "low"},
+        {"temperature": 1.0, "top_p": 0.9, "seed": 7}, {"repetition_penalty": 1.3, "json_object": True},
+    )  # fmt: skip
+    with (
+        FocusClient(cluster.grpc_address, timeout_s=60) as client,
+        LocalModel(checkpoint[0], "cpu", "float32", kv_cache_bytes=2**24) as model,
+    ):
+        for number, settings in enumerate(asked):
+            question = picture(60 + number, (120, 90)), "What is on the card?"
+            served = client.ask(*question, max_tokens=20, **settings).result()
+            local = model.ask(*question, max_tokens=20, **settings)
+            assert (served.text, served.token_ids, served.finish_reason) == (
+                local.text, local.token_ids, local.finish_reason,
+            )  # fmt: skip
+            assert served.token_ids, settings
+            times = {"time_to_first_token_ms": 0.0}
+            assert dataclasses.replace(served.usage, **times) == dataclasses.replace(local.usage, **times)
 
 
 @pytest.mark.parametrize("wrong", ["", "0" * 64, "f" * 10])
