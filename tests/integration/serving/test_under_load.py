@@ -30,7 +30,7 @@ def redis_server(tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def deployed_again(cluster, redis_server):
     """Does what `serve deploy` of a file does, and of the file changed: the gateway is replaced, the stages go on."""
-    assert llm_replicas(cluster) == 1
+    assert until(lambda: llm_replicas(cluster) == 1)
     config = serve_config(SERVE_CONFIG, cluster.state.ports, cluster.state.checkpoint, FP32)
     deploy(cluster, config)
     gateway, _, llm = (application["deployments"][0] for application in config["applications"])
