@@ -86,8 +86,9 @@ def test_local_model_answers_token_for_token_as_the_server(cluster, checkpoint, 
                 local.text, local.token_ids, local.finish_reason,
             )  # fmt: skip
             assert served.token_ids, settings
-            times = {"time_to_first_token_ms": 0.0}
-            assert dataclasses.replace(served.usage, **times) == dataclasses.replace(local.usage, **times)
+            assert served.usage.converted_share_percent == pytest.approx(local.usage.converted_share_percent)
+            same = {"time_to_first_token_ms": 0.0, "converted_share_percent": 0.0}
+            assert dataclasses.replace(served.usage, **same) == dataclasses.replace(local.usage, **same)
 
 
 @pytest.mark.parametrize("wrong", ["", "0" * 64, "f" * 10])
