@@ -72,9 +72,9 @@ def test_load_brings_a_second_llm_replica_and_both_answer(cluster, channel):
             answers.extend(pool.map(lambda _: ids_of(chat(channel, request)), range(6)))
             return llm_replicas(cluster, "STARTING", "RUNNING") == 2
 
-        assert until(begun, 60), "the autoscaler did not start a second replica"
+        assert until(begun, 120), "the autoscaler did not start a second replica"
         # It starts faster without the load, and stays: downscale_delay_s.
-        assert until(lambda: llm_replicas(cluster) == 2, 120), "the second replica did not come up"
+        assert until(lambda: llm_replicas(cluster) == 2, 180), "the second replica did not come up"
         answers.extend(pool.map(lambda _: ids_of(chat(channel, request)), range(12)))
     assert all(answer == alone for answer in answers)
     assert len(replica_pids(cluster, "llm")) == 2
