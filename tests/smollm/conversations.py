@@ -2,8 +2,9 @@
 
     python -m tests.smollm.conversations FOLDER
 
-FOLDER then holds `captions.json` for the projector, `documents.json`, `texts.jsonl`, `photos.parquet` and `pairs.tar`;
-with `--faults` some entries cannot be learned from. The same seed draws the same set.
+FOLDER then holds `mixture.yaml`, which names the rest: `captions.json` for the projector, then `documents.json`,
+`texts.jsonl`, `photos.parquet` and `pairs.tar`; with `--faults` some entries cannot be learned from. The same seed
+draws the same set.
 """
 
 from __future__ import annotations
@@ -41,6 +42,14 @@ GOODS = ("paper", "ink", "lamp", "chair", "desk", "cable", "screen", "keyboard",
 NAMES = ("Ada Brown", "Ben Carter", "Cleo Diaz", "Dan Evans", "Eva Fischer", "Finn Gray", "Gina Hall", "Hugo Ito")
 TOWNS = ("Bergen", "Cork", "Delft", "Ghent", "Leeds", "Lyon", "Porto", "Turin")
 CAPTION = "An invoice with a table of goods."
+MIXTURE = """\
+sources:
+  - {name: captions, stage: pretrain, path: captions.json}
+  - {name: documents, stage: finetune, path: documents.json}
+  - {name: texts, stage: finetune, path: texts.jsonl}
+  - {name: photos, stage: finetune, path: photos.parquet}
+  - {name: pairs, stage: finetune, path: pairs.tar}
+"""
 FACTS = (
     ("What is the capital of France?", "The capital of France is Paris."),
     ("How many days has a leap year?", "A leap year has 366 days."),
@@ -205,6 +214,7 @@ def write_all(folder: pathlib.Path, *, count: int, with_faults: bool, seed: int 
         for entry in entries[:count]
     ]
     (folder / "captions.json").write_text(json.dumps(captions, indent=1))
+    (folder / "mixture.yaml").write_text(MIXTURE)
 
 
 def main() -> None:

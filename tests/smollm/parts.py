@@ -14,8 +14,10 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
 
-from tests.smollm.checkpoint import PATCH_PX, TILE_PX, load_text_model
+from tests.smollm.checkpoint import load_text_model
 
+TILE_PX, PATCH_PX = 112, 14
+"""A ninth of CLIP's tile, for two cores: an image is 336 visual tokens at most."""
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
