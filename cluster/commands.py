@@ -1,4 +1,4 @@
-"""The commands `focusllava serve`, `focusllava import` and `focusllava assemble`.
+"""The commands `focusllava serve`, `import`, `export` and `assemble`.
 
 They import what they need when they run: `focusllava --help` loads this module.
 """
@@ -180,6 +180,21 @@ def assemble_checkpoint(
     template = chat_template.read_text("utf8") if chat_template else None
     with _Percent("assembling") as percent:
         click.echo(assemble(text, vision, destination, template=template, progress=percent, dry_run=dry_run))
+
+
+@click.command("export")
+@click.argument("source", metavar="SRC", type=click.Path(exists=True, file_okay=False, path_type=pathlib.Path))
+@click.argument("destination", metavar="DST", type=click.Path(file_okay=False, path_type=pathlib.Path))
+@click.option("--format", "form", type=click.Choice(["llava-next"]), required=True, help="What DST is to be.")
+def export_checkpoint(source: pathlib.Path, destination: pathlib.Path, form: str) -> None:
+    """Turn a FocusLLaVA checkpoint SRC into a hub-format LLaVA-NeXT folder DST, without the samplers.
+
+    transformers' LlavaNextForConditionalGeneration reads DST, and `focusllava import` turns it back.
+    """
+    from services.checkpoint.export_llava_next import export_llava_next
+
+    with _Percent("exporting") as percent:
+        click.echo(export_llava_next(source, destination, progress=percent))
 
 
 class _Percent:

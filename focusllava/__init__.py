@@ -1,6 +1,8 @@
 """FocusLLaVA's client: questions about images, answered over gRPC as they are generated.
 
-`LocalModel` answers in this process, without a server. It is loaded when it is named: it needs the [serve] extra.
+`LocalModel` answers in this process, without a server. `FocusLlavaForConditionalGeneration`, `FocusLlavaConfig` and
+`FocusLlavaProcessor` are the model for transformers; naming one registers all with the Auto classes. These four are
+loaded when they are named: they need the [serve] extra.
 """
 
 from typing import Any
@@ -49,9 +51,12 @@ __all__ = [
 ]
 
 
+_PARTS = frozenset(("FocusLlavaConfig", "FocusLlavaForConditionalGeneration", "FocusLlavaProcessor", "LocalModel"))
+
+
 def __getattr__(name: str) -> Any:
-    """Loads LocalModel. Raises ModuleNotFoundError, which says what to install, where the extra is missing."""
-    if name != "LocalModel":
+    """Loads a part by its name. Raises ModuleNotFoundError, which says what to install, where the extra is missing."""
+    if name not in _PARTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from focusllava import extras
 

@@ -3,6 +3,7 @@
 config.json  chat_template.jinja  tokenizer files  README.md
 encoder.safetensors.index.json  encoder-00001-of-0000n.safetensors ...
 llm.safetensors.index.json      llm-00001-of-0000n.safetensors ...
+model.safetensors.index.json    both stages' shards, for transformers; older checkpoints have none
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ ENCODER_PREFIXES = ("vision_tower.", "multi_modal_projector.", "image_newline", 
 LLM_PREFIX = "language_model."
 LM_HEAD = "language_model.lm_head.weight"
 EMBEDDINGS = "language_model.model.embed_tokens.weight"
+MODEL_INDEX = "model.safetensors.index.json"
+"""What transformers reads in place of the stages' indices."""
 CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
@@ -154,6 +157,15 @@ def read_index(folder: pathlib.Path, stage: Stage) -> dict[str, Any]:
         if pathlib.PurePath(shard).name != shard or not shard.startswith(f"{stage}-"):
             raise InvalidInput(f"names a shard {shard!r} that is not one of stage {stage}", field=str(path))
     return index
+
+
+def model_index(folder: pathlib.Path) -> dict[str, Any]:
+    """The content of MODEL_INDEX: both stages in one map. Raises as `read_index`."""
+    indices = [read_index(folder, stage) for stage in STAGES]
+    return {
+        "metadata": {"total_size": sum(index["metadata"]["total_size"] for index in indices)},
+        "weight_map": {name: shard for index in indices for name, shard in index["weight_map"].items()},
+    }
 
 
 def shard_path(folder: pathlib.Path, shard: str) -> pathlib.Path:

@@ -19,12 +19,14 @@ from services.checkpoint.store import (
     ENCODER_PREFIXES,
     LLM_PREFIX,
     LM_HEAD,
+    MODEL_INDEX,
     STAGES,
     TOKENIZER_FILES,
     Stage,
     file_sha256,
     fingerprint,
     index_path,
+    model_index,
     read_index,
     shard_path,
 )
@@ -118,7 +120,7 @@ class CheckpointWriter:
 
     def finish(
         self,
-        tokenizer: PreTrainedTokenizerBase | str | pathlib.Path,
+        tokenizer: PreTrainedTokenizerBase | str | pathlib.Path | None,
         *,
         chat_template: str | None = None,
         readme: str | None = None,
@@ -126,7 +128,8 @@ class CheckpointWriter:
     ) -> str:
         """Closes the shards, writes the small files, puts the folder in place and returns its fingerprint.
 
-        tokenizer: an object, or a folder whose tokenizer files are copied. chat_template replaces the tokenizer's.
+        tokenizer: an object, or a folder whose tokenizer files are copied; None writes none, for a caller that adds
+        them. chat_template replaces the tokenizer's.
         check: called with the finished folder before it takes its place; what it raises leaves the old one there.
         """
         for stage in STAGES:
@@ -135,8 +138,11 @@ class CheckpointWriter:
             else:
                 self._flush(stage)
                 self._close_stage(stage)
+        index = json.dumps(model_index(self._temp), indent=2, sort_keys=True) + "\n"
+        (self._temp / MODEL_INDEX).write_text(index, "utf8")
         self.config.save(self._temp)
-        _write_tokenizer(self._temp, tokenizer, chat_template)
+        if tokenizer is not None:
+            _write_tokenizer(self._temp, tokenizer, chat_template)
         (self._temp / "README.md").write_text(readme or f"# {self.folder.name}\n\nA FocusLLaVA checkpoint.\n", "utf8")
         result = fingerprint(self._temp)
         for path in self._temp.iterdir():

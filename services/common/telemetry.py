@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-Stage = Literal["gateway", "encoder", "llm"]
+Stage = Literal["gateway", "encoder", "llm", "training"]
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _TILES = (1.0, 2.0, 3.0, 5.0, 8.0, 12.0, 16.0, 24.0, 32.0, 40.0, 64.0)
@@ -77,6 +77,8 @@ METRICS: tuple[MetricSpec, ...] = (
            "Requests that gave their KV cache back to older ones, since the replica started."),
     _gauge("llm", "focusllava_prompt_tokens_reused", "tokens",
            "Prompt tokens whose lower layers an earlier request had computed, since the replica started."),
+    MetricSpec(name="focusllava_training", stage="training", kind="gauge", unit="that of the value",
+               description="What the log of a training run shows, by its name there.", tags=("run", "series")),
 )  # fmt: skip
 
 

@@ -65,13 +65,15 @@ class EncoderModel(nn.Module):
         choose: Choice | None = None,
         *,
         finer: float = 0.0,
+        logits_MK: torch.Tensor | None = None,
     ) -> EncodedImage:
         """Feature map to visual tokens: base tile, then rows of regions (or of the map) closed by newlines.
 
         With low detail: the base tile and one newline, as Hugging Face lays out a single tile. Where the checkpoint
         samples or drops its base tile, the tile is sampled as if it were a map, which is all that the model has seen.
 
-        `choose` takes the selector's place on the map, in experiments; `finer` moves it towards detail, in training.
+        `choose` takes the selector's place on the map, in experiments; `finer` moves it towards detail, in training;
+        `logits_MK` are its own on the map, where they were computed before.
         """
         base_PD, map_HWD = feature_map.base_PD, feature_map.map_HWD
         height, width, depth = map_HWD.shape
@@ -82,7 +84,9 @@ class EncoderModel(nn.Module):
             if mode != "keep":
                 base_PD, rest_ND, newlines = self._sampled_base(base_PD, finer), rest_ND[:0], 0
         elif vision_sampler:
-            sampled = self.vision_guided_sampler(map_HWD, base_PD, self.image_newline, choose, finer=finer)
+            # With logits no weight is read: ZeRO-3, which counts calls of modules, may not see one an image.
+            sampler = self.vision_guided_sampler if logits_MK is None else self.vision_guided_sampler.forward
+            sampled = sampler(map_HWD, base_PD, self.image_newline, choose, finer=finer, logits_MK=logits_MK)
             rest_ND = sampled.tokens_ND
             newlines = sampled.newlines
             if mode == "sample":

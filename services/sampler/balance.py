@@ -21,3 +21,15 @@ def balance_loss(probs_MK: torch.Tensor, coefficients: Sequence[float] | None = 
         weight_K = product_K.new_tensor(list(coefficients))
         product_K = product_K * weight_K * (branches / weight_K.sum())
     return branches * product_K.sum()
+
+
+def balance_loss_sum(
+    probs_MK: torch.Tensor, counts_K: torch.Tensor, regions: float, coefficients: Sequence[float]
+) -> torch.Tensor:
+    """A micro-batch's part of the balance loss of its global batch; the parts of all add up to `balance_loss`.
+
+    counts_K: regions of the global batch that choose each branch; regions: all of them.
+    """
+    weight_K = torch.tensor(list(coefficients), dtype=torch.float32, device=probs_MK.device)
+    weight_K = weight_K * (len(weight_K) / weight_K.sum())
+    return len(weight_K) * (weight_K * counts_K.float() / regions * probs_MK.float().sum(dim=0) / regions).sum()

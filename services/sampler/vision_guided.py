@@ -125,6 +125,24 @@ def _corners(branches: Sequence[tuple[int, int]], window: int) -> list[tuple[int
             for top in range(0, window, height) for left in range(0, window, width)]  # fmt: skip
 
 
+class SelectorLinear(nn.Linear):
+    """The selector's layer. It computes in float32, whatever its weights are stored in."""
+
+    def reset_parameters(self) -> None:
+        """Starts at full resolution: a region is coarsened once the loss says so, never by chance."""
+        super().reset_parameters()  # draws, so that what is drawn after it stays as it was
+        nn.init.zeros_(self.weight)
+        with torch.no_grad():
+            self.bias.copy_(self.first_bias())
+
+    def first_bias(self) -> torch.Tensor:
+        """What the bias starts from, float32 [K]."""
+        return 0.5 * (torch.arange(self.out_features, device=self.bias.device) == 0).float()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x.float(), self.weight.float(), self.bias.float())
+
+
 class Selector(nn.Module):
     """Chooses a branch for each region, from its similarity to the base tile or from the region itself."""
 
@@ -133,23 +151,22 @@ class Selector(nn.Module):
         super().__init__()
         self.selector_input, self.similarity, self.region_pool = selector_input, similarity, region_pool
         self.temperature = temperature
-        self.linear = nn.Linear(base_tokens if selector_input == "base_tile" else 3 * width, branches)
-        # Starts at full resolution: a region is coarsened once the loss says so, never by chance.
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-        nn.init.constant_(self.linear.bias[:1], 0.5)
+        self.linear = SelectorLinear(base_tokens if selector_input == "base_tile" else 3 * width, branches)
 
     def forward(self, regions_MwwD: torch.Tensor, real_Mww: torch.Tensor, base_ND: torch.Tensor) -> torch.Tensor:
         """Returns the logits of p, float32 [M, K]."""
+        # Called as a module: ZeRO-3 gathers a module's weights when it is called.
+        return self.linear(self.features(regions_MwwD, real_Mww, base_ND)) * self.temperature
+
+    def features(self, regions_MwwD: torch.Tensor, real_Mww: torch.Tensor, base_ND: torch.Tensor) -> torch.Tensor:
+        """What the linear layer reads, float32 [M, its inputs]."""
         real = real_Mww.flatten(1).unsqueeze(-1)
         tokens = regions_MwwD.flatten(1, 2).float()
         mean_MD = (tokens * real).sum(1) / real.sum(1)
         max_MD = tokens.masked_fill(~real, -torch.inf).amax(1)
         if self.selector_input == "region":
             spread_MD = ((tokens - mean_MD.unsqueeze(1)).square() * real).sum(1).div(real.sum(1)).add(1e-6).sqrt()
-            features = nn.functional.layer_norm(
-                torch.stack((mean_MD, max_MD, spread_MD), 1), mean_MD.shape[-1:]
-            ).flatten(1)
+            return nn.functional.layer_norm(torch.stack((mean_MD, max_MD, spread_MD), 1), mean_MD.shape[-1:]).flatten(1)
         else:
             region_MD, base_ND = mean_MD if self.region_pool == "mean" else max_MD, base_ND.float()
             if base_ND.shape[0] != self.linear.in_features:
@@ -164,9 +181,7 @@ class Selector(nn.Module):
                     nn.functional.layer_norm(region_MD, centre_D.shape) - centre_D, dim=-1
                 )
                 base_ND = nn.functional.normalize(base_ND - centre_D, dim=-1)
-            features = region_MD @ base_ND.T
-        weight, bias = self.linear.weight.float(), self.linear.bias.float()
-        return nn.functional.linear(features, weight, bias) * self.temperature
+            return region_MD @ base_ND.T
 
 
 class VisionGuidedSampler(nn.Module):
@@ -206,15 +221,18 @@ class VisionGuidedSampler(nn.Module):
         return torch.tensor(list(kernels)).log2()
 
     def forward(self, map_HWD: torch.Tensor, base_ND: torch.Tensor, newline_D: torch.Tensor,
-                choose: Choice | None = None, *, finer: float = 0.0) -> SampledMap:  # fmt: skip
+                choose: Choice | None = None, *, finer: float = 0.0,
+                logits_MK: torch.Tensor | None = None) -> SampledMap:  # fmt: skip
         """Compresses one image's unpadded feature map with its base-tile features as context.
 
         `choose` decides in the selector's place, as an experiment's control; then there is no gate either.
+        `logits_MK` are the selector's, where `logits_of` computed them before.
         `finer` moves the selector's logits towards detail, by so much a halving of resolution.
         """
         regions, real, grid = split_regions(map_HWD, self.window)
         with torch.autocast(map_HWD.device.type, enabled=False):
-            logits_MK = self.selector(regions, real, base_ND)
+            if logits_MK is None:
+                logits_MK = self.selector(regions, real, base_ND)
             if finer:
                 logits_MK = logits_MK - finer * self.coarseness_K.to(logits_MK.device)
             probs_MK = logits_MK.softmax(dim=-1)
@@ -228,6 +246,16 @@ class VisionGuidedSampler(nn.Module):
                                    order=self.token_order)  # fmt: skip
         return SampledMap(tokens_ND=tokens_ND, newlines=newlines, branch_ids_M=branch_ids_M, probs_MK=probs_MK,
                           logits_MK=logits_MK, region_grid=grid)  # fmt: skip
+
+    def logits_of(self, maps: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Sequence[torch.Tensor]:
+        """The selector's logits of several images, [M, K] each, from (map_HWD, base_ND): its layer is called once."""
+        features = []
+        with torch.autocast(maps[0][0].device.type, enabled=False):
+            for map_HWD, base_ND in maps:
+                regions, real, _ = split_regions(map_HWD, self.window)
+                features.append(self.selector.features(regions, real, base_ND))
+            logits_MK = self.selector.linear(torch.cat(features)) * self.selector.temperature
+        return logits_MK.split([len(each) for each in features])
 
     def _gate(self, cells: Sequence[torch.Tensor], real: torch.Tensor, probs_MK: torch.Tensor,
               branch: int) -> torch.Tensor:  # fmt: skip
