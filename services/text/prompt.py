@@ -13,7 +13,7 @@ import re
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 import torch
@@ -30,6 +30,7 @@ from services.text.turns import (
     last_user_turn,
 )
 
+T = TypeVar("T")
 ZERO_WIDTH_SPACE = "\u200b"
 FIRST_SENTINEL = 0xF0000
 SENTINEL = re.compile("[\U000f0000-\U000ffffd]")
@@ -54,6 +55,8 @@ class Prompt:
 @dataclass(frozen=True, kw_only=True)
 class _Text:
     text: str
+    role: str
+    """The role of the turn that it stands in."""
     instruction: bool
     begins_answer: bool = False
     """The text is the last turn's, and the answer goes on from it."""
@@ -80,7 +83,7 @@ class PromptRenderer:
                 named[token_id] = added.content
         named[image_token_id] = tokenizer.convert_ids_to_tokens(image_token_id)
         strings = set(named.values())
-        self._special_ids = set(named) - ({tokenizer.unk_token_id} - {image_token_id})
+        self.special_ids = set(named) - ({tokenizer.unk_token_id} - {image_token_id})
         self._special = re.compile("|".join(re.escape(s) for s in sorted(strings, key=len, reverse=True)))
 
     @classmethod
@@ -103,7 +106,25 @@ class PromptRenderer:
         joined to the leading ones. Raises InvalidInput: what `check_turns` raises, turns that the template refuses, or
         a prompt that leaves no room in the context.
         """
-        check_turns(turns, len(image_tokens), continue_final=continue_final)
+        prompt, spans = self._spell(turns, len(image_tokens), continue_final)
+        if continue_final:
+            prompt = prompt[: spans[-1][1]]
+        return self._expand(*self.tokenise(prompt), spans, image_tokens)
+
+    def spell(self, turns: Sequence[PromptTurn], num_images: int) -> tuple[str, list[tuple[int, int, str]]]:
+        """A finished conversation, which ends with an answer, as `render` and the template write it, and the span of
+        characters and the role of each text in it, in order.
+
+        Raises InvalidInput as `render`, but for the room in the context.
+        """
+        whole, spans = self._spell(turns, num_images, True)
+        return whole, [(start, end, text.role) for start, end, text in spans]
+
+    def _spell(
+        self, turns: Sequence[PromptTurn], num_images: int, continue_final: bool
+    ) -> tuple[str, list[tuple[int, int, _Text]]]:
+        """The template's text, with what it puts after the last turn, and where the turns' own texts are in it."""
+        check_turns(turns, num_images, continue_final=continue_final)
         turns = join_leading_system_turns(turns)
         if any(turn.role == "system" for turn in turns[1:]) and not self._renders(turns, continue_final):
             turns = join_all_system_turns(turns)
@@ -114,9 +135,11 @@ class PromptRenderer:
         spans = _align(prompt, template, texts)
         if spans is None:
             raise InvalidInput("changes the messages' texts in a way that cannot be followed", field="chat_template")
-        if continue_final:
-            prompt = prompt[: spans[-1][1]]
-        return self._expand(*self._tokens(prompt), spans, image_tokens)
+        return prompt, spans
+
+    def broken(self, text: str) -> str:
+        """A text that holds no special token's string: a zero-width space stands in each."""
+        return self._special.sub(lambda m: m[0][0] + ZERO_WIDTH_SPACE + m[0][1:], text)
 
     def render_raw(self, prompt: str | Sequence[int]) -> Prompt:
         """A prompt without images that is a text already, whose special tokens count, or token ids.
@@ -125,7 +148,7 @@ class PromptRenderer:
         """
         if isinstance(prompt, str):
             name = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
-            ids, _ = self._tokens(prompt.replace(name, name[0] + ZERO_WIDTH_SPACE + name[1:]))
+            ids, _ = self.tokenise(prompt.replace(name, name[0] + ZERO_WIDTH_SPACE + name[1:]))
         else:
             ids = list(prompt)
             if self.image_token_id in ids:
@@ -138,14 +161,17 @@ class PromptRenderer:
         self._check_room(len(ids), 0, "raw_prompt")
         return Prompt(input_ids=tuple(ids), visual_spans=(), instruction_positions=())
 
-    def _tokens(self, prompt: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """A prompt's token ids and the span of characters of each."""
-        # transformers' processor adds special tokens unless the template already begins with BOS.
+    def tokenise(self, prompt: str, *, begins: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
+        """A prompt's token ids and the span of characters of each.
+
+        begins: the tokenizer's special tokens are added, unless the template has begun with BOS already, as
+        transformers' processor does; False for what goes on from other tokens.
+        """
         bos = self.tokenizer.bos_token
         with self._lock:
             encoded = self.tokenizer(
                 prompt,
-                add_special_tokens=not (bos is not None and prompt.startswith(bos)),
+                add_special_tokens=begins and not (bos is not None and prompt.startswith(bos)),
                 return_offsets_mapping=True,
                 verbose=False,
             )
@@ -176,9 +202,9 @@ class PromptRenderer:
                 if isinstance(part, ImagePart):
                     shown: tuple[Any, Any] = ({"type": "image"}, {"type": "image"})
                 else:
-                    text = self._special.sub(lambda m: m[0][0] + ZERO_WIDTH_SPACE + m[0][1:], part.text)
+                    text = self.broken(part.text)
                     sentinel = chr(FIRST_SENTINEL + len(texts))
-                    texts.append(_Text(text=text, instruction=chosen, begins_answer=begins_answer))
+                    texts.append(_Text(text=text, role=turn.role, instruction=chosen, begins_answer=begins_answer))
                     shown = ({"type": "text", "text": text}, {"type": "text", "text": sentinel})
                 for content, entry in zip(contents, shown, strict=True):
                     content.append(entry)
@@ -204,13 +230,13 @@ class PromptRenderer:
         image_tokens: Sequence[int],
     ) -> Prompt:
         self._check_room(len(ids) - len(image_tokens), sum(image_tokens), "turns")
-        covering = _spans_by_token(offsets, spans)
+        covering = spans_by_token(offsets, spans)
         input_ids: list[int] = []
         visual_spans: list[tuple[int, int]] = []
         instruction: list[int] = []
         answer: list[int] = []
         for token, texts in zip(ids, covering, strict=True):
-            if texts and token in self._special_ids:
+            if texts and token in self.special_ids:
                 raise InvalidInput("hold text parts that together spell a special token", field="turns")
             if token == self.image_token_id:
                 if len(visual_spans) == len(image_tokens):
@@ -265,7 +291,7 @@ def _align(prompt: str, template: str, texts: list[_Text]) -> list[tuple[int, in
     return spans if position == len(prompt) else None
 
 
-def _spans_by_token(offsets: list[tuple[int, int]], spans: list[tuple[int, int, _Text]]) -> Iterator[list[_Text]]:
+def spans_by_token(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int, T]]) -> Iterator[list[T]]:
     """The texts that each token overlaps; both lists ascend."""
     first = 0
     for start, end in offsets:

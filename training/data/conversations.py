@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pathlib
 import random
@@ -25,12 +26,15 @@ class ConversationBatches:
         self.config, self.builder, self.folder = config, builder, path.parent
         self.seed, self.images = seed, images
         try:
-            self.entries: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf8"))
+            text = path.read_bytes()
+            self.entries: list[dict[str, Any]] = json.loads(text)
         except (OSError, ValueError) as error:
             raise InvalidInput(f"{path} cannot be read: {error}", field="stage.data") from None
         if not isinstance(self.entries, list) or not self.entries:
             raise InvalidInput(f"{path} is not a list of conversations", field="stage.data")
         self.exchanges = [read_exchanges(entry, index) for index, entry in enumerate(self.entries)]
+        self.identity = hashlib.sha256(text).hexdigest()
+        """A hash of the file: with another order or other entries it is another run."""
         self._order = lru_cache(maxsize=2)(self._shuffled)
 
     def batch(self, step: int, rank: int, world_size: int) -> list[Sample]:

@@ -70,7 +70,10 @@ SOURCES: dict[str, SceneSource] = {
 
 
 class SceneBatches:
-    """The same (step, rank) gives the same samples."""
+    """The same (step, rank) gives the same samples. A rank is a worker, or one of its accumulated micro-batches."""
+
+    identity = ""
+    """A generator has no data that may be edited: its seed and settings are the run's."""
 
     def __init__(self, config: FocusLlavaConfig, builder: BranchBuilder, *, seed: int, images: int,
                  questions_per_image: int, kind_weights: Mapping[str, float], split: str = "train",
