@@ -50,7 +50,7 @@ class BranchControl:
         def choose(probs_MK: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
             regions, branches = probs_MK.shape
             if self.name == "random":
-                shares_K = torch.tensor(self.shares)
+                shares_K = torch.tensor(self.shares, dtype=torch.float32)
                 chosen_M = torch.multinomial(shares_K, regions, replacement=True, generator=generator)
             elif self.name == "uniform":
                 chosen_M = torch.full((regions,), self.branch)

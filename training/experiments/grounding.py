@@ -125,12 +125,13 @@ def grounding_loss(
     """
     before, losses = len(text.prefix_ids), []
     for b, of_image in enumerate(evidence):
-        target_QS = torch.zeros(attention[b].shape[0], attention[b].shape[-1])
+        target_QS = torch.zeros(attention[b].shape[0], attention[b].shape[-1])  # filled on the CPU, then moved
         compares_Q = torch.zeros(len(target_QS), dtype=torch.bool)
         for q, of_branch in enumerate(of_image):
             if of_branch is not None:
                 target_QS[q, of_branch.tokens + before] = 1
                 compares_Q[q] = of_branch.compares
+        target_QS, compares_Q = target_QS.to(attention[b].device), compares_Q.to(attention[b].device)
         grounded = target_QS.any(1)
         lost_QT = -torch.einsum("qths,qs->qth", attention[b], target_QS).clamp(min=1e-6).log().mean(-1)[grounded]
         predicts_QT = nn.functional.pad(text.labels_BQT[b, grounded, 1:] != -100, (0, 1))

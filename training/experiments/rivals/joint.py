@@ -73,7 +73,7 @@ def encode_with_rival(encoder: EncoderModel, images: Sequence[ImageTiles], rival
                 newline_D=newline_D,
                 attention_HW=attention_HW1.squeeze(-1),
                 key_HWGd=key_HWC.unflatten(-1, key_TPGd.shape[2:]),
-                content_hash=hashlib.sha256(image.pixels_T3HW.contiguous().numpy().tobytes()).hexdigest(),
+                content_hash=hashlib.sha256(image.pixels_T3HW.contiguous().cpu().numpy().tobytes()).hexdigest(),
             )
         )
         height, width, _ = map_HWD.shape
@@ -123,9 +123,9 @@ def drop(rival: LayerRival, share: float, layer: nn.Module, hidden_RSD: torch.Te
     for r, (count, total) in enumerate(zip(present_R, totals_R, strict=True)):
         asking = before + count + asking_RT[r].nonzero().squeeze(1)
         if not len(asking):
-            kept.append(torch.arange(count))
+            kept.append(torch.arange(count, device=hidden_RSD.device))
             continue
-        row = torch.cat((asking, torch.arange(before, before + count)))
+        row = torch.cat((asking, torch.arange(before, before + count, device=asking.device)))
         normed, heads = layer.input_layernorm(hidden_RSD[r, row]), (-1, attention.head_dim)
         cos, sin = cos_RSd[r, row], sin_RSd[r, row]
         query = apply_rotary(attention.q_proj(normed).unflatten(-1, heads), cos, sin)[: len(asking)]
