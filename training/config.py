@@ -5,25 +5,32 @@ from __future__ import annotations
 import pathlib
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 
 from services.common.errors import InvalidInput
-from services.common.settings import Amount, Count, Natural, build_settings
+from services.common.settings import Amount, Count, Natural, Range, build_settings, require
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with DeepSpeed's warm-up (logarithmic: the first step has a rate of 0) and cosine decay."""
+    """AdamW with a warm-up, whose first step has a rate of 0, and a cosine's decay to a floor."""
 
     learning_rate: Amount = 1e-5
+    """The language model's, and that of all parts whose scale is 1."""
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: Amount = 0.0
     warmup_steps: Natural = 100
+    warmup_share: Annotated[float, Range(0, 1)] | None = None
+    """The warm-up as a share of the run's steps, in place of `warmup_steps`; LLaVA takes 0.03."""
+    warmup: Literal["logarithmic", "linear"] = "logarithmic"
+    """How the rate rises: DeepSpeed's own way, or LLaVA's."""
+    floor: Annotated[float, Range(0, 1)] = 0.02
+    """Where the cosine ends, as a share of the learning rate."""
     clip_norm: Amount = 1.0
     selector_lr_scale: Amount = 1.0
-    """The vision-guided sampler's learning rate over everybody else's."""
+    """The vision-guided sampler's learning rate over `learning_rate`."""
     selector_steps: Natural = 0
     """Steps that the vision-guided sampler's selector learns for; after them it and the balance loss rest. 0: all."""
     encoder_steps: Natural = 0
@@ -34,6 +41,8 @@ class OptimizerConfig:
     swings about the shares that the balance loss asks for, and comes to rest wherever it happens to be."""
     vision_lr_scale: Amount = 1.0
     """The vision tower's. Below 1 it keeps what it knew before: LLaVA-NeXT trains its tower at a fifth."""
+    projector_lr_scale: Amount = 1.0
+    """The projector's, with `image_newline`."""
     frozen: tuple[str, ...] = ()
     """Parameters whose name starts with one of these are not trained."""
 
@@ -47,8 +56,13 @@ class ClusterConfig:
     use_gpu: bool = False
     cpus_per_worker: Amount = 1.0
     max_failures: int = 2
+    """Lost workers that the run itself recovers from; after them it ends, and the same command goes on."""
     storage_path: str = "~/focusllava/runs"
-    """Folder (or fsspec URI that all nodes reach) of checkpoints."""
+    """Folder (or fsspec URI that all nodes reach) of checkpoints and logs."""
+    zero_stage: Literal[2, 3] = 2
+    """What DeepSpeed shards over the workers: 2 gradients and optimizer states, 3 the weights too."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What waits in the host's memory on GPUs: nothing, optimizer states, or the weights of ZeRO 3 too."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Dtype of weights and activations; the optimizer keeps float32. "auto": bfloat16 on GPUs and if every worker's CPU
     multiplies in it, else float32."""
@@ -60,20 +74,44 @@ class RunConfig:
 
     name: str
     """The same name and storage path resume a stopped run."""
-    steps: Count
     samples_per_worker: Count
-    """Images (vision stage: tiles) a worker sees in one step."""
+    """The micro-batch: images, conversations, or the vision stage's tiles, that a worker sees at once."""
     output: str
     """Folder that the trained weights are exported to."""
+    steps: Natural = 0
+    """Steps of the optimizer; 0 where `epochs` says how many."""
+    epochs: Amount = 0.0
+    """Passes over the data, in place of `steps`; conversations only."""
     init_from: str = ""
     """Exported weights of an earlier stage, or an imported checkpoint; empty starts from nothing."""
+    global_batch: Natural = 0
+    """Samples of a step over all workers: a whole multiple of `samples_per_worker` x workers, accumulated. 0: once."""
     seed: int = 0
     checkpoint_every: Count = 200
+    checkpoints_kept: Count = 2
+    """The newest checkpoints that stay."""
     log_every: Count = 10
+    validate_every: Natural = 0
+    """Steps between two looks at what `stage.validation` holds out; the best weights are exported beside `output`."""
+    max_loss_ratio: Amount = 10.0
+    """The loss of a step over its running mean that stops the run, as a loss that is not a number always does. A mean
+    below 0.1 counts as 0.1; 0 lets every number pass."""
+    skip_steps: tuple[int, ...] = ()
+    """Steps whose batches are left out: the message of a run that stopped names one. A resumed run may change it."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     stage: dict[str, Any] = field(default_factory=dict)
     """Settings of the stage itself; see its own dataclass."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.steps or self.epochs), "steps", self.steps, "1 or more, or epochs above 0")
+        require(not (self.steps and self.epochs), "epochs", self.epochs, f"0 beside steps {self.steps}")
+
+
+def run_folder(run: RunConfig) -> pathlib.Path | None:
+    """Where Ray keeps the run's checkpoints; None where that is no folder of this machine's."""
+    storage = run.cluster.storage_path
+    return None if "://" in storage else pathlib.Path(storage).expanduser() / run.name
 
 
 class _Loader(yaml.SafeLoader):

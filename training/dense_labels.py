@@ -136,8 +136,19 @@ class DenseTask:
         if self.source:
             self.module.vision_tower.load_state_dict(tower_of(load_stage(self.source, "encoder")))
 
-    def batch(self, step: int, rank: int, world_size: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return labelled_batch(self.run.seed, step * world_size + rank, self.run.samples_per_worker)
+    def batch(self, step: int, place: int, places: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return labelled_batch(self.run.seed, step * places + place, self.run.samples_per_worker)
+
+    def count(self, batch: tuple[torch.Tensor, dict[str, torch.Tensor]], step: int) -> None:
+        """Nothing: a micro-batch's loss is a mean of its own."""
+
+    def identity(self) -> str:
+        """Nothing: its tiles are drawn from the seed."""
+        return ""
+
+    def epoch(self) -> int:
+        """0: there is always another tile."""
+        return 0
 
     def export(self, folder: pathlib.Path) -> None:
         self.module.float()
@@ -150,3 +161,10 @@ class DenseTask:
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {k: v.float().contiguous() for k, v in self.module.state_dict().items()}
         save_tensors(tensors, folder / "vision.safetensors")
+
+    def close(self) -> None:
+        """Nothing was begun."""
+
+    def validate(self, step: int) -> dict[str, float]:
+        """Nothing is held out."""
+        return {}

@@ -88,8 +88,18 @@ class JointTask:
                 self.config, self.builder, pathlib.Path(stage.data), seed=run.seed, images=run.samples_per_worker
             )
 
-    def batch(self, step: int, rank: int, world_size: int) -> tuple[int, list[Sample]]:
-        return rank, self.data.batch(step, rank, world_size)
+    def batch(self, step: int, place: int, places: int) -> tuple[int, list[Sample]]:
+        return place, self.data.batch(step, place, places)
+
+    def count(self, batch: tuple[int, list[Sample]], step: int) -> torch.Tensor:
+        return self.module.count(batch, step)
+
+    def identity(self) -> str:
+        return self.data.identity
+
+    def epoch(self) -> int:
+        """0: generated data has no end, and conversations by question are drawn as if they had none."""
+        return 0
 
     def export(self, folder: pathlib.Path) -> None:
         if self.module.hold:
@@ -101,6 +111,13 @@ class JointTask:
             llm_tensors={f"language_model.{k}": v for k, v in self.module.language_model.state_dict().items()},
             tokenizer=self.tokenizer,
         )
+
+    def close(self) -> None:
+        """Nothing was begun."""
+
+    def validate(self, step: int) -> dict[str, float]:
+        """Nothing: `evaluation.score` asks the held-out splits."""
+        return {}
 
     @torch.no_grad()
     def _set_share(self, share: float) -> None:

@@ -68,6 +68,12 @@ class TextBatch:
 
 
 def pack_text(samples: Sequence[Sample], pad_id: int) -> TextBatch:
+    """The words of the samples, padded, on the CPU."""
+    with torch.device("cpu"):
+        return _pack_text(samples, pad_id)
+
+
+def _pack_text(samples: Sequence[Sample], pad_id: int) -> TextBatch:
     branches = max(len(s.branches) for s in samples)
     length = max(len(b.token_ids) for s in samples for b in s.branches)
     shape = (len(samples), branches, length)
@@ -93,8 +99,9 @@ def pack_text(samples: Sequence[Sample], pad_id: int) -> TextBatch:
 
 def positions(prefix_lens_B: torch.Tensor, prefix: int, branches: int, length: int) -> torch.Tensor:
     """Rotary positions [B, S]: the prefix counts up; every branch goes on where its own image's prefix ends."""
-    in_prefix = torch.arange(prefix).expand(len(prefix_lens_B), prefix)
-    in_branch = torch.arange(length).repeat(branches) + prefix_lens_B.unsqueeze(1)
+    device = prefix_lens_B.device
+    in_prefix = torch.arange(prefix, device=device).expand(len(prefix_lens_B), prefix)
+    in_branch = torch.arange(length, device=device).repeat(branches) + prefix_lens_B.unsqueeze(1)
     return torch.cat((in_prefix, in_branch), dim=1)
 
 
@@ -104,10 +111,10 @@ def attention_mask(prefix_lens_B: torch.Tensor, prefix: int, branches: int, leng
     The prefix's own rows are plainly causal: its padding is on the right, and nothing real sees it. Padding in a branch
     sees itself.
     """
-    rows = branches * length
-    branch_R = torch.arange(branches).repeat_interleave(length)
-    own_RR = (branch_R.unsqueeze(1) == branch_R) & torch.ones(rows, rows, dtype=torch.bool).tril()
-    real_BP = torch.arange(prefix) < prefix_lens_B.unsqueeze(1)
+    rows, device = branches * length, prefix_lens_B.device
+    branch_R = torch.arange(branches, device=device).repeat_interleave(length)
+    own_RR = (branch_R.unsqueeze(1) == branch_R) & torch.ones(rows, rows, dtype=torch.bool, device=device).tril()
+    real_BP = torch.arange(prefix, device=device) < prefix_lens_B.unsqueeze(1)
     batch = len(prefix_lens_B)
     mask_BRS = torch.cat((real_BP.unsqueeze(1).expand(-1, rows, -1), own_RR.expand(batch, -1, -1)), dim=2)
     return mask_BRS.unsqueeze(1)

@@ -5,7 +5,11 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from training.trainer import main
+from training.launch import main
 
 if __name__ == "__main__":
-    main(("training.experiments.task", "ExperimentTask"), "Pre-trains the joint model with all visual tokens.")
+    main(
+        ("training.experiments.task", "ExperimentTask"),
+        "Pre-trains with all visual tokens: on conversations the projector, on generated data the joint model.",
+        on_conversations=("training.conversation_stage", "AlignmentTask"),
+    )

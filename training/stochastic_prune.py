@@ -55,7 +55,7 @@ def decide(layer: nn.Module, hidden_BSD: torch.Tensor, cos_BSd: torch.Tensor, si
         for q, threshold in enumerate(thresholds[b]):
             asked = query[b, q][instruction_BQT[b, q]]
             if not len(asked):
-                row.append(torch.arange(count))
+                row.append(torch.arange(count, device=hidden_BSD.device))
                 continue
             row.append(keep_by_share(text_importance(asked, key[b, :count], attention.scaling), threshold))
         decisions.append(row)
@@ -70,18 +70,21 @@ def gather_index(
     Returns source indices [B * Q, S'] into [S], and the start of the branch in each row [B * Q].
     """
     rows, starts = [], []
-    words = torch.arange(before)
+    device = kept[0][0].device
+    words, branch = torch.arange(before, device=device), torch.arange(length, device=device)
     for of_image in kept:
         for q, visual in enumerate(of_image):
-            rows.append(torch.cat((words, visual + before, prefix + q * length + torch.arange(length))))
+            rows.append(torch.cat((words, visual + before, prefix + q * length + branch)))
             starts.append(before + len(visual))
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor(starts)
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor(starts, device=device)
 
 
 def stage_index(
     kept_R: list[torch.Tensor], before: int, starts_R: torch.Tensor, length: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Where each row's new sequence comes from in its old one, [R, S'], and where its branch starts now, [R]."""
-    words, branch = torch.arange(before), torch.arange(length)
+    device = starts_R.device
+    words, branch = torch.arange(before, device=device), torch.arange(length, device=device)
     rows = [torch.cat((words, before + kept, start + branch)) for kept, start in zip(kept_R, starts_R, strict=True)]
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([before + len(kept) for kept in kept_R])
+    starts = torch.tensor([before + len(kept) for kept in kept_R], device=device)
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True), starts

@@ -1,44 +1,70 @@
-"""The training loop: Ray Train places the workers, DeepSpeed ZeRO-2 shards optimizer states and gradients.
+"""The training loop on one worker: micro-batches to a step, DeepSpeed's ZeRO shards, checkpoints, the log.
 
-A stage supplies a Task; this file knows nothing of images or language.
+A stage supplies a Task; this file knows nothing of images or language. `training/launch.py` places the workers.
 """
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import dataclasses
 import importlib
-import json
+import math
 import os
 import pathlib
-import tempfile
 import time
 from typing import Any, Protocol
 
-import ray
 import ray.train
+import ray.util.metrics
 import torch
-from ray.train.torch import TorchTrainer
+from ray.train import CheckpointUploadMode
 from torch import nn
 
 from services.common.errors import InvalidInput
+from services.common.telemetry import Metrics
 from services.compute.dtypes import choose_dtype, dtype_name
 from services.compute.malloc import keep_freed_memory
 from services.compute.processor import cpu_has_bfloat16
-from training.config import ClusterConfig, RunConfig, load
+from training import checkpoints
+from training.config import ClusterConfig, RunConfig, run_folder
+from training.global_batch import Totals, accumulation, mean_over_workers, sum_counts, to_device
+from training.optimizer import deepspeed_config, parameter_groups, set_rates
+from training.watching import LossGuard, Watch
+
+REFUSED, STOPPED = "refused", "stopped"
+"""How a run ends that no repetition would mend: its settings are wrong, or its loss is."""
 
 
 class Task(Protocol):
     """One stage of training, on one worker."""
 
     module: nn.Module
-    """Called with a batch and the step; returns the loss and metrics to print."""
+    """Called with a micro-batch, the step, and where `count` counts, the Totals of the global batch; returns the loss
+    and metrics to print. With totals the loss is the micro-batch's part, as `Totals` says."""
 
-    def batch(self, step: int, rank: int, world_size: int) -> Any:
-        """The worker's share of a step; the same arguments give the same batch, so a resumed run repeats nothing."""
+    def batch(self, step: int, place: int, places: int) -> Any:
+        """The micro-batch at a place of a step's global batch; the same arguments give the same one, so a resumed run
+        repeats nothing. All places together are the same samples however many places there are."""
+
+    def count(self, batch: Any, step: int) -> torch.Tensor | None:
+        """float64 [n]: what the loss of the global batch divides by, this micro-batch's part of it; None where the
+        loss is a mean of its own."""
+
+    def identity(self) -> str:
+        """A hash of the data and its order; a resumed run with another is refused."""
+
+    def epoch(self) -> int:
+        """Steps in which each entry of the data comes once; 0 where its data has no end."""
 
     def export(self, folder: pathlib.Path) -> None:
         """Writes the trained weights."""
+
+    def close(self) -> None:
+        """Ends what the task has begun."""
+
+    def validate(self, step: int) -> dict[str, float]:
+        """What is measured on held-out data, "validation_loss" among it; nothing where there is none. Called by all
+        workers at once."""
 
 
 def agreed_dtype(cluster: ClusterConfig) -> torch.dtype:
@@ -50,204 +76,220 @@ def agreed_dtype(cluster: ClusterConfig) -> torch.dtype:
     return torch.bfloat16 if everywhere else torch.float32
 
 
-def deepspeed_config(run: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
-    optimizer = run.optimizer
-    return {
-        "train_micro_batch_size_per_gpu": run.samples_per_worker,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": optimizer.clip_norm,
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "zero_optimization": {"stage": 2, "overlap_comm": run.cluster.use_gpu},
-        "optimizer": {
-            "type": "AdamW",
-            "params": {
-                "lr": optimizer.learning_rate,
-                "betas": list(optimizer.betas),
-                "weight_decay": optimizer.weight_decay,
-                "torch_adam": not run.cluster.use_gpu,
-            },
-        },
-        "scheduler": {
-            "type": "WarmupCosineLR",
-            "params": {
-                "total_num_steps": run.steps,
-                "warmup_num_steps": max(2, optimizer.warmup_steps),
-                "warmup_min_ratio": 0.01,
-                "cos_min_ratio": 0.02,
-            },
-        },
-        "steps_per_print": 10**9,
-        "zero_allow_untested_optimizer": True,
-    }
-
-
-def parameter_groups(module: nn.Module, run: RunConfig) -> list[dict[str, Any]]:
-    """Weights decay, norms and biases do not; the selector and the vision tower have learning rates of their own.
-
-    A group's `learns_for` is the steps after which it rests, 0 for never.
-    """
-    scales = {"selector": run.optimizer.selector_lr_scale, "vision_tower": run.optimizer.vision_lr_scale}
-    rests = {"selector": run.optimizer.selector_steps, "encoder": run.optimizer.encoder_steps}
-    for prefix in run.optimizer.frozen:
-        if not any(name.startswith(prefix) for name, _ in module.named_parameters()):
-            raise InvalidInput(f"no parameter's name starts with {prefix!r}", field="optimizer.frozen")
-    groups: dict[tuple[int, float, bool], list[nn.Parameter]] = {}
-    for name, parameter in module.named_parameters():
-        if name.startswith(run.optimizer.frozen):
-            parameter.requires_grad_(False)
-        if parameter.requires_grad:
-            parts = name.split(".")
-            scale = next((scales[part] for part in parts if part in scales), 1.0)
-            learns_for = min((rests[part] for part in parts if rests.get(part)), default=0)
-            groups.setdefault((learns_for, scale, parameter.ndim > 1), []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "lr": run.optimizer.learning_rate * scale,
-            "weight_decay": run.optimizer.weight_decay if decays else 0.0,
-            "learns_for": learns_for,
-        }
-        for (learns_for, scale, decays), parameters in groups.items()
-    ]
-
-
-def rate_before_rest(step: int, learns_for: int, cooldown: int) -> float:
-    """Share of its learning rate in this step, counted from 0, of a part that rests after `learns_for` steps."""
-    if not learns_for:
-        return 1.0
-    left = max(0, learns_for - step)
-    return min(1.0, left / max(1, cooldown))
-
-
-def what_it_is_made_of(run: RunConfig) -> dict[str, Any]:
-    """What a resumed run may not change, as JSON: another stage or data under an old name is another run."""
-    names = ("samples_per_worker", "init_from", "seed", "optimizer", "stage")
-    return json.loads(json.dumps({name: value for name, value in dataclasses.asdict(run).items() if name in names}))
-
-
-def check_resumed(name: str, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises InvalidInput naming what differs between a checkpoint's run and the one that would go on with it."""
-    different = [
-        f"{field} was {before.get(field)!r}, is {value!r}" for field, value in now.items() if before.get(field) != value
-    ]
-    if different:
-        raise InvalidInput(f"a run of other settings has the name {name!r}: {'; '.join(different)}", field="name")
-
-
-def train_worker(payload: dict[str, Any]) -> None:
-    """Runs in each Ray Train worker."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if payload["run"].cluster.use_gpu else "cpu")
-    import deepspeed
-
+def train_worker(payload: dict[str, Any]) -> dict[str, str]:
+    """Runs in each Ray Train worker. Returns why the run ended where it is REFUSED or STOPPED, else nothing."""
     run: RunConfig = payload["run"]
-    made_of: dict[str, Any] = payload["made_of"]
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if run.cluster.use_gpu else "cpu")
     torch.set_num_threads(run.cluster.threads_per_worker)
     if not run.cluster.use_gpu:
         keep_freed_memory()
-    torch.manual_seed(run.seed)
+    checkpoints.seed(run.seed)
     context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
-    module_name, class_name = payload["task"]
-    dtype = agreed_dtype(run.cluster)
-    task: Task = getattr(importlib.import_module(module_name), class_name)(run)
-    buffers = {name: buffer.clone() for name, buffer in task.module.named_buffers()}
-    engine, _, _, _ = deepspeed.initialize(
-        model=task.module, model_parameters=parameter_groups(task.module, run), config=deepspeed_config(run, dtype)
-    )
+    worker, refused = None, ""
+    try:
+        worker = Worker(run, payload["made_of"], payload["task"], context.get_world_rank(), context.get_world_size())
+    except InvalidInput as error:
+        refused = str(error)
+    reasons: list[Any] = [None] * context.get_world_size()
+    torch.distributed.all_gather_object(reasons, refused)
+    if reason := next((reason for reason in reasons if reason), ""):
+        return {REFUSED: reason}
+    assert worker is not None
+    return worker.train()
+
+
+class Worker:
+    """One worker's task, engine and position."""
+
+    def __init__(self, run: RunConfig, made_of: dict[str, Any], task: tuple[str, str], rank: int, workers: int):
+        self.rank, self.workers = rank, workers
+        if ray.train.get_context().get_local_rank() == 0:
+            checkpoints.clean_scratch(run)
+        self.accumulation = accumulation(run, workers)
+        module_name, class_name = task
+        dtype = agreed_dtype(run.cluster)
+        self.task: Task = getattr(importlib.import_module(module_name), class_name)(run)
+        self.run = run = with_steps(run, self.task)
+        batch = run.samples_per_worker * self.accumulation * workers
+        self.made_of = {**made_of, "data": self.task.identity(), "global_batch": batch}
+        self.guard = LossGuard(run)
+        if rank == 0:
+            print(f"{run.name}: {workers} worker(s), {dtype_name(dtype)}", flush=True)
+        state: dict[str, Any] = {}
+        if checkpoint := ray.train.get_checkpoint():
+            with checkpoint.as_directory() as folder:
+                state = self._resume(pathlib.Path(folder), dtype)
+        else:
+            self.engine = start_engine(self.task.module, run, dtype, self.accumulation)
+        self.start = int(state.get("step", 0))
+        self.best = float(state.get("best", math.inf))
+        """The lowest validation loss so far."""
+        self.watch = Watch(
+            run,
+            rank=rank,
+            micro_batches=self.accumulation * workers,
+            start=self.start,
+            folder=run_folder(run),
+            metrics=Metrics("training", ray.util.metrics),
+        )
+        if state:
+            self.guard.load(state["guard"])
+            self.watch.load(state["watch"])
+
+    def _resume(self, folder: pathlib.Path, dtype: torch.dtype) -> dict[str, Any]:
+        """Starts the engine from a checkpoint; returns what was saved beside weights and optimizer."""
+        run, before = self.run, checkpoints.state_of(folder)
+        checkpoints.check_resumed(run.name, before["made_of"], self.made_of)
+        checkpoints.check_workers(run.name, before["workers"], self.workers, run.cluster.zero_stage)
+        others = before["workers"] != self.workers
+        self.engine = start_engine(self.task.module, run, dtype, self.accumulation, universal=others)
+        if others:
+            target = checkpoints.scratch_of_all(run)
+            if ray.train.get_context().get_local_rank() == 0:
+                checkpoints.for_any_workers(folder, target)
+            torch.distributed.barrier()
+            folder = target
+        state = checkpoints.load(self.engine, folder, self.rank)
+        if self.rank == 0:
+            print(f"resumed at step {state['step']} of {run.steps}", flush=True)
+        return state
+
+    def train(self) -> dict[str, str]:
+        """All steps from the start on, checkpoints among them, and the export."""
+        run = self.run
+        for step in range(self.start, run.steps):
+            if step not in run.skip_steps and (wrong := self._step(step)):
+                return {STOPPED: self._advice(step, wrong)}
+            done = step + 1
+            logs, saves = done % run.log_every == 0, done % run.checkpoint_every == 0
+            if logs or saves or done == run.steps:
+                self.watch.flush()
+            if self.rank == 0 and (logs or done == run.steps):
+                self.watch.log(done)
+            if run.validate_every and (done % run.validate_every == 0 or done == run.steps):
+                self._validate(done)
+            if saves or done == run.steps:
+                self._save(done)
+        self._export(run.output)
+        self.watch.close()
+        self.task.close()
+        return {}
+
+    def _step(self, step: int) -> str:
+        """One step of the optimizer; returns what is wrong with the loss, before it is saved, or nothing."""
+        places, engine = self.accumulation * self.workers, self.engine
+        began = time.perf_counter()
+        batches = [self.task.batch(step, n * self.workers + self.rank, places) for n in range(self.accumulation)]
+        waited = time.perf_counter() - began
+        batches = [to_device(batch, engine.device) for batch in batches]
+        totals: Totals | None = None
+        if places > 1:
+            counts = [self.task.count(batch, step) for batch in batches]
+            counted = [count for count in counts if count is not None]
+            totals = sum_counts(counted, places, engine.device) if counted else None
+        rates = set_rates(engine.optimizer.param_groups, self.run, step)
+        losses, measured = [], []
+        for batch in batches:
+            loss, metrics = engine(batch, step) if totals is None else engine(batch, step, totals)
+            losses.append(float(loss.detach()))
+            measured.append(metrics)
+            engine.backward(loss)
+            if batch is batches[-1]:
+                (whole,) = mean_over_workers([sum(losses) / len(losses)], engine.device)
+                if wrong := self.guard.check(whole):
+                    return wrong
+            engine.step()
+        norm = float(engine.get_global_grad_norm() or 0.0)
+        if not math.isfinite(norm):
+            return f"the gradient's norm is {norm}"
+        of_step = {"loss": whole, "gradient_norm": norm, **{f"rate_{part}": rate for part, rate in rates.items()}}
+        self.watch.add(step, measured, of_step, waited)
+        return ""
+
+    def _validate(self, done: int) -> None:
+        """Looks at the held-out data, and exports weights that are better on it than all before."""
+        self.engine.module.eval()
+        found = self.task.validate(done)
+        self.engine.module.train()
+        if self.rank == 0 and found:
+            print(f"{self.run.name} {done}  " + "  ".join(f"{k} {v:.4f}" for k, v in found.items()), flush=True)
+            for name, value in found.items():
+                self.watch.write(f"validation/{name}", value, done)
+        if found.get("validation_loss", math.inf) < self.best:
+            self.best = found["validation_loss"]
+            self._export(f"{self.run.output}-best")
+
+    def _export(self, folder: str) -> None:
+        """Writes the served format, by the first worker."""
+        import deepspeed
+
+        sharded = list(self.task.module.parameters()) if self.run.cluster.zero_stage == 3 else []
+        with deepspeed.zero.GatheredParameters(sharded) if sharded else contextlib.nullcontext():
+            if self.rank == 0:
+                self.task.export(pathlib.Path(folder))
+                print(f"exported to {folder}", flush=True)
+        torch.distributed.barrier()
+
+    def _save(self, done: int) -> None:
+        """Writes a checkpoint, which Ray copies to the run's folder while training goes on."""
+        folder = checkpoints.scratch(self.run)
+        state = {
+            "step": done,
+            "workers": self.workers,
+            "best": self.best,
+            "made_of": self.made_of,
+            "guard": self.guard.state(),
+            "watch": self.watch.state(),
+        }
+        checkpoints.save(self.engine, folder, self.rank, state)
+        if self.rank == 0 and (kept := run_folder(self.run)):
+            checkpoints.copy_list(kept)
+        ray.train.report(
+            {"step": done, **self.watch.means},
+            checkpoint=ray.train.Checkpoint.from_directory(folder),
+            checkpoint_dir_name=checkpoints.name_of(done),
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=True,
+        )
+
+    def _advice(self, step: int, wrong: str) -> str:
+        kept = run_folder(self.run)
+        whole = checkpoints.whole(kept) if kept else []
+        last = f"the last good checkpoint is {whole[-1]}" if whole else "there is no checkpoint yet"
+        return (
+            f"step {step}: {wrong}. Nothing of the step was kept; {last}. The same command with "
+            f"--set skip_steps=[{step}] goes on from it without this step's data; with a lower "
+            "optimizer.learning_rate, take another name"
+        )
+
+
+def with_steps(run: RunConfig, task: Task) -> RunConfig:
+    """The run with its steps, where it says epochs. Raises InvalidInput for a task whose data has no end."""
+    if not run.epochs:
+        return run
+    if not (epoch := task.epoch()):
+        raise InvalidInput("is for data that has an end, give steps", field="epochs")
+    return dataclasses.replace(run, steps=math.ceil(run.epochs * epoch), epochs=0.0)
+
+
+def start_engine(
+    module: nn.Module, run: RunConfig, dtype: torch.dtype, accumulate: int, *, universal: bool = False
+) -> Any:
+    """DeepSpeed's engine around the module, whose buffers keep their dtype.
+
+    universal: what it will load is a universal checkpoint.
+    """
+    import deepspeed
+
+    # Compiled at each worker's start for inference alone, it would leave a lock where a kill hits just then, and every
+    # later start would wait for it without end.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    groups = parameter_groups(module, run)
+    config = {**deepspeed_config(run, dtype, accumulate), "checkpoint": {"load_universal": universal}}
+    engine, *_ = deepspeed.initialize(model=module, model_parameters=groups, config=config)
     for name, buffer in buffers.items():
         # DeepSpeed casts buffers too: rotary frequencies in bf16 would turn far tokens by radians.
         owner, _, leaf = name.rpartition(".")
-        setattr(task.module.get_submodule(owner), leaf, buffer.to(engine.device))
-    if rank == 0:
-        print(f"{run.name}: {world_size} worker(s), {dtype_name(dtype)}", flush=True)
-    start = 0
-    if checkpoint := ray.train.get_checkpoint():
-        with checkpoint.as_directory() as folder:
-            _, state = engine.load_checkpoint(folder, tag="state")
-        check_resumed(run.name, state.get("made_of", made_of), made_of)
-        start = int(state["step"])
-        if rank == 0:
-            print(f"resumed at step {start} of {run.steps}", flush=True)
-    began = time.perf_counter()
-    means: dict[str, float] = {}
-    for step in range(start, run.steps):
-        loss, metrics = engine(task.batch(step, rank, world_size), step)
-        engine.backward(loss)
-        for group in engine.optimizer.param_groups:
-            # At rest momentum alone would carry it on. The scheduler sets the rate anew for the next step.
-            group["lr"] *= rate_before_rest(step, group["learns_for"], run.optimizer.rest_cooldown)
-        engine.step()
-        for name, value in {"loss": float(loss.detach()), **metrics}.items():
-            means[name] = value if name not in means else 0.9 * means[name] + 0.1 * value
-        done = step + 1
-        if rank == 0 and (done % run.log_every == 0 or done == run.steps):
-            _progress(run, done, start, began, means)
-        if done % run.checkpoint_every == 0 or done == run.steps:
-            with tempfile.TemporaryDirectory() as folder:
-                engine.save_checkpoint(folder, tag="state", client_state={"step": done, "made_of": made_of})
-                ray.train.report({"step": done, **means}, checkpoint=ray.train.Checkpoint.from_directory(folder))
-    if rank == 0:
-        task.export(pathlib.Path(run.output))
-        print(f"exported to {run.output}", flush=True)
-    torch.distributed.barrier()
-
-
-def _progress(run: RunConfig, done: int, start: int, began: float, means: dict[str, float]) -> None:
-    per_step = (time.perf_counter() - began) / (done - start)
-    left = per_step * (run.steps - done)
-    values = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
-    print(f"{run.name} {done}/{run.steps}  {values}  {per_step:.2f} s/step  {left / 60:.1f} min left", flush=True)
-
-
-def main(task: tuple[str, str], description: str) -> None:
-    """The command line of a stage: `python training/<stage>.py --config FILE [--set name=value ...]`."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--config", required=True, help="YAML file of the run")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="replaces one value")
-    arguments = parser.parse_args()
-    try:
-        run = load(arguments.config, arguments.set)
-    except (InvalidInput, OSError) as error:
-        raise SystemExit(f"{arguments.config}: {error}") from None
-    made_of = what_it_is_made_of(run)
-    run = _absolute(run)
-    if run.init_from and "://" not in run.init_from and not pathlib.Path(run.init_from).exists():
-        raise SystemExit(f"init_from: {run.init_from} does not exist; run the stage before, or --set init_from=FOLDER")
-    if not ray.is_initialized():
-        # Ray Train watches its controller through the dashboard's state API: without one it ends healthy runs.
-        ray.init(address=os.environ.get("RAY_ADDRESS"), include_dashboard=True)
-    cluster = run.cluster
-    result = TorchTrainer(
-        train_worker,
-        train_loop_config={"run": run, "task": task, "made_of": made_of},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=cluster.workers,
-            use_gpu=cluster.use_gpu,
-            resources_per_worker={"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {}),
-        ),
-        run_config=ray.train.RunConfig(
-            name=run.name,
-            storage_path=cluster.storage_path,
-            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            # Ray Train's own copy of what workers print would show every progress line twice.
-            worker_runtime_env={"env_vars": {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}},  # type: ignore[call-arg]
-        ),
-    ).fit()
-    if result.error:
-        raise SystemExit(f"{run.name} failed: {result.error}")
-
-
-def _absolute(run: RunConfig) -> RunConfig:
-    """Workers run in other folders: paths are made absolute here, where the user meant them."""
-
-    def absolute(path: str) -> str:
-        return path if not path or "://" in path else str(pathlib.Path(path).expanduser().resolve())
-
-    cluster = dataclasses.replace(run.cluster, storage_path=absolute(run.cluster.storage_path))
-    stage = dict(run.stage)
-    if isinstance(data := stage.get("data"), str) and ("/" in data or pathlib.Path(data).suffix):
-        stage["data"] = absolute(data)  # a file, not the name of a generator
-    return dataclasses.replace(
-        run, output=absolute(run.output), init_from=absolute(run.init_from), cluster=cluster, stage=stage
-    )
+        setattr(module.get_submodule(owner), leaf, buffer.to(engine.device))
+    return engine

@@ -5,7 +5,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from training.trainer import main
+from training.launch import main
 
 if __name__ == "__main__":
     main(("training.dense_labels", "DenseTask"), "Trains a vision tower on labelled procedural tiles.")

@@ -107,7 +107,7 @@ def test_questions_answered_by_the_commoner_word_are_thinned_out(fitting, others
 def test_a_stage_trains_on_the_training_split(installed, tmp_path):
     run = tiny_run(str(tmp_path / "out"), seed=3, stage={"data": "easy_vqa"})
     task = JointTask(run)
-    _, samples = task.batch(step=2, rank=0, world_size=1)
+    _, samples = task.batch(2, 0, 1)
     assert len(samples) == run.samples_per_worker
     by_colour = {open_easy_vqa(scene).getpixel((0, 0)): scene for scene in module._scenes("train")}
     for sample in samples:

@@ -9,22 +9,25 @@ from services.common.errors import InvalidInput
 from services.common.settings import build_settings
 from services.compute.dtypes import dtype_name
 from tests.tiny_training import tiny_run
-from training import trainer
+from training import checkpoints, launch, trainer
 from training.config import ClusterConfig, RunConfig, load
+from training.conversation_settings import ConversationStage
 from training.dense_labels import DenseModel, DenseStage, labelled_batch, scale_features
 from training.experiments.task import ExperimentStage
 from training.joint_stage import JointTask
+from training.optimizer import parameter_groups, rate_before_rest
 from training.stage_settings import JointStage
-from training.trainer import parameter_groups
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[3] / "training/configs").glob("*.yaml"))
+TINY = next(path for path in CONFIGS if path.stem == "tiny")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_shipped_configurations_load(path):
-    run = load(path, ["steps=7", "cluster.workers=1", "optimizer.learning_rate=1e-4"])
+    run = load(path, ["steps=7", "epochs=0", "cluster.workers=1", "optimizer.learning_rate=1e-4"])
     assert (run.steps, run.cluster.workers, run.optimizer.learning_rate) == (7, 1, 1e-4)
-    assert run.output and build_settings(DenseStage if path.stem == "tiny-vision" else ExperimentStage, run.stage)
+    on_conversations = ConversationStage if launch.is_path(run.stage.get("data")) else ExperimentStage
+    assert run.output and build_settings(DenseStage if path.stem == "tiny-vision" else on_conversations, run.stage)
 
 
 @pytest.mark.parametrize(
@@ -74,9 +77,9 @@ def test_missing_field_and_bad_override_are_named():
     with pytest.raises(InvalidInput, match="output: is missing"):
         build_settings(RunConfig, {"name": "n", "steps": 1, "samples_per_worker": 1})
     with pytest.raises(InvalidInput, match="expected name=value"):
-        load(CONFIGS[0], ["steps"])
+        load(TINY, ["steps"])
     with pytest.raises(InvalidInput, match="--set steps.x=5: steps is not a mapping"):
-        load(CONFIGS[0], ["steps.x=5"])
+        load(TINY, ["steps.x=5"])
 
 
 def test_an_empty_file_is_refused(tmp_path):
@@ -103,7 +106,7 @@ def test_a_weight_of_a_kind_that_nobody_asks_is_refused(weights, message):
 def test_own_data_is_found_from_any_folder():
     run = {"name": "n", "steps": 1, "samples_per_worker": 1, "output": "o"}
     found = {
-        data: trainer._absolute(build_settings(RunConfig, {**run, "stage": {"data": data}})).stage["data"]
+        data: launch.absolute(build_settings(RunConfig, {**run, "stage": {"data": data}})).stage["data"]
         for data in ("posters", "d.json", "~/d.json", "/data/d")
     }
     here, home = pathlib.Path.cwd(), pathlib.Path.home()
@@ -113,13 +116,13 @@ def test_own_data_is_found_from_any_folder():
 def test_a_run_of_other_settings_is_not_gone_on_with():
     def made_of(**changes):
         run = {"name": "n", "steps": 1, "samples_per_worker": 1, "output": "o", **changes}
-        return trainer.what_it_is_made_of(build_settings(RunConfig, run))
+        return checkpoints.what_it_is_made_of(build_settings(RunConfig, run))
 
-    trainer.check_resumed("n", made_of(), made_of(steps=9, output="elsewhere"))
+    checkpoints.check_resumed("n", made_of(), made_of(steps=9, output="elsewhere"))
     with pytest.raises(
         InvalidInput, match="has the name 'n': seed was 0, is 1; stage was {}, is {'data': 'mine.json'}"
     ):
-        trainer.check_resumed("n", made_of(), made_of(seed=1, stage={"data": "mine.json"}))
+        checkpoints.check_resumed("n", made_of(), made_of(seed=1, stage={"data": "mine.json"}))
 
 
 def test_scaling_features_scales_them_exactly():
@@ -195,7 +198,7 @@ def _agree(_: int, rank: int, store: str, found: str) -> None:
 def test_all_workers_train_in_one_dtype(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "cpu_has_bfloat16", trainer.cpu_has_bfloat16)  # `_agree` sets it
     files = str(tmp_path / "store"), str(tmp_path / "rank")
-    other = torch.multiprocessing.spawn(_agree, (1, *files), 1, join=False)
+    other = torch.multiprocessing.start_processes(_agree, (1, *files), 1, join=False, start_method="fork")
     _agree(0, 0, *files)
     other.join()
     assert [(tmp_path / f"rank{rank}").read_text().split() for rank in (0, 1)] == [list(PROCESSORS.values())] * 2
@@ -212,4 +215,4 @@ def test_a_dtype_that_is_named_is_trained_in():
     [(0, 4, [1, 1, 1, 1, 1, 1, 1]), (4, 0, [1, 1, 1, 1, 0, 0, 0]), (5, 4, [1, 1, 0.75, 0.5, 0.25, 0, 0])],
 )
 def test_what_comes_to_rest_slows_down_before(learns_for, cooldown, rates):
-    assert [trainer.rate_before_rest(step, learns_for, cooldown) for step in range(7)] == rates
+    assert [rate_before_rest(step, learns_for, cooldown) for step in range(7)] == rates
