@@ -90,7 +90,7 @@ def test_a_tile_does_not_depend_on_its_batch(folder, dtype):
 
 def test_serving_prepares_it_and_the_sampler_keeps_its_selector(folder):
     pipeline = EncoderPipeline.from_checkpoint(folder, dtype=ONEDNN_DTYPES[-1])
-    linears = [name for name, module in pipeline.model.named_modules() if type(module) is nn.Linear]
+    linears = [name for name, module in pipeline.model.named_modules() if isinstance(module, nn.Linear)]
     assert linears == ["vision_guided_sampler.selector.linear"]
     # A dtype that oneDNN does not multiply in is served by the plain modules.
     plain = EncoderPipeline.from_checkpoint(folder, dtype=torch.float64)
