@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from services.checkpoint.config import FocusLlavaConfig
-from services.common.errors import InvalidInput
 from services.common.settings import Amount, Count, Natural, Range, check_settings, require
-from training.stochastic_prune import PruneSchedule
+from training.stochastic_prune import PruneSchedule, check_trained_are_on
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """A decoder layer's linear layers."""
@@ -85,14 +84,7 @@ class ConversationStage:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        for sampler, trained, by in (
-            ("vision_sampler", self.vision_sampler, "vision_sampler: true"),
-            ("text_sampler", self.prune is not None, "prune"),
-        ):
-            fields = self.model.get(sampler)
-            if trained and isinstance(fields, dict) and fields.get("enabled") is False:
-                wrong = f"is false, and stage.{by} trains it: leave one out"
-                raise InvalidInput(wrong, field=f"model.{sampler}.enabled")
+        check_trained_are_on(self.model, vision_sampler=self.vision_sampler, prune=self.prune)
 
     def check_model(self, config: FocusLlavaConfig) -> None:
         """Raises InvalidInput for what a model of this configuration cannot do."""

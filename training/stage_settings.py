@@ -13,7 +13,7 @@ from training.data.poster_questions import POSTER_KINDS
 from training.data.scene_batches import Curriculum
 from training.data.vocabulary import KINDS
 from training.joint_model import HeldShare, LossWeights
-from training.stochastic_prune import PruneSchedule
+from training.stochastic_prune import PruneSchedule, check_trained_are_on
 
 KINDS_OF = {"scenes": KINDS, "posters": POSTER_KINDS}
 
@@ -46,14 +46,7 @@ class JointStage:
         if self.hold and not self.vision_sampler:
             raise InvalidInput("holds the selector, set vision_sampler: true", field="hold")
         self._check_data()
-        for sampler, trained, by in (
-            ("vision_sampler", self.vision_sampler, "vision_sampler: true"),
-            ("text_sampler", self.prune is not None, "prune"),
-        ):
-            fields = self.model.get(sampler)
-            if trained and isinstance(fields, dict) and fields.get("enabled") is False:
-                wrong = f"is false, and stage.{by} trains it: leave one out"
-                raise InvalidInput(wrong, field=f"model.{sampler}.enabled")
+        check_trained_are_on(self.model, vision_sampler=self.vision_sampler, prune=self.prune)
 
     def _check_data(self) -> None:
         if kinds := KINDS_OF.get(self.data):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
+from services.common.errors import InvalidInput
 from services.common.settings import require
 from services.sampler.text_guided import apply_rotary, keep_by_share, text_importance
 
@@ -31,6 +34,18 @@ class PruneSchedule:
 
     def draw_threshold(self, rng: random.Random) -> float:
         return rng.uniform(*self.thresholds)
+
+
+def check_trained_are_on(model: Mapping[str, Any], *, vision_sampler: bool, prune: PruneSchedule | None) -> None:
+    """Raises InvalidInput where a stage's `model` turns a sampler off that the stage trains."""
+    for sampler, trained, by in (
+        ("vision_sampler", vision_sampler, "vision_sampler: true"),
+        ("text_sampler", prune is not None, "prune"),
+    ):
+        fields = model.get(sampler)
+        if trained and isinstance(fields, dict) and fields.get("enabled") is False:
+            wrong = f"is false, and stage.{by} trains it: leave one out"
+            raise InvalidInput(wrong, field=f"model.{sampler}.enabled")
 
 
 @torch.no_grad()
