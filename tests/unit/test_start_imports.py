@@ -11,6 +11,7 @@ DEPLOYER = (
     "import services.gateway.deployment"
 )
 STAGES = "import services.encoder.deployment, services.llm.deployment"
+TRAINING = "import training.launch"
 
 
 def report(unwanted: set[str]) -> str:
@@ -18,7 +19,8 @@ def report(unwanted: set[str]) -> str:
 
 
 def test_a_process_imports_nothing_heavy_that_it_does_not_use() -> None:
-    """First the deployer and the gateway; then, in the same process, the stages."""
-    code = f"import sys; {DEPLOYER}; {report({*MODEL_CODE, 'setuptools'})}; {STAGES}; {report({'setuptools'})}"
+    """First the deployer, the gateway and training's command; then, in the same process, the stages."""
+    heavy = {*MODEL_CODE, "setuptools"}
+    code = f"import sys; {DEPLOYER}; {report(heavy)}; {TRAINING}; {report(heavy)}; {STAGES}; {report({'setuptools'})}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split("\n") == ["", "", ""], "imported by the deployer or gateway, and by the stages"
+    assert done.stdout.split("\n") == ["", "", "", ""], "imported by the deployer or gateway, training, the stages"
