@@ -39,11 +39,12 @@ from services.common.types import ImageTiles
 from services.compute.dtypes import choose_dtype, dtype_name
 from services.compute.malloc import keep_freed_memory
 from services.modeling.config import FocusLlavaModelConfig
+from services.modeling.loss import IGNORED
 from services.modeling.model import FocusLlavaForConditionalGeneration
+from services.modeling.packing import TrainedSequence
 from services.modeling.pruning import PruneDraw
 from services.sampler.calibration import set_map_share
 from training.plan.workload import PAPER_TEXT, PAPER_VISION
-from training.sequence import IGNORED, TrainingSequence
 
 LAYERS = 12
 WORDS, ANSWERS = 128, 64
@@ -91,7 +92,7 @@ class Bench:
         labels[-ANSWERS:] = ids[-ANSWERS:]
         instruction = torch.zeros_like(ids, dtype=torch.bool)
         instruction[1:33] = True
-        self.sequence = TrainingSequence(input_ids=ids, labels=labels, instruction=instruction, images=(image,))
+        self.sequence = TrainedSequence(input_ids=ids, labels=labels, instruction=instruction, images=(image,))
         self._set_vision_share()
         self.threshold = PAPER_TEXT + 0.02  # what random weights need for the paper's share
 
@@ -146,9 +147,9 @@ class Bench:
 
     def _checkpoint(self, on: bool) -> None:
         if on:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
         else:
-            self.model.gradient_checkpointing_disable()
+            self.model.activation_checkpointing_disable()
 
 
 def main() -> None:

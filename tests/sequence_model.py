@@ -10,8 +10,10 @@ from services.checkpoint.config import FocusLlavaConfig
 from services.common.settings import build_settings
 from services.common.types import ImageTiles
 from services.modeling.config import FocusLlavaModelConfig
+from services.modeling.loss import IGNORED
 from services.modeling.model import FocusLlavaForConditionalGeneration
-from training.sequence import IGNORED, TrainingSequence
+from services.modeling.packing import TrainedSequence
+from training.plan.workload import Workload, image_workload
 
 TILE_PX = 56
 CONFIG: dict[str, Any] = {
@@ -56,7 +58,7 @@ def small_model(config: FocusLlavaConfig, dtype: torch.dtype = torch.float32) ->
     return model.to(dtype).train()  # type: ignore[arg-type]
 
 
-def conversation(config: FocusLlavaConfig, *, images: int = 1, words: int = 150, answers: int = 80) -> TrainingSequence:
+def conversation(config: FocusLlavaConfig, *, images: int = 1, words: int = 150, answers: int = 80) -> TrainedSequence:
     """Random words about images of the largest size; the last `answers` are an answer."""
     ids = torch.randint(10, 1900, (images + words,))
     ids[1 : 1 + images] = config.image_token_id
@@ -69,4 +71,19 @@ def conversation(config: FocusLlavaConfig, *, images: int = 1, words: int = 150,
         ImageTiles(pixels_T3HW=torch.randn(5, 3, TILE_PX, TILE_PX), image_size_hw=(side, side), grid_hw=(2, 2))
         for _ in range(images)
     ]
-    return TrainingSequence(input_ids=ids, labels=labels, instruction=instruction, images=tuple(tiles))
+    return TrainedSequence(input_ids=ids, labels=labels, instruction=instruction, images=tuple(tiles))
+
+
+def measured_workload(config: FocusLlavaConfig, metrics: dict[str, float], **tokens: int) -> Workload:
+    """The workload of a step's conversations about the largest image, from what the step reports.
+
+    tokens: `text_tokens` and `answer_tokens` of each.
+    """
+    layer = int(metrics.get("prune_layer", 0))
+    return image_workload(
+        config,
+        **tokens,
+        cuts=(layer, layer) if layer else None,
+        vision_share=metrics["visual_tokens"] / metrics["uncompressed_tokens"],
+        text_share=metrics["kept_tokens"] / metrics["visual_tokens"],
+    )

@@ -1,4 +1,4 @@
-"""A joint model small enough for tests, with the run configuration that makes it, and a run on an import."""
+"""A model small enough for tests, with the run configuration that makes it, and a run on an import."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from services.common.settings import build_settings
 from tests.serving_client import picture
 from tests.tiny_checkpoints import make_hub_checkpoint
 from training.config import RunConfig
-from training.joint_stage import JointTask
+from training.conversation_stage import ConversationTask
 
 MODEL = {
     "vision_stem": "conv",
@@ -85,15 +85,19 @@ def train_imported(folder: pathlib.Path, *, vision: bool = True, text: bool = Tr
         "vision_sampler": vision,
         "prune": {"layers": [2, 2], "thresholds": [0.6, 0.6]} if text else None,
         "data": str(folder / "data.json"),
+        "processes": 0,
+        "max_length": 512,
         # Coarse branches are to be chosen, which a selector of two steps would not.
         "model": {"vision_sampler": {"branches": [[2, 2], [4, 4]], "balance_coefficients": [1.0, 1.0]}},
     }
-    joint_run = JointTask(tiny_run(str(out), stage=stage, init_from=str(imported)))
-    optimizer = torch.optim.SGD([p for p in joint_run.module.parameters() if p.requires_grad], lr=1e-3)
+    raw = {"name": "test", "steps": 2, "samples_per_worker": 2, "output": str(out), "init_from": str(imported)}
+    task = ConversationTask(build_settings(RunConfig, {**raw, "stage": stage, "cluster": {"dtype": "float32"}}))
+    optimizer = torch.optim.SGD([p for p in task.module.parameters() if p.requires_grad], lr=1e-3)
     for step in range(2):
         optimizer.zero_grad()
-        loss, _ = joint_run.module(joint_run.batch(step, 0, 1), step)
+        loss, _ = task.module(task.batch(step, 0, 1), step)
         loss.backward()
         optimizer.step()
-    joint_run.export(out)
+    task.export(out)
+    task.close()
     return out

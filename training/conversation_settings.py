@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from services.checkpoint.config import FocusLlavaConfig
 from services.common.settings import Amount, Count, Natural, Range, check_settings, require
-from training.stochastic_prune import PruneSchedule, check_trained_are_on
+from services.modeling.pruning import PruneSchedule
+from training.sampler_settings import check_cut_fits, check_trained_are_on
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """A decoder layer's linear layers."""
@@ -88,10 +89,8 @@ class ConversationStage:
 
     def check_model(self, config: FocusLlavaConfig) -> None:
         """Raises InvalidInput for what a model of this configuration cannot do."""
-        layers, context = config.text_config.num_hidden_layers, config.text_config.max_position_embeddings
+        context = config.text_config.max_position_embeddings
         require(
             self.max_length <= context, "stage.max_length", self.max_length, f"the model's context {context} or less"
         )
-        if self.prune:
-            right, expected = self.prune.layers[1] < layers, f"an ascending pair in 1..{layers - 1}"
-            require(right, "stage.prune.layers", self.prune.layers, expected)
+        check_cut_fits(self.prune, config)

@@ -9,25 +9,31 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from services.checkpoint.store import load_stage
+from services.checkpoint.config import FocusLlavaConfig
 from services.common.errors import InvalidInput
 from services.encoder.model import EncoderModel
-from training.joint_model import JointModel
+from services.modeling.config import FocusLlavaModelConfig
+from services.modeling.model import FocusLlavaForConditionalGeneration
 
 
-def load_joint(joint: JointModel, folder: pathlib.Path, *, fresh_selector: bool = False) -> None:
-    """Fills the joint model from a checkpoint. A sampler of another shape (another window, say) starts fresh."""
-    encoder = load_stage(folder, "encoder")
-    if fresh_selector:
-        encoder = {k: v for k, v in encoder.items() if not k.startswith("vision_guided_sampler.")}
-    own = joint.encoder.state_dict()
-    fits = {k: v for k, v in encoder.items() if k in own and own[k].shape == v.shape}
-    lost = [k for k in own if k not in fits and not k.startswith("vision_guided_sampler.")]
-    if lost:
+def load_model(
+    folder: str | pathlib.Path, config: FocusLlavaConfig, dtype: torch.dtype
+) -> FocusLlavaForConditionalGeneration:
+    """A checkpoint's model, in train mode. A sampler of another shape (another window, say) starts fresh.
+
+    Raises InvalidInput where other weights do not fit the configuration.
+    """
+    model, found = FocusLlavaForConditionalGeneration.from_pretrained(
+        folder,
+        config=FocusLlavaModelConfig.of(config),
+        dtype=dtype,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    wrong = [str(key) for key in (*found["mismatched_keys"], *found["missing_keys"])]
+    if lost := [key for key in wrong if "vision_guided_sampler." not in key]:
         raise InvalidInput(f"{folder} does not fit the model: {lost[:3]}", field="init_from")
-    joint.encoder.load_state_dict(fits, strict=False)
-    language = {k.removeprefix("language_model."): v for k, v in load_stage(folder, "llm").items()}
-    joint.language_model.load_state_dict(language)
+    return model.train()
 
 
 @torch.no_grad()

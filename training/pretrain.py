@@ -10,6 +10,6 @@ from training.launch import main
 if __name__ == "__main__":
     main(
         ("training.experiments.task", "ExperimentTask"),
-        "Pre-trains with all visual tokens: on conversations the projector, on generated data the joint model.",
+        "Pre-trains with all visual tokens: on conversations the projector, on generated data the language model too.",
         on_conversations=("training.conversation_stage", "AlignmentTask"),
     )

@@ -28,18 +28,16 @@ from evaluation.study.results import Scores
 from evaluation.study.settings import Setting
 from services.common.settings import build_settings
 from services.encoder.reading import tiles_of
+from services.modeling.pruning import PruneSchedule
 from services.sampler.vision_guided import SampledMap
 from training.config import RunConfig
-from training.data.branches import Exchange
+from training.data.branches import Exchange, Sample
 from training.data.poster_boxes import content_boxes
 from training.data.posters import Poster, poster_at, render_poster
 from training.data.questions import QuestionAnswer
 from training.experiments.branch_controls import BranchControl, regions_touched
 from training.experiments.task import ExperimentTask
-from training.joint_model import Answers
-from training.joint_stage import JointTask
-from training.layout import Sample
-from training.stochastic_prune import PruneSchedule
+from training.question_module import Answers
 
 IMAGES_AT_ONCE = 4
 TIMED_QUESTIONS = 24
@@ -82,7 +80,7 @@ def trained_task(config: dict[str, Any], weights: str) -> ExperimentTask:
     return ExperimentTask(build_settings(RunConfig, {**config, "init_from": weights, "stage": stage}))
 
 
-def evaluate(task: JointTask, setting: Setting, split: PosterSplit, images: int, *, timed: bool = True) -> Scores:
+def evaluate(task: ExperimentTask, setting: Setting, split: PosterSplit, images: int, *, timed: bool = True) -> Scores:
     """Scores `task`'s weights as the setting says; the benchmark's own first `images` images and their questions."""
     model = task.module.eval()
     model.schedule = schedule_of(setting)
@@ -108,7 +106,7 @@ def schedule_of(setting: Setting) -> PruneSchedule | None:
     return PruneSchedule(layers=(layer, layer), thresholds=(threshold, threshold))
 
 
-def benchmark_samples(task: JointTask, split: PosterSplit, images: int) -> Iterator[Asked]:
+def benchmark_samples(task: ExperimentTask, split: PosterSplit, images: int) -> Iterator[Asked]:
     """`evaluation.scenes.benchmark_images` without the detour over files, as samples of the training model."""
     seed = SEEDS[split]
     for index in range(images):
@@ -125,7 +123,7 @@ def benchmark_samples(task: JointTask, split: PosterSplit, images: int) -> Itera
 
 
 class _Tally:
-    def __init__(self, task: JointTask) -> None:
+    def __init__(self, task: ExperimentTask) -> None:
         self.window = task.config.vision_sampler.window
         self.branches = len(task.config.vision_sampler.branches)
         self.right: dict[str, list[bool]] = defaultdict(list)
@@ -134,16 +132,17 @@ class _Tally:
         self.map_tokens = self.map_cells = 0
 
     def add(self, pending: list[Asked], answers: Answers) -> None:
-        for b, (asked, encoded) in enumerate(zip(pending, answers.encoded, strict=True)):
-            for q, question in enumerate(asked.questions):
+        scored = iter(zip(answers.exact_Q.tolist(), answers.tokens_QL.tolist(), strict=True))
+        for asked, encoded in zip(pending, answers.encoded, strict=True):
+            for question in asked.questions:
+                exact, seen_L = next(scored)
                 groups = [name for name, kinds in GROUPS.items() if question.kind in kinds]
                 for name in ("all", question.kind, *groups):
-                    self.right[name].append(bool(answers.exact_BQ[b, q]))
-                seen_L = answers.tokens_BQL[b, q].float()
+                    self.right[name].append(exact)
                 self.uncompressed += encoded.uncompressed_tokens
                 self.sampled += len(encoded.tokens_ND)
-                self.kept += float(seen_L[-1])
-                self.converted += float(seen_L.mean())
+                self.kept += seen_L[-1]
+                self.converted += statistics.fmean(seen_L)
             height, width = encoded.map_hw
             self.map_cells += height * width
             self.map_tokens += encoded.map_tokens
@@ -177,7 +176,7 @@ class _Tally:
         )
 
 
-def _question_ms(task: JointTask, split: PosterSplit, questions: int) -> float:
+def _question_ms(task: ExperimentTask, split: PosterSplit, questions: int) -> float:
     """Median milliseconds from pixels to the answer's first token, one image and one question at a time."""
     taken = []
     for asked in benchmark_samples(task, split, questions + 1):

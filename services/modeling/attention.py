@@ -1,9 +1,12 @@
-"""Causal attention inside each of several sequences that stand in one packed row; no S x S mask is ever made.
+"""Causal attention inside each of several sequences that stand in one packed row.
 
-Registered with transformers, so that its decoder layers run as they are. On a GPU in half precision it is one call of
-flash attention for all sequences, elsewhere one call of torch's fused attention for each.
+Registered with transformers, so that its decoder layers run as they are. Conversations never have a mask: on a GPU in
+half precision it is one call of flash attention for all, elsewhere one call of torch's fused attention for each. Where
+branches share a prefix (generated data), each sequence is a causal call for the prefix and one with a mask for
+its branches' rows.
 
-Legend: S tokens of a packed row, B sequences, T new tokens of each, L cached tokens, H/G query/key heads, d head width.
+Legend: S tokens of a packed row, R those in a sequence's branches, B sequences, T new tokens of each, L tokens that a
+row may see, H/G query/key heads, d head width.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from transformers import AttentionInterface
+
+from services.modeling.packing import Lengths
 
 ATTENTION_NAME = "focusllava_packed"
 _attend = nn.functional.scaled_dot_product_attention
@@ -39,26 +44,44 @@ class KeptKeys(Protocol):
 class PackedRows:
     """Sequences one after the other in one row: b is 1, s the tokens of all."""
 
-    def __init__(self, lengths: Sequence[int], cache: KeptKeys | None = None):
+    def __init__(self, lengths: Sequence[Lengths], cache: KeptKeys | None = None):
         """lengths: tokens of each sequence; cache: takes all keys and values."""
         self.lengths, self.cache = list(lengths), cache
+        self._sizes = [each.whole for each in lengths]
+        self._shared = any(each.prefix for each in lengths)
         self._starts: torch.Tensor | None = None
+        self._masks: dict[int, torch.Tensor] = {}
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                scaling: float) -> torch.Tensor:  # fmt: skip
         if self.cache is not None:
-            self.cache.put(layer, key.split(self.lengths, dim=2), value.split(self.lengths, dim=2))
-        if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):  # GPU only
+            self.cache.put(layer, key.split(self._sizes, dim=2), value.split(self._sizes, dim=2))
+        if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not self._shared:  # GPU only
             query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-            return flash_attention()(query, key, value, self._starts_on(query.device), max(self.lengths), scaling)[None]
+            return flash_attention()(query, key, value, self._starts_on(query.device), max(self._sizes), scaling)[None]
         repeats = query.shape[1] // key.shape[1]
-        parts = (x.split(self.lengths, dim=2) for x in (query, _repeat(key, repeats), _repeat(value, repeats)))
-        attended = [_attend(q, k, v, is_causal=True, scale=scaling) for q, k, v in zip(*parts, strict=True)]
+        parts = (x.split(self._sizes, dim=2) for x in (query, _repeat(key, repeats), _repeat(value, repeats)))
+        attended = []
+        for number, (q, k, v) in enumerate(zip(*parts, strict=True)):
+            if prefix := self.lengths[number].prefix:
+                first_q, first_k, first_v = (x[:, :, :prefix] for x in (q, k, v))
+                attended.append(_attend(first_q, first_k, first_v, is_causal=True, scale=scaling))
+                attended.append(_attend(q[:, :, prefix:], k, v, attn_mask=self.mask(number, q.device), scale=scaling))
+            else:
+                attended.append(_attend(q, k, v, is_causal=True, scale=scaling))
         return torch.cat(attended, dim=2).transpose(1, 2)
+
+    def mask(self, number: int, device: torch.device) -> torch.Tensor:
+        """bool [R, L]: what the rows of a sequence's branches see, the prefix and, causally, their own branch."""
+        if number not in self._masks:
+            prefix, branches = self.lengths[number]
+            own = torch.block_diag(*(torch.ones(n, n, dtype=torch.bool, device=device).tril() for n in branches))
+            self._masks[number] = nn.functional.pad(own, (prefix, 0), value=True)
+        return self._masks[number]
 
     def _starts_on(self, device: torch.device) -> torch.Tensor:
         if self._starts is None:
-            starts = list(itertools.accumulate(self.lengths, initial=0))
+            starts = list(itertools.accumulate(self._sizes, initial=0))
             self._starts = torch.tensor(starts, dtype=torch.int32, device=device)
         return self._starts
 

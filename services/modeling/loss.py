@@ -17,8 +17,8 @@ CHUNK = 512
 
 def answer_loss_sum(
     hidden_ND: torch.Tensor, labels_N: torch.Tensor, lm_head: nn.Module, chunk: int = CHUNK
-) -> tuple[torch.Tensor, int]:
-    """The summed cross-entropy of the labelled tokens, a float32 scalar, and how many they are.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The summed cross-entropy of the labelled tokens, a float32 scalar, and bool [R]: whether each is the likeliest.
 
     hidden_ND: what the head reads, N above 0, each token's beside the label of the token that it predicts; labels_N:
     int64, -100 for none; lm_head: the linear layer or what stands in its place (frozen, or with LoRA), called as a
@@ -31,23 +31,27 @@ def answer_loss_sum(
         place_R = (labels_N != IGNORED).nonzero().squeeze(1)
         rows_RD, targets_R = hidden_ND[place_R], labels_N[place_R]
     rounds = _agreed(-(-len(targets_R) // chunk), lm_head)
-    total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+    total, right = torch.zeros((), dtype=torch.float32, device=hidden_ND.device), []
     for start in range(0, max(1, rounds) * chunk, chunk):
         chunk_CD, of_chunk_C, weight = rows_RD[start : start + chunk], targets_R[start : start + chunk], 1.0
         if not len(of_chunk_C):  # any row stands in, for the gradients and for the ranks that have one
             chunk_CD, of_chunk_C, weight = hidden_ND[:1], labels_N.new_zeros(1), 0.0
         if torch.is_grad_enabled():
             # With ZeRO-3 a weight's shape at the check may be that of its shard, so shapes are not compared.
-            loss = checkpoint(_chunk_sum, chunk_CD, of_chunk_C, lm_head, use_reentrant=False, determinism_check="none")
+            loss, right_C = checkpoint(_chunk, chunk_CD, of_chunk_C, lm_head, use_reentrant=False,
+                                       determinism_check="none")  # fmt: skip
         else:
-            loss = _chunk_sum(chunk_CD, of_chunk_C, lm_head)
+            loss, right_C = _chunk(chunk_CD, of_chunk_C, lm_head)
         total = total + weight * loss
-    return total, len(targets_R)
+        right.append(right_C)
+    return total, torch.cat(right)[: len(targets_R)]
 
 
-def _chunk_sum(rows_CD: torch.Tensor, targets_C: torch.Tensor, lm_head: nn.Module) -> torch.Tensor:
-    """The summed loss of one chunk."""
-    return nn.functional.cross_entropy(lm_head(rows_CD).float(), targets_C, reduction="sum")
+def _chunk(rows_CD: torch.Tensor, targets_C: torch.Tensor, lm_head: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """The summed loss of one chunk, and bool [C]: whether each target is the likeliest."""
+    logits_CV = lm_head(rows_CD).float()
+    right_C = logits_CV.detach().argmax(-1) == targets_C
+    return nn.functional.cross_entropy(logits_CV, targets_C, reduction="sum"), right_C
 
 
 def _agreed(rounds: int, lm_head: nn.Module) -> int:

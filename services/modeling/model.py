@@ -1,29 +1,28 @@
 """FocusLLaVA as a model of transformers: encoder and decoder of serving in one graph, for training and evaluation.
 
-    input_ids, pixel_values or TrainedSequence -> packing.py -> decoder layers (attention.py), cut by pruning.py
-        -> loss.py, or logits and cache.py for `generate`
+    TrainedSequence -> packing.py -> decoder layers (attention.py), cut by pruning.py -> loss.py
+    padded batch -> padded.py -> the same -> logits, and cache.py for `generate`
 
-Legend: B sequences, C columns of a padded batch, S tokens of a packed row, K branches, D width, V vocabulary.
+Legend: S tokens of a packed row, B conversations, or branches of sequences that have them, R answer tokens, M regions,
+K branches of a region, D width.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin
 from transformers import initialization as init
-from transformers.utils import ModelOutput
 
 from services.checkpoint.supported import check_decoder
-from services.common.errors import InvalidInput
 from services.common.settings import require
-from services.common.types import ImageTiles, SamplerSettings
+from services.common.types import ImageTiles
 from services.encoder.model import EncodedImage, EncoderModel
 from services.encoder.vision_tower import feature_depth
 from services.modeling import folder as folders
@@ -31,53 +30,19 @@ from services.modeling.attention import ATTENTION_NAME, PackedRows
 from services.modeling.cache import ShrinkingCache
 from services.modeling.config import FocusLlavaModelConfig
 from services.modeling.generation import PrunedGeneration
-from services.modeling.images import blank, unbatched
+from services.modeling.images import blank
 from services.modeling.loss import IGNORED, answer_loss_sum
-from services.modeling.packing import Conversation, Packed, TrainedSequence, answer_tokens, pack
-from services.modeling.pruning import Cut, PruneDraw, stays
-from services.sampler.balance import balance_loss_sum
-from services.sampler.vision_guided import SelectorLinear
+from services.modeling.outputs import Counts, Pass
+from services.modeling.packing import TrainedSequence, answers_in, pack
+from services.modeling.padded import PaddedBatches
+from services.modeling.pruning import Cut, kept_rows
+from services.sampler.balance import balance_loss, chosen_branches
+from services.sampler.vision_guided import SampledMap, SelectorLinear
 
 
-@dataclass
-class FocusLlavaOutput(ModelOutput):
-    """What `forward` returns."""
-
-    loss: torch.Tensor | None = None
-    """float32 scalar, where there are labels."""
-    logits: torch.Tensor | None = None
-    """[B, C, V]: what follows each column, an image's read to its end; None where there are labels."""
-    past_key_values: ShrinkingCache | None = None
-    metrics: dict[str, float] | None = None
-    """What `training_step` reports, where there are labels."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Counts:
-    """What a micro-batch adds to the counts of its global batch."""
-
-    answer_tokens: int
-    branch_counts: torch.Tensor
-    """int64 [K], CPU: regions that choose each branch; zeros with the vision-guided sampler off."""
-    regions: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Pass:
-    """A packed row that has been through the decoder."""
-
-    hidden_SD: torch.Tensor
-    """What enters the final norm."""
-    packed: Packed
-    """The tokens that went through the last layer."""
-    encoded: list[EncodedImage]
-    entered: tuple[int, ...]
-    """Tokens of each sequence that entered the first layer."""
-    visual: int
-    """Visual tokens that entered it."""
-
-
-class FocusLlavaForConditionalGeneration(PreTrainedModel, PrunedGeneration, GenerationMixin):  # type: ignore[misc]
+class FocusLlavaForConditionalGeneration(  # type: ignore[misc]
+    PaddedBatches, PrunedGeneration, GenerationMixin
+):
     """Both stages of a checkpoint and both samplers. A checkpoint's folder is what `from_pretrained` reads and
     `save_pretrained` writes.
 
@@ -101,6 +66,7 @@ class FocusLlavaForConditionalGeneration(PreTrainedModel, PrunedGeneration, Gene
         checkpoint = config.checkpoint
         self.encoder = EncoderModel(checkpoint)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config, attn_implementation=ATTENTION_NAME)
+        self._draws = random.Random(0)
         self.freeze_unused()
         self.post_init()
         self._end_answers()
@@ -158,36 +124,12 @@ class FocusLlavaForConditionalGeneration(PreTrainedModel, PrunedGeneration, Gene
         elif isinstance(module, EncoderModel):
             init.normal_(module.image_newline, std=len(module.image_newline) ** -0.5)
 
-    # What transformers looks for.
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.language_model.get_output_embeddings()
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.language_model.set_output_embeddings(new_embeddings)
-
-    def enable_input_require_grads(self) -> None:
-        """Makes word embeddings require gradients; not the vision tower's, which may be frozen for its cost."""
-        hook = self.get_input_embeddings().register_forward_hook(lambda _module, _args, out: out.requires_grad_(True))
-        self._require_grads_hook, self._require_grads_hooks = hook, [hook]
-
-    @property
-    def _place(self) -> torch.device:
-        """The device that token ids go to."""
-        # Named, a weight that ZeRO-3 shards would be gathered, on this rank alone perhaps.
-        return next(self.get_input_embeddings().parameters()).device
-
     # Training.
 
-    def training_step(self, sequences: Sequence[TrainedSequence], *, draw: PruneDraw | None, vision_sampler: bool,
+    def training_step(self, sequences: Sequence[TrainedSequence], *, draw: Cut | None, vision_sampler: bool,
                       answer_tokens: float | torch.Tensor | None = None, branch_counts: torch.Tensor | None = None,
-                      regions: float | None = None, balance_weight: float = 0.0
+                      regions: float | None = None, balance_weight: float = 0.0,
+                      encoded: Sequence[EncodedImage] | None = None
                       ) -> tuple[torch.Tensor, dict[str, float]]:  # fmt: skip
         """The loss of a micro-batch, a float32 scalar, and what to report.
 
@@ -195,65 +137,73 @@ class FocusLlavaForConditionalGeneration(PreTrainedModel, PrunedGeneration, Gene
         the share of each branch from `branch_counts` [K] and `regions`. These three are of the global batch; left out,
         they are this micro-batch's own. The losses of its micro-batches then sum up to the global batch's.
 
-        draw: where and how far text-guided pruning goes; None leaves it out.
+        draw: where and how far text-guided pruning goes (a `PruneDraw`), or another rule; None leaves it out.
         vision_sampler: whether the vision-guided sampler is on; where it is off, its parameters get zero gradients.
+        encoded: the visual tokens of all images in order, where the caller has them in another way than `encode`.
 
         Raises InvalidInput for sequences whose images do not fit their tokens, or a layer that there is not.
         """
-        cut = Cut.of(draw) if draw else None
-        return self._loss(sequences, cut, vision_sampler, answer_tokens, branch_counts, regions, balance_weight)
+        done = self.run(sequences, vision_sampler=vision_sampler, cut=draw, encoded=encoded)
+        loss_sum, exact_B = self.answers(done)
+        tokens = answers_in(sequences)
+        loss = loss_sum / (max(tokens, 1) if answer_tokens is None else answer_tokens)
+        metrics = {
+            "answer_loss": loss_sum.item() / max(tokens, 1),
+            "answer_tokens": float(tokens),
+            "text_tokens": float(sum(each.whole for each in done.entered) - done.visual),
+            "visual_tokens": float(done.visual),
+            "kept_tokens": float(done.packed.visual_S.sum()),
+        }
+        if len(exact_B):
+            metrics["exact"] = exact_B.float().mean().item()
+        if draw is not None:
+            metrics |= {"prune_layer": float(draw.layers[0]), **_kept_shares(done.seen)}
+        images = done.encoded[: sum(len(sequence.images) for sequence in sequences)]
+        metrics["uncompressed_tokens"] = float(sum(image.uncompressed_tokens for image in images))
+        sampled = [image.sampled for image in images if image.sampled]
+        if sampled:
+            balance, of_regions = self._balance(sampled, branch_counts, regions)
+            loss = loss + balance_weight * balance if balance_weight else loss
+            metrics |= of_regions
+        return loss + self._zero(done.encoded, vision_sampler), metrics
 
-    def _loss(self, sequences: Sequence[TrainedSequence], cut: Cut | None, vision_sampler: bool,
-              answer_tokens: float | torch.Tensor | None = None, branch_counts: torch.Tensor | None = None,
-              regions: float | None = None, balance_weight: float = 0.0
-              ) -> tuple[torch.Tensor, dict[str, float]]:  # fmt: skip
-        """What `training_step` returns."""
-        done = self._run(sequences, vision_sampler=vision_sampler, cut=cut)
+    def _balance(self, sampled: Sequence[SampledMap], branch_counts: torch.Tensor | None, regions: float | None
+                 ) -> tuple[torch.Tensor, dict[str, float]]:  # fmt: skip
+        """The balance loss of a micro-batch's maps, and what to report of their regions."""
+        probs_MK = torch.cat([each.probs_MK for each in sampled])
+        ids_M = torch.cat([each.branch_ids_M for each in sampled])
+        coefficients = self.config.checkpoint.vision_sampler.balance_coefficients
+        balance = balance_loss(probs_MK, coefficients, counts_K=branch_counts, regions=regions)
+        used_K = torch.bincount(ids_M, minlength=probs_MK.shape[1]).tolist()
+        metrics = {"balance_loss": balance.item(), "regions": float(len(ids_M))}
+        return balance, {**metrics, **{f"branch_{k}": float(count) for k, count in enumerate(used_K)}}
+
+    @torch.no_grad()
+    def count(self, sequences: Sequence[TrainedSequence], *, vision_sampler: bool = True,
+              encoded: Sequence[EncodedImage] | None = None) -> Counts:  # fmt: skip
+        """What `training_step` is given, summed up over a global batch. It runs the encoder where the sampler is on and
+        `encoded` does not have what it gives."""
+        counts_K = torch.zeros(len(self.config.checkpoint.vision_sampler.branches), dtype=torch.int64, device="cpu")
+        images = [image for sequence in sequences for image in sequence.images]
+        if vision_sampler:
+            encoded = self.encode(images, True) if encoded is None else encoded
+            for image in encoded[: len(images)]:
+                if image.sampled:
+                    counts_K += chosen_branches(image.sampled.probs_MK).cpu()
+        return Counts(answer_tokens=answers_in(sequences), branch_counts=counts_K, regions=int(counts_K.sum()))
+
+    def answers(self, done: Pass) -> tuple[torch.Tensor, torch.Tensor]:
+        """The summed cross-entropy of the answers' tokens, a float32 scalar; and bool [B], of each conversation or
+        branch with an answer, whether all of its tokens are the likeliest: what greedy decoding would say."""
         target_S = done.packed.target_S()
         rows = (target_S != IGNORED).nonzero()[:, 0]
         head: Any = self.language_model.lm_head
         # One row where there is none: what a head is called for must not differ by rank.
-        normed_ND = self.language_model.model.norm(done.hidden_SD[rows if len(rows) else slice(1)])
-        loss_sum, tokens = answer_loss_sum(normed_ND, target_S[rows if len(rows) else slice(1)], head)
-        loss = loss_sum / (max(tokens, 1) if answer_tokens is None else answer_tokens)
-        kept = int(done.packed.visual_S.sum())
-        metrics = {
-            "answer_loss": loss_sum.item() / max(tokens, 1),
-            "answer_tokens": float(tokens),
-            "text_tokens": float(sum(done.entered) - done.visual),
-            "visual_tokens": float(done.visual),
-            "kept_tokens": float(kept),
-        }
-        if cut is not None:
-            metrics["prune_layer"] = float(cut.layer)
-        images = done.encoded[: sum(len(sequence.images) for sequence in sequences)]
-        metrics["uncompressed_tokens"] = float(sum(image.uncompressed_tokens for image in images))
-        probs = [image.sampled.probs_MK for image in images if image.sampled]
-        if probs:
-            probs_MK, ids_M = torch.cat(probs), torch.cat([i.sampled.branch_ids_M for i in images if i.sampled])
-            own_K = torch.bincount(ids_M, minlength=probs_MK.shape[1])
-            counts_K = own_K if branch_counts is None else branch_counts.to(probs_MK.device)
-            total = len(ids_M) if regions is None else regions
-            coefficients = self.config.checkpoint.vision_sampler.balance_coefficients
-            balance = balance_loss_sum(probs_MK, counts_K, total, coefficients)
-            if balance_weight:
-                loss = loss + balance_weight * balance
-            metrics |= {"balance_loss": balance.item(), "regions": float(len(ids_M))}
-            metrics |= {f"branch_{k}": float(count) for k, count in enumerate(own_K.tolist())}
-        return loss + self._zero(done.encoded, vision_sampler), metrics
-
-    @torch.no_grad()
-    def count(self, sequences: Sequence[TrainedSequence], *, vision_sampler: bool = True) -> Counts:
-        """What `training_step` is given, summed up over a global batch. It runs the encoder where the sampler is on."""
-        branches = len(self.config.checkpoint.vision_sampler.branches)
-        counts_K, regions = torch.zeros(branches, dtype=torch.int64, device="cpu"), 0
-        images = [image for sequence in sequences for image in sequence.images]
-        if vision_sampler:
-            for image in self._encode(images, True)[: len(images)]:
-                if image.sampled:
-                    counts_K += torch.bincount(image.sampled.branch_ids_M, minlength=branches).cpu()
-                    regions += len(image.sampled.branch_ids_M)
-        return Counts(answer_tokens=answer_tokens(sequences), branch_counts=counts_K, regions=regions)
+        some = rows if len(rows) else slice(1)
+        loss_sum, right_R = answer_loss_sum(self.language_model.model.norm(done.hidden_SD[some]), target_S[some], head)
+        branch_R, wrong_B = done.packed.branch_S()[rows], right_R.new_zeros(done.packed.branches, dtype=torch.float32)
+        wrong_B = wrong_B.index_add(0, branch_R, (~right_R).float())
+        return loss_sum, wrong_B[branch_R.unique()] == 0
 
     def _zero(self, encoded: Sequence[EncodedImage], vision_sampler: bool) -> torch.Tensor:
         """Nothing, with a graph to all that trains and that this micro-batch may not have reached."""
@@ -270,37 +220,42 @@ class FocusLlavaForConditionalGeneration(PreTrainedModel, PrunedGeneration, Gene
 
     # One pass.
 
-    def _run(self, sequences: Sequence[TrainedSequence], *, vision_sampler: bool, cut: Cut | None,
-             cache: ShrinkingCache | None = None) -> _Pass:  # fmt: skip
-        """Sequences through encoder and decoder in one packed row; a cache takes their keys and values."""
+    def run(self, sequences: Sequence[TrainedSequence], *, vision_sampler: bool, cut: Cut | None,
+            encoded: Sequence[EncodedImage] | None = None, cache: ShrinkingCache | None = None) -> Pass:  # fmt: skip
+        """Sequences through encoder and decoder in one packed row; a cache takes their keys and values.
+
+        encoded: as `training_step` takes it.
+        """
         require(bool(sequences), "sequences", sequences, "one or more")
         decoder: Any = self.language_model.model
         attention = self.language_model.config._attn_implementation
         require(attention == ATTENTION_NAME, "attn_implementation", attention, f"{ATTENTION_NAME}, the only one here")
         layers = len(decoder.layers)
         if cut is not None:
-            require(cut.layer < layers, "draw.layer", cut.layer, f"1..{layers - 1}")
+            require(cut.layers[-1] < layers, "draw.layer", cut.layers[-1], f"1..{layers - 1}")
         images = [image for sequence in sequences for image in sequence.images]
-        encoded = self._encode(images, vision_sampler)
-        counts = [len(image.tokens_ND) for image in encoded[: len(images)]]
-        packed = pack(sequences, counts, image_token_id=self.config.image_token_id, device=self._place)
+        encoded = self.encode(images, vision_sampler) if encoded is None else list(encoded)
+        tokens = [image.tokens_ND for image in encoded[: len(images)]]
+        packed = pack(sequences, [*map(len, tokens)], image_token_id=self.config.image_token_id, device=self._place)
         entered, visual = packed.lengths, int(packed.visual_S.sum())
         hidden_SD = decoder.embed_tokens(packed.ids_S)
         if images:
-            tokens_ND = torch.cat([image.tokens_ND for image in encoded]).to(hidden_SD)
-            hidden_SD = hidden_SD.index_copy(0, packed.visual_S.nonzero()[:, 0], tokens_ND)
+            hidden_SD = hidden_SD.index_copy(0, packed.visual_S.nonzero()[:, 0], torch.cat(tokens).to(hidden_SD))
         hidden_1SD, rows = hidden_SD[None], PackedRows(packed.lengths, cache)
         rotary = decoder.rotary_emb(hidden_1SD, packed.position_S[None])
+        first = present = packed.visual_counts()
+        seen: list[list[int]] = []
         for index, layer in enumerate(decoder.layers):
-            if cut is not None and index == cut.layer:
-                stays_S = stays(layer, hidden_1SD[0].detach(), rotary[0][0], rotary[1][0], packed, cut.settings)
-                hidden_1SD, rotary = hidden_1SD[:, stays_S], tuple(table[:, stays_S] for table in rotary)
-                packed = packed.select(stays_S)
-                rows = PackedRows(packed.lengths, cache)
-            hidden_1SD = layer(hidden_1SD, attention_mask=None, position_embeddings=rotary, focus_rows=rows)
-        return _Pass(hidden_SD=hidden_1SD[0], packed=packed, encoded=encoded, entered=entered, visual=visual)
+            if cut is not None and index in cut.layers:
+                going = kept_rows(index, layer, hidden_1SD[0].detach(), rotary[0][0], rotary[1][0], packed, cut, first)
+                hidden_1SD, *rotary = (x.index_select(1, torch.cat(going)) for x in (hidden_1SD, *rotary))
+                packed = packed.take(going)
+                rows, present = PackedRows(packed.lengths, cache), packed.visual_counts()
+            seen.append(present)
+            hidden_1SD = layer(hidden_1SD, attention_mask=None, position_embeddings=tuple(rotary), focus_rows=rows)
+        return Pass(hidden_SD=hidden_1SD[0], packed=packed, encoded=encoded, entered=entered, visual=visual, seen=seen)
 
-    def _encode(self, images: Sequence[ImageTiles], vision_sampler: bool) -> list[EncodedImage]:
+    def encode(self, images: Sequence[ImageTiles], vision_sampler: bool) -> list[EncodedImage]:
         """Visual tokens of each image. Where there is none, those of a blank one, if other ranks count on the encoder:
         on its gradients, or under ZeRO-3 on its part in gathering weights."""
         parameters = list(self.encoder.parameters())
@@ -316,112 +271,11 @@ class FocusLlavaForConditionalGeneration(PreTrainedModel, PrunedGeneration, Gene
         logits = self.encoder.vision_guided_sampler.logits_of([(each.map_HWD, each.base_PD) for each in maps])
         return [self.encoder.tokens(each, True, logits_MK=own) for each, own in zip(maps, logits, strict=True)]
 
-    # transformers' own way in.
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None,
-                pixel_values: torch.Tensor | None = None, image_sizes: torch.Tensor | None = None,
-                instruction_mask: torch.Tensor | None = None, labels: torch.Tensor | None = None,
-                past_key_values: ShrinkingCache | None = None, use_cache: bool | None = None,
-                logits_to_keep: int = 0, num_items_in_batch: float | torch.Tensor | None = None,
-                vision_sampler: bool | None = None, text_sampler: bool | None = None, threshold: float | None = None,
-                keep_ratio: float | None = None, draw: PruneDraw | None = None, balance_weight: float = 0.0,
-                return_dict: bool | None = None, **_: Any) -> FocusLlavaOutput:  # fmt: skip
-        """A padded batch [B, C] as `FocusLlavaProcessor` makes it: one image token an image, padded on any side.
-
-        pixel_values, image_sizes: of all images in order, see `services.modeling.images`.
-        instruction_mask: bool [B, C], the tokens whose attention chooses visual tokens; without it none is pruned.
-        labels: int64 [B, C], aligned with input_ids, -100 where there is no loss; with them comes a loss and no logits.
-            With `num_items_in_batch` the loss is the sum over that many tokens, as Trainer asks for.
-        past_key_values: what an earlier call with `use_cache` returned; input_ids are then new tokens.
-        logits_to_keep: so many last columns have logits; 0 is all.
-        vision_sampler, text_sampler, threshold, keep_ratio: both samplers; None is as the checkpoint has it.
-        draw: pruning by a draw of training, in place of the checkpoint's layer and threshold.
-        balance_weight: of the balance loss, over this batch alone.
-
-        Raises InvalidInput naming the argument.
-        """
-        if past_key_values is not None:
-            if not isinstance(past_key_values, ShrinkingCache):
-                found = f"is a {type(past_key_values).__name__}, expected the cache that this model made"
-                raise InvalidInput(found, field="past_key_values")
-            return FocusLlavaOutput(
-                logits=self._continued(input_ids, past_key_values, logits_to_keep), past_key_values=past_key_values
-            )
-        real_BC = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        real_BC = real_BC.to(input_ids.device).bool()
-        sequences = self._conversations(input_ids, real_BC, pixel_values, image_sizes, instruction_mask, labels)
-        sampled = self.config.checkpoint.vision_sampler.enabled and vision_sampler is not False
-        cut = Cut.of(draw) if draw else self._cut(len(sequences), text_sampler, threshold, keep_ratio)
-        if labels is not None:
-            loss, metrics = self._loss(sequences, cut, sampled, num_items_in_batch, balance_weight=balance_weight)
-            return FocusLlavaOutput(loss=loss, metrics=metrics)
-        cache = ShrinkingCache(self.config.text_config) if use_cache else None
-        done = self._run(sequences, vision_sampler=sampled, cut=cut, cache=cache)
-        if cache is not None:
-            cache.begin(columns=input_ids.shape[1], lower=done.entered, upper=done.packed.lengths,
-                        prune_layer=cut.layer if cut else len(cache.layers), device=self._place)  # fmt: skip
-        logits = self._aligned_logits(done, real_BC, logits_to_keep)
-        return FocusLlavaOutput(logits=logits, past_key_values=cache)
-
-    def _conversations(self, input_ids: torch.Tensor, real_BC: torch.Tensor, pixel_values: torch.Tensor | None,
-                       image_sizes: torch.Tensor | None, instruction_mask: torch.Tensor | None,
-                       labels: torch.Tensor | None) -> list[Conversation]:  # fmt: skip
-        images: list[ImageTiles] = []
-        if pixel_values is not None:
-            require(image_sizes is not None, "image_sizes", image_sizes, "a tensor beside pixel_values")
-            images = unbatched(pixel_values, image_sizes, self.config.checkpoint)  # type: ignore[arg-type]
-        marked = torch.zeros_like(real_BC) if instruction_mask is None else instruction_mask.to(real_BC.device).bool()
-        labelled = torch.full_like(input_ids, IGNORED) if labels is None else labels.to(input_ids.device)
-        sequences, start = [], 0
-        for row, real_C in enumerate(real_BC):
-            ids = input_ids[row][real_C]
-            require(len(ids) > 0, "attention_mask", "all zero in a row", "one token or more")
-            stop = start + int((ids == self.config.image_token_id).sum())
-            own = tuple(images[start:stop])
-            sequences.append(
-                Conversation(input_ids=ids, labels=labelled[row][real_C], instruction=marked[row][real_C], images=own)
-            )
-            start = stop
-        if start != len(images):
-            raise InvalidInput(f"has {start} image tokens for {len(images)} images", field="input_ids")
-        return sequences
-
-    def _cut(self, sequences: int, text_sampler: bool | None, threshold: float | None,
-             keep_ratio: float | None) -> Cut | None:  # fmt: skip
-        """Text-guided pruning as the checkpoint has it, but for what was asked."""
-        ours = self.config.checkpoint.text_sampler
-        if not ours.enabled or text_sampler is False:
-            return None
-        if threshold is None and keep_ratio is None:
-            threshold = ours.threshold
-        setting = SamplerSettings(threshold=threshold, keep_ratio=keep_ratio)
-        return Cut(layer=ours.layer, settings=(setting,) * sequences)
-
-    def _aligned_logits(self, done: _Pass, real_BC: torch.Tensor, logits_to_keep: int) -> torch.Tensor:
-        """[B, C', V] for the last columns; zeros at padding.
-
-        A column's logits are those of the last token that went on at it or before it.
-        """
-        device, (batch, columns) = self._place, real_BC.shape
-        real_BC = real_BC.to(device)
-        token_BC = (real_BC.flatten().cumsum(0) - 1).view(batch, columns)
-        first = columns - logits_to_keep if logits_to_keep else 0
-        wanted_BC = real_BC[:, first:]
-        token_R = token_BC[:, first:][wanted_BC]
-        row_R = (torch.searchsorted(done.packed.source_S, token_R, right=True) - 1).clamp_min(0)
-        lm: Any = self.language_model
-        logits_RV = lm.lm_head(lm.model.norm(done.hidden_SD[row_R]))
-        logits = logits_RV.new_zeros(batch, columns - first, logits_RV.shape[-1])
-        logits[wanted_BC] = logits_RV
-        return logits
-
-    def _continued(self, input_ids: torch.Tensor, cache: ShrinkingCache, logits_to_keep: int) -> torch.Tensor:
-        """Logits of new tokens after what the cache holds."""
-        decoder: Any = self.language_model.model
-        hidden_BTD = decoder.embed_tokens(input_ids.to(self._place))
-        rotary = decoder.rotary_emb(hidden_BTD, cache.grow(input_ids.shape[1]))
-        for layer in decoder.layers:
-            hidden_BTD = layer(hidden_BTD, attention_mask=None, position_embeddings=rotary, focus_rows=cache)
-        hidden_BTD = hidden_BTD[:, -logits_to_keep:] if logits_to_keep else hidden_BTD
-        head: Any = self.language_model.lm_head
-        return head(decoder.norm(hidden_BTD))
+def _kept_shares(seen: Sequence[Sequence[int]]) -> dict[str, float]:
+    """The mean share of its visual tokens that a conversation or branch goes on with, and the share in each layer."""
+    pairs = [(first, last) for first, last in zip(seen[0], seen[-1], strict=True) if first]
+    if not pairs:
+        return {}
+    shares = {f"kept_layer_{index}": sum(of_layer) / sum(seen[0]) for index, of_layer in enumerate(seen)}
+    return {"kept_share": sum(last / first for first, last in pairs) / len(pairs), **shares}

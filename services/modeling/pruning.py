@@ -1,13 +1,13 @@
-"""Text-guided pruning of a packed row: once a sequence, by all its instruction's words (method, section 2).
+"""Text-guided pruning of a packed row: once a branch, by all its instruction's words (method, section 2).
 
-Legend: S tokens of a packed row, D width, d head width, N visual tokens, T instruction tokens, H/G query/key heads.
+Legend: S tokens of a packed row, D width, d head width, N visual tokens, A asking tokens, H/G query/key heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -20,42 +20,93 @@ SCORED_QUERIES = 256
 """Most instruction tokens scored at once, so that a long conversation's scores do not all exist together."""
 
 
+class Cut(Protocol):
+    """A rule by which visual tokens leave between two decoder layers, each branch's own."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers before which they leave, ascending."""
+
+    def asking(self, packed: Packed) -> torch.Tensor:
+        """bool [S]: the tokens whose queries choose. A branch that has none keeps all."""
+
+    def keep(self, layer: int, branch: int, entered: int, query_AHd: torch.Tensor, key_NGd: torch.Tensor,
+             scaling: float) -> torch.Tensor:  # fmt: skip
+        """Ascending int64 indices into [N], the visual tokens of a branch that are still there.
+
+        entered: how many it had at the first layer. Queries and keys carry their rotary embedding.
+        """
+
+
 @dataclass(frozen=True, kw_only=True)
 class PruneDraw:
-    """Where a micro-batch's visual tokens are pruned, and how far: one draw of training."""
+    """The text-guided sampler in one pass: where visual tokens leave, and how many. A `Cut`."""
 
     layer: int
     """i: the layer before which they leave, 1 or later. Under ZeRO-3 it must be the same on every rank."""
     thresholds: tuple[float, ...]
-    """gamma of each sequence."""
+    """gamma of each conversation or branch."""
+    keep_ratio: float | None = None
+    """A fixed share of each branch's visual tokens in place of the thresholds."""
 
     def __post_init__(self) -> None:
         require(self.layer > 0, "layer", self.layer, "1 or more")
         require(all(0 < each <= 1 for each in self.thresholds), "thresholds", self.thresholds, "each in (0, 1]")
+        ratio = self.keep_ratio
+        require(ratio is None or 0 < ratio <= 1, "keep_ratio", ratio, "in (0, 1]")
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return (self.layer,)
+
+    def asking(self, packed: Packed) -> torch.Tensor:
+        right, expected = len(self.thresholds) == packed.branches, f"{packed.branches}, one a conversation or branch"
+        require(right, "thresholds", len(self.thresholds), expected)
+        return packed.instruction_S
+
+    def keep(self, layer: int, branch: int, entered: int, query_AHd: torch.Tensor, key_NGd: torch.Tensor,
+             scaling: float) -> torch.Tensor:  # fmt: skip
+        threshold = self.thresholds[branch] if self.keep_ratio is None else None
+        setting = SamplerSettings(threshold=threshold, keep_ratio=self.keep_ratio)
+        if keeps_all(setting):
+            return torch.arange(len(key_NGd), device=key_NGd.device)
+        return keep(mean_importance(query_AHd, key_NGd, scaling), setting)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cut:
-    """A prune layer, and how each sequence chooses there."""
+class PruneSchedule:
+    """How the layer i and the threshold gamma of a step are drawn. Equal ends make them fixed ("Train" of Tab. 6)."""
 
-    layer: int
-    settings: tuple[SamplerSettings, ...]
-    """A threshold or a keep ratio is set in each."""
+    layers: tuple[int, int] = (8, 24)
+    """First and last layer of the uniform draw, both included; one draw a pass, all of whose rows leave together."""
+    thresholds: tuple[float, float] = (0.7, 1.0)
+    """Ends of the uniform draw, one draw an image-text pair."""
 
-    @classmethod
-    def of(cls, draw: PruneDraw) -> Cut:
-        return cls(layer=draw.layer, settings=tuple(SamplerSettings(threshold=each) for each in draw.thresholds))
+    def __post_init__(self) -> None:
+        (first, last), (low, high) = self.layers, self.thresholds
+        require(1 <= first <= last, "layers", self.layers, "an ascending pair from 1 on")
+        require(0 < low <= high <= 1, "thresholds", self.thresholds, "an ascending pair in (0, 1]")
+
+    def draw_layer(self, rng: random.Random) -> int:
+        return rng.randint(*self.layers)
+
+    def draw_threshold(self, rng: random.Random) -> float:
+        return rng.uniform(*self.thresholds)
+
+    def draw(self, rng: random.Random, pairs: int) -> PruneDraw:
+        """A pass of so many conversations or branches."""
+        layer = self.draw_layer(rng)
+        return PruneDraw(layer=layer, thresholds=tuple(self.draw_threshold(rng) for _ in range(pairs)))
 
 
 @torch.no_grad()
-def stays(layer: Any, hidden_SD: torch.Tensor, cos_Sd: torch.Tensor, sin_Sd: torch.Tensor, packed: Packed,
-          settings: Sequence[SamplerSettings]) -> torch.Tensor:  # fmt: skip
-    """bool [S]: the tokens that go on into `layer`, by the served model's rule.
+def kept_rows(index: int, layer: Any, hidden_SD: torch.Tensor, cos_Sd: torch.Tensor, sin_Sd: torch.Tensor,
+              packed: Packed, cut: Cut, entered: list[int]) -> list[torch.Tensor]:  # fmt: skip
+    """For each branch the places in the row, int64, of what it goes on with into a layer.
 
-    A sequence without images or without an instruction keeps all. layer: a decoder layer of transformers, whose norm,
-    projections and rotary embedding are used; hidden_SD: what enters it.
+    layer: a decoder layer of transformers, number `index`, whose norm, projections and rotary embedding are used;
+    hidden_SD: what enters it; entered: visual tokens of each branch at the first layer.
     """
-    require(len(settings) == len(packed.lengths), "thresholds", len(settings), f"{len(packed.lengths)}, one a sequence")
     attention = layer.self_attn
 
     def project(projection: Any, index: torch.Tensor) -> torch.Tensor:
@@ -64,25 +115,26 @@ def stays(layer: Any, hidden_SD: torch.Tensor, cos_Sd: torch.Tensor, sin_Sd: tor
         x_SHd = projection(layer.input_layernorm(hidden_SD[index])).unflatten(-1, (-1, attention.head_dim))
         return apply_rotary(x_SHd, cos_Sd[index], sin_Sd[index])
 
-    instruction, visual = packed.instruction_S.nonzero()[:, 0], packed.visual_S.nonzero()[:, 0]
-    query_THd, key_NGd = project(attention.q_proj, instruction), project(attention.k_proj, visual)
-    staying_S, lengths = torch.ones_like(packed.visual_S), list(packed.lengths)
-    asked, seen, start_T, start_N = packed.instruction_S.split(lengths), packed.visual_S.split(lengths), 0, 0
-    for asks_S, sees_S, setting in zip(asked, seen, settings, strict=True):
-        own_T, own_N = (slice(start_T, start_T + int(asks_S.sum())), slice(start_N, start_N + int(sees_S.sum())))
-        start_T, start_N = own_T.stop, own_N.stop
-        if own_T.start == own_T.stop or own_N.start == own_N.stop or keeps_all(setting):
-            continue
-        importance_N = mean_importance(query_THd[own_T], key_NGd[own_N], attention.scaling)
-        visual_N = visual[own_N]
-        staying_S[visual_N] = False
-        staying_S[visual_N[keep(importance_N, setting)]] = True
-    return staying_S
+    asks_S, visual_S = cut.asking(packed), packed.visual_S
+    query_AHd = project(attention.q_proj, asks_S.nonzero()[:, 0])
+    key_NGd = project(attention.k_proj, visual_S.nonzero()[:, 0])
+    query_of_S, key_of_S = asks_S.cumsum(0) - 1, visual_S.cumsum(0) - 1
+    going = []
+    for branch, rows in enumerate(packed.rows()):
+        asking, visual = rows[asks_S[rows]], rows[visual_S[rows]]
+        if len(asking) and len(visual):
+            queries, keys = query_AHd[query_of_S[asking]], key_NGd[key_of_S[visual]]
+            kept = cut.keep(index, branch, entered[branch], queries, keys, attention.scaling)
+            goes_S = ~visual_S
+            goes_S[visual[kept]] = True
+            rows = rows[goes_S[rows]]
+        going.append(rows)
+    return going
 
 
-def mean_importance(query_THd: torch.Tensor, key_NGd: torch.Tensor, scaling: float) -> torch.Tensor:
+def mean_importance(query_AHd: torch.Tensor, key_NGd: torch.Tensor, scaling: float) -> torch.Tensor:
     """`text_importance`, some instruction tokens at a time: float32 [N]."""
     importance_N = torch.zeros(len(key_NGd), device=key_NGd.device)
-    for part_THd in query_THd.split(SCORED_QUERIES):
-        importance_N += text_importance(part_THd, key_NGd, scaling) * (len(part_THd) / len(query_THd))
+    for part_AHd in query_AHd.split(SCORED_QUERIES):
+        importance_N += text_importance(part_AHd, key_NGd, scaling) * (len(part_AHd) / len(query_AHd))
     return importance_N

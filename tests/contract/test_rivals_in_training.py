@@ -1,16 +1,15 @@
-"""Rivals in the joint model against one question at a time, with plain attention and tokens physically taken out."""
-
-import random
+"""Rivals in the model against one question at a time, with plain attention and tokens physically taken out."""
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from services.common.errors import InvalidInput
+from tests.llm_reference import causal_mask
 from tests.tiny_training import tiny_run
-from training.experiments.rivals.joint import InDecoder, InEncoder, encode_with_rival
+from training.experiments.rivals.joint import RivalCut, encode_with_rival
 from training.experiments.rivals.registry import layer_rival, map_rival
 from training.experiments.task import ExperimentTask
-from training.layout import pack_text
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +27,9 @@ def rotate(x, angle):
     return x * angle.cos() + turned * angle.sin()
 
 
-def alone(joint, encoded, sample, branch, rival):
+def alone(lm, encoded, sample, branch, rival):
     """Runs one question: words, visual tokens, question and answer; every head and every token by itself."""
-    decoder = joint.language_model.model
+    decoder = lm.model
     visual, before = encoded.tokens_ND, len(sample.prefix_ids)
     words = decoder.embed_tokens(torch.tensor([*sample.prefix_ids, *branch.token_ids]))
     hidden = torch.cat((words[:before], visual, words[before:]))
@@ -40,7 +39,7 @@ def alone(joint, encoded, sample, branch, rival):
     prompt_end = before + total + branch.answer_start - 1
     asked = [i for i, on in enumerate(branch.instruction) if on][-1] + before + total
     asker = prompt_end if rival.asks == "last_prompt_token" else asked
-    config = joint.config.text_config
+    config = lm.config
     inverse = config.rope_parameters["rope_theta"] ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
     stages = dict(rival.stages)
     for index, layer in enumerate(decoder.layers):
@@ -66,53 +65,57 @@ def alone(joint, encoded, sample, branch, rival):
             position, is_visual = [position[i] for i in left], [is_visual[i] for i in left]
             counts.append(sum(is_visual))
             angle = angle[left]
-        hidden = layer(hidden[None], attention_mask=None, position_embeddings=(angle.cos()[None], angle.sin()[None]))[0]
+        rotary = (angle.cos()[None], angle.sin()[None])
+        hidden = layer(hidden[None], attention_mask=causal_mask(len(position)), position_embeddings=rotary)[0]
     return decoder.norm(hidden)[-len(branch.token_ids) :], counts
 
 
 @pytest.mark.parametrize("name", ["fastv", "pyramid_drop"])
 @pytest.mark.parametrize("asks", ["last_prompt_token", "last_instruction_token"])
 def test_a_branch_equals_the_question_alone(task, name, asks):
-    joint = task.module
-    rival = layer_rival(name, budget=0.6, layers=4, asks=asks)
-    joint.layer_rival = InDecoder(rival=rival)
+    model, rival = task.module.model, layer_rival(name, budget=0.6, layers=4, asks=asks)
     samples = [task.data.sample(i) for i in range(3)]
-    encoded = joint.encoder([s.image for s in samples], [False] * 3)
+    encoded = model.encode([s.image for s in samples], False)
+    sequences, shares = task.module.sequences(samples), []
+    lm = AutoModelForCausalLM.from_config(model.config.checkpoint.text_config, attn_implementation="eager").eval()
+    lm.load_state_dict(model.language_model.state_dict())
     with torch.no_grad():
-        together, extra = joint._run(encoded, pack_text(samples, joint.pad_id), None, random.Random(0))
-        shares = []
+        done = model.run(sequences, vision_sampler=False, cut=RivalCut(rival=rival), encoded=encoded)
+        together = iter(
+            model.language_model.model.norm(done.hidden_SD).split([each.whole for each in done.packed.lengths])
+        )
         for b, sample in enumerate(samples):
-            for q, branch in enumerate(sample.branches):
-                expected, counts = alone(joint, encoded[b], sample, branch, rival)
-                size = len(branch.token_ids)
-                torch.testing.assert_close(together[b, q, :size], expected, rtol=1e-4, atol=1e-4)
+            for branch in sample.branches:
+                expected, counts = alone(lm, encoded[b], sample, branch, rival)
+                found = next(together)[-len(branch.token_ids) :]
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
                 shares.append(counts[-1] / len(encoded[b].tokens_ND))
-    assert float(extra["kept_share"]) == pytest.approx(sum(shares) / len(shares), abs=1e-6) and max(shares) < 0.6
-    joint.layer_rival = None
+        _, metrics = model.training_step(sequences, draw=RivalCut(rival=rival), vision_sampler=False, encoded=encoded)
+    assert metrics["kept_share"] == pytest.approx(sum(shares) / len(shares), abs=1e-6) and max(shares) < 0.6
 
 
 @pytest.mark.parametrize("name", ["top_similarity", "random", "uniform_mean", "visionzip", "prumerge_plus"])
 def test_a_map_rival_trains(task, name):
-    joint = task.module
+    encoder = task.module.model.encoder
     samples = [task.data.sample(i) for i in range(2)]
-    whole = joint.encoder([s.image for s in samples], [False] * 2)
-    kept = encode_with_rival(joint.encoder, [s.image for s in samples], map_rival(name, budget=1.0))
+    whole = encoder([s.image for s in samples], [False] * 2)
+    kept = encode_with_rival(encoder, [s.image for s in samples], map_rival(name, budget=1.0))
     for full, same in zip(whole, kept, strict=True):
         torch.testing.assert_close(full.tokens_ND, same.tokens_ND, rtol=1e-5, atol=1e-5)
-    joint.map_rival, joint.vision_sampler = InEncoder(rival=map_rival(name, budget=0.25)), False
-    joint.zero_grad()
-    loss, metrics = joint((0, samples), 0)
+    stage = {"vision_sampler": False, "prune": None, "map_rival": {"name": name, "budget": 0.25}}
+    module = ExperimentTask(tiny_run("unused", stage=stage)).module
+    loss, metrics = module((0, samples), 0)
     loss.backward()
-    weight = joint.encoder.multi_modal_projector.linear_1.weight
+    weight = module.model.encoder.multi_modal_projector.linear_1.weight
     assert weight.grad.abs().sum() > 0 and 0.2 < metrics["sampled_share"] < 0.6
-    joint.map_rival = None
 
 
 @pytest.mark.parametrize("name", ["visionzip", "prumerge_plus"])
 def test_a_rival_reads_the_attention_of_whom_it_is_told(task, name):
     images = [task.data.sample(i).image for i in range(2)]
     of_cls, of_patches = (
-        encode_with_rival(task.module.encoder, images, map_rival(name, source=source)) for source in ("cls", "patches")
+        encode_with_rival(task.module.model.encoder, images, map_rival(name, source=source))
+        for source in ("cls", "patches")
     )
     assert [e.map_tokens for e in of_cls] == [e.map_tokens for e in of_patches]
     assert any(not torch.equal(a.tokens_ND, b.tokens_ND) for a, b in zip(of_cls, of_patches, strict=True))

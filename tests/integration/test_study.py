@@ -10,7 +10,7 @@ from evaluation.study.results import FILE_NAME, load_results
 from evaluation.study.runs import Study, conduct, weights_of
 from evaluation.study.settings import SETTINGS
 from tests.tiny_training import tiny_run
-from training.joint_stage import JointTask
+from training.question_stage import QuestionTask
 
 NAMES = ("vision", "random_branches", "permuted_branches")
 
@@ -19,7 +19,7 @@ NAMES = ("vision", "random_branches", "permuted_branches")
 def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     torch.manual_seed(0)
-    JointTask(tiny_run(str(folder))).export(folder / "start")
+    QuestionTask(tiny_run(str(folder))).export(folder / "start")
     # On two cores one run is scored while another, which does not need its result, is trained.
     return Study(start=folder / "start", folder=folder / "page", scratch=folder / "scratch", seeds=1, steps=2,
                  images=3, cores=2)  # fmt: skip

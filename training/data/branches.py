@@ -1,7 +1,6 @@
-"""Questions and answers to training branches, through the served model's own prompt code.
+"""Questions and answers about one image to training branches, through the served model's own prompt code.
 
-Each answer is a branch of its own with the turns before it as context, so that every question selects its own visual
-tokens, as it does when served.
+Each answer is a branch of its own, so that every question selects its own visual tokens, as it does when served.
 """
 
 from __future__ import annotations
@@ -10,11 +9,58 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from services.common.errors import InvalidInput
-from services.common.types import ImagePart, PromptTurn, TextPart
+from services.common.types import ImagePart, ImageTiles, PromptTurn, TextPart
+from services.modeling.loss import IGNORED
+from services.modeling.packing import TrainedSequence
 from services.text.prompt import PromptRenderer
 from training.data.fonts import Box
-from training.layout import Branch
+
+Boxes = Sequence[Box]
+"""Left, top, right and bottom of each, as fractions of the image's width and height."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Branch:
+    """One question about an image: what follows the image in the prompt, with its answer."""
+
+    token_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    """The token itself where it belongs to the answer, else -100."""
+    instruction: tuple[bool, ...]
+    """Whether each token is one of the user's own words."""
+    answer_start: int
+    """Index of the first answer token."""
+    evidence_xyxy: tuple[Box, ...] = ()
+    """Where in the image the answer is, as fractions of width and height; used by the grounding loss only."""
+    asks_place: bool = False
+    """Whether the answer is the evidence's place in the image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One image and its branches."""
+
+    image: ImageTiles
+    prefix_ids: tuple[int, ...]
+    """The words before the image."""
+    branches: tuple[Branch, ...]
+    glyph_boxes: tuple[Box, ...] = ()
+    """Everything in the image that only full resolution shows, as fractions; an oracle's, where the source knows."""
+
+    def sequence(self, image_token_id: int) -> TrainedSequence:
+        """The sample as the model takes it, its words on the CPU."""
+        prefix = (*self.prefix_ids, image_token_id)
+        with torch.device("cpu"):
+            return TrainedSequence(
+                input_ids=torch.tensor([*prefix, *(n for each in self.branches for n in each.token_ids)]),
+                labels=torch.tensor([IGNORED] * len(prefix) + [n for each in self.branches for n in each.labels]),
+                instruction=torch.tensor([False] * len(prefix) + [n for e in self.branches for n in e.instruction]),
+                images=(self.image,),
+                branches=tuple(len(each.token_ids) for each in self.branches),
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,15 +81,10 @@ class BranchBuilder:
         self.renderer = renderer
         self.before_answer, self.after_answer = _around_answer(renderer.tokenizer)
 
-    def build(self, exchange: Exchange, history: Sequence[Exchange] = ()) -> tuple[tuple[int, ...], Branch]:
-        """The branch of an exchange with the turns before it, and the words before the image."""
-        turns: list[PromptTurn] = []
-        for index, turn in enumerate((*history, exchange)):
-            words = TextPart(text=turn.question)
-            parts = (ImagePart(image=0), words) if index == 0 else (words,)
-            turns.append(PromptTurn(role="user", parts=parts))
-            turns.append(PromptTurn(role="assistant", parts=(TextPart(text=turn.answer),)))
-        prompt = self.renderer.render(turns[:-1], [1])
+    def build(self, exchange: Exchange) -> tuple[tuple[int, ...], Branch]:
+        """The branch of an exchange, and the words before the image."""
+        turn = PromptTurn(role="user", parts=(ImagePart(image=0), TextPart(text=exchange.question)))
+        prompt = self.renderer.render([turn], [1])
         start, end = prompt.visual_spans[0]
         # Tokenised apart from the prompt, as generated tokens are.
         answer_text = f"{self.before_answer}{exchange.answer}{self.after_answer}"
@@ -52,7 +93,7 @@ class BranchBuilder:
         asked = set(prompt.instruction_positions)
         branch = Branch(
             token_ids=(*after, *answer),
-            labels=(*[-100] * len(after), *answer),
+            labels=(*[IGNORED] * len(after), *answer),
             instruction=(*[end + i in asked for i in range(len(after))], *[False] * len(answer)),
             answer_start=len(after),
             evidence_xyxy=exchange.evidence_xyxy,

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch.utils.data
 
 from services.common.errors import InvalidInput
+from services.modeling.packing import TrainedSequence
 from training.data.encoding import ConversationEncoder, Encoded, Template
 from training.data.faults import EntryFault, Fault
 from training.data.mixture import ConversationData, Mixture
-from training.sequence import TrainingSequence
 
 MOST_TRIED = 200
 """Entries that are tried one after another in place of one that cannot be used."""
@@ -20,7 +20,7 @@ MOST_TRIED = 200
 class Read:
     """Entries as sequences."""
 
-    sequences: list[TrainingSequence]
+    sequences: list[TrainedSequence]
     faults: list[Fault]
     """The unusable ones of the entries themselves, not of those that were tried in place of them."""
     cut: int

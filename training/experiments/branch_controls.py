@@ -16,7 +16,7 @@ import torch
 
 from services.common.settings import require
 from services.sampler.vision_guided import Choice
-from training.layout import Boxes
+from training.data.branches import Boxes
 
 ControlName = Literal["random", "uniform", "oracle", "no_task_gradient", "permuted"]
 

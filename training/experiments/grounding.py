@@ -3,28 +3,34 @@
 Not in the paper, which starts from models that already ground words in images. -log of the attention mass that the
 tokens which predict the answer, and the instruction's words, put on the visual tokens of the evidence, averaged
 over heads. Before that, in `reading_layers`, the last prompt token is to read the instruction.
+
+Legend: S tokens of a packed row, R those of a sequence's branches, L tokens of a sequence, Q branches, H heads,
+D LLM width, d head width.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from services.checkpoint.config import FocusLlavaConfig
 from services.common.settings import Amount, require
-from services.encoder.model import EncodedImage
+from services.encoder.anyres import unpadded_hw
+from services.modeling.attention import PackedRows
+from services.modeling.loss import IGNORED
 from services.sampler.text_guided import apply_rotary
+from training.data.branches import Branch, Sample
 from training.data.fonts import Box
-from training.layout import Sample, TextBatch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grounding:
-    """Settings of the loss, and the loss as the joint model takes it (`training.hooks.AttentionLossHook`)."""
+    """Settings of the loss, and the loss."""
 
     weight: Amount
     layers: tuple[int, ...] = ()
@@ -36,23 +42,36 @@ class Grounding:
         require(bool(self.taught_layers), "layers", self.layers, "one or more, or reading_layers")
 
     @property
-    def taught_layers(self) -> set[int]:
-        return {*self.layers, *self.reading_layers}
+    def taught_layers(self) -> list[int]:
+        """Layers whose attention has a loss, ascending."""
+        return sorted({*self.layers, *self.reading_layers})
 
-    def evidence(self, samples: Sequence[Sample], encoded: Sequence[EncodedImage]) -> list[list[Evidence | None]]:
-        """The evidence of each image's branches."""
-        return [evidence_tokens(*pair) for pair in zip(samples, encoded, strict=True)]
+    @contextlib.contextmanager
+    def watching(
+        self, layers: Sequence[nn.Module], samples: Sequence[Sample], config: FocusLlavaConfig
+    ) -> Iterator[list[torch.Tensor]]:
+        """While it lasts, a pass of these samples, all visual tokens among them, through these decoder layers adds its
+        losses to what it yields: float32 scalars, whose mean is the loss."""
+        evidence = [evidence_tokens(sample, config) for sample in samples]
+        losses: list[torch.Tensor] = []
 
-    def losses(self, index: int, layer: nn.Module, hidden_BSD: torch.Tensor, cos_BSd: torch.Tensor,
-               sin_BSd: torch.Tensor, mask_B1RS: torch.Tensor, text: TextBatch, prefix: int,
-               evidence: list[list[Evidence | None]]) -> list[torch.Tensor]:  # fmt: skip
-        attention = branch_attention(layer, hidden_BSD, cos_BSd, sin_BSd, mask_B1RS, text, prefix)
-        found = []
-        if index in self.reading_layers:
-            found.append(reading_loss(attention, text, prefix))
-        if index in self.layers:
-            found.append(grounding_loss(attention, text, evidence))
-        return found
+        def watch(index: int) -> Callable[..., None]:
+            def look(layer: Any, args: tuple[torch.Tensor], given: dict[str, Any]) -> None:
+                cos_1Sd, sin_1Sd = given["position_embeddings"]
+                attention = branch_attention(layer, args[0][0], cos_1Sd[0], sin_1Sd[0], given["focus_rows"])
+                if index in self.reading_layers:
+                    losses.append(reading_loss(attention, samples))
+                if index in self.layers:
+                    losses.append(grounding_loss(attention, samples, evidence))
+
+            return look
+
+        hooks = [layers[i].register_forward_pre_hook(watch(i), with_kwargs=True) for i in self.taught_layers]
+        try:
+            yield losses
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 class Evidence(NamedTuple):
@@ -65,24 +84,23 @@ class Evidence(NamedTuple):
     both that an answer's token would take tells nothing of which is which."""
 
 
-def evidence_tokens(sample: Sample, encoded: EncodedImage) -> list[Evidence | None]:
-    """For each branch the tokens that its evidence's boxes touch, or None.
+def evidence_tokens(sample: Sample, config: FocusLlavaConfig) -> list[Evidence | None]:
+    """For each branch the tokens that its evidence's boxes touch, of all visual tokens of its image; or None.
 
     Of the base tile where the answer is a place: a patch there has the whole image around it, one of a grid tile only
     its tile. Else of the map: taught to look at either, the model looked for a table's numbers in the base tile, which
     is too coarse to show them.
     """
-    if encoded.sampled is not None:
-        return [None] * len(sample.branches)
-    height, width = encoded.map_hw
-    base = len(encoded.tokens_ND) - height * (width + 1)
-    side = math.isqrt(base)
+    side = config.patches_per_side
+    rows, cols = sample.image.grid_hw
+    top, bottom, left, right = unpadded_hw(sample.image.image_size_hw, (rows * side, cols * side))
+    height, width = bottom - top, right - left
     found: list[Evidence | None] = []
     for branch in sample.branches:
         if branch.asks_place:
             cells = [_cells_under(box, side, side, side) for box in branch.evidence_xyxy]
         else:
-            cells = [_cells_under(box, height, width, width + 1) + base for box in branch.evidence_xyxy]
+            cells = [_cells_under(box, height, width, width + 1) + side**2 for box in branch.evidence_xyxy]
         compares = branch.asks_place and len(cells) > 1
         found.append(Evidence(torch.cat(cells).unique(), compares) if cells else None)
     return found
@@ -96,63 +114,65 @@ def _cells_under(box_xyxy: Box, height: int, width: int, stride: int) -> torch.T
     return (rows.unsqueeze(1) * stride + cols).flatten()
 
 
-def branch_attention(layer: nn.Module, hidden_BSD: torch.Tensor, cos_BSd: torch.Tensor, sin_BSd: torch.Tensor,
-                     mask_B1RS: torch.Tensor, text: TextBatch, prefix: int) -> list[torch.Tensor]:  # fmt: skip
-    """Attention of every branch token, float32 [Q, T, H, S] an image; computed apart, since SDPA does not tell.
-
-    `hidden` is what enters the layer; branches start at `prefix`, and the mask has their R rows only.
-    """
-    attention, shape = layer.self_attn, text.token_ids_BQT.shape[1:]
-    normed = layer.input_layernorm(hidden_BSD)
-    key = apply_rotary(attention.k_proj(normed).unflatten(-1, (-1, attention.head_dim)), cos_BSd, sin_BSd)
-    query = attention.q_proj(normed[:, prefix:]).unflatten(-1, (-1, attention.head_dim))
-    query = apply_rotary(query, cos_BSd[:, prefix:], sin_BSd[:, prefix:])
-    key = key.repeat_interleave(query.shape[2] // key.shape[2], dim=2)
-    shares = []
-    for b in range(len(hidden_BSD)):
-        scores = torch.einsum("thd,shd->ths", query[b], key[b]).float() * attention.scaling
-        visible = mask_B1RS[b, 0].unsqueeze(1)
-        shares.append(scores.masked_fill(~visible, -torch.inf).softmax(-1).unflatten(0, shape))
+def branch_attention(layer: Any, hidden_SD: torch.Tensor, cos_Sd: torch.Tensor, sin_Sd: torch.Tensor,
+                     rows: PackedRows) -> list[torch.Tensor]:  # fmt: skip
+    """Attention of the branches' tokens in a decoder layer, float32 [R, H, L] a sequence; computed apart, since fused
+    attention does not tell. hidden_SD: what enters the layer."""
+    attention, sizes = layer.self_attn, [each.whole for each in rows.lengths]
+    normed_SD, shares = layer.input_layernorm(hidden_SD), []
+    parts = zip(*(x.split(sizes) for x in (normed_SD, cos_Sd, sin_Sd)), strict=True)
+    for number, (normed, cos, sin) in enumerate(parts):
+        prefix = rows.lengths[number].prefix
+        key = apply_rotary(attention.k_proj(normed).unflatten(-1, (-1, attention.head_dim)), cos, sin)
+        query = attention.q_proj(normed[prefix:]).unflatten(-1, (-1, attention.head_dim))
+        query = apply_rotary(query, cos[prefix:], sin[prefix:])
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        scores_RHL = torch.einsum("rhd,lhd->rhl", query, key).float() * attention.scaling
+        visible_R1L = rows.mask(number, normed.device).unsqueeze(1)
+        shares.append(scores_RHL.masked_fill(~visible_R1L, -torch.inf).softmax(-1))
     return shares
 
 
 def grounding_loss(
-    attention: list[torch.Tensor], text: TextBatch, evidence: list[list[Evidence | None]]
+    attention: Sequence[torch.Tensor], samples: Sequence[Sample], evidence: Sequence[Sequence[Evidence | None]]
 ) -> torch.Tensor:
     """-log mass on the evidence: of the tokens that predict the answer, and of the instruction's words, on average.
 
     Of "top left", "left" is predicted from "top": were the last prompt token alone to look, it would be a guess.
     """
-    before, losses = len(text.prefix_ids), []
-    for b, of_image in enumerate(evidence):
-        target_QS = torch.zeros(attention[b].shape[0], attention[b].shape[-1])  # filled on the CPU, then moved
-        compares_Q = torch.zeros(len(target_QS), dtype=torch.bool)
-        for q, of_branch in enumerate(of_image):
-            if of_branch is not None:
-                target_QS[q, of_branch.tokens + before] = 1
-                compares_Q[q] = of_branch.compares
-        target_QS, compares_Q = target_QS.to(attention[b].device), compares_Q.to(attention[b].device)
-        grounded = target_QS.any(1)
-        lost_QT = -torch.einsum("qths,qs->qth", attention[b], target_QS).clamp(min=1e-6).log().mean(-1)[grounded]
-        predicts_QT = nn.functional.pad(text.labels_BQT[b, grounded, 1:] != -100, (0, 1))
-        predicts_QT &= ~compares_Q[grounded].unsqueeze(1)
-        for looks_QT in (predicts_QT, text.instruction_BQT[b, grounded]):
-            losses.append((lost_QT * looks_QT).sum(1) / looks_QT.sum(1).clamp(min=1))
-    lost = torch.cat(losses)
-    return lost.sum() / max(1, len(lost))  # a batch may have no evidence at all
+    losses = []
+    for share_RHL, sample, of_image in zip(attention, samples, evidence, strict=True):
+        sizes = [len(branch.token_ids) for branch in sample.branches]
+        for share_THL, branch, where in zip(share_RHL.split(sizes), sample.branches, of_image, strict=True):
+            if where is None:
+                continue
+            mass_TH = share_THL[..., (where.tokens + len(sample.prefix_ids)).to(share_THL.device)].sum(-1)
+            lost_T = -mass_TH.clamp(min=1e-6).log().mean(-1)
+            for looks in (_predicts(branch, where), branch.instruction):
+                looks_T = torch.tensor(looks).to(lost_T)
+                losses.append((lost_T * looks_T).sum() / looks_T.sum().clamp(min=1))
+    return torch.stack(losses).mean() if losses else attention[0].sum() * 0.0  # a batch may have no evidence at all
 
 
-def reading_loss(attention: list[torch.Tensor], text: TextBatch, prefix: int) -> torch.Tensor:
+def _predicts(branch: Branch, where: Evidence) -> list[bool]:
+    """Whether each token predicts one of the answer, and is to look: never where places are compared."""
+    return [not where.compares and label != IGNORED for label in branch.labels[1:]] + [False]
+
+
+def reading_loss(attention: Sequence[torch.Tensor], samples: Sequence[Sample]) -> torch.Tensor:
     """-log mass of the last prompt token on the instruction's words: read the question before looking.
 
     Hundreds of visual tokens drown a dozen words until a head has learned to tell them apart.
     """
     losses = []
-    for b, share_QTHS in enumerate(attention):
-        real = text.answer_start_BQ[b] > 0
-        last = text.answer_start_BQ[b, real] - 1
-        own_QHTT = share_QTHS[real, last][..., prefix:].unflatten(-1, text.token_ids_BQT.shape[1:])
-        words_QT = text.instruction_BQT[b, real].float()
-        # A branch sees no other branch, so the sum over branches is its own.
-        losses.append(-torch.einsum("qhbt,qt->qh", own_QHTT, words_QT).clamp(min=1e-6).log().mean(-1))
+    for share_RHL, sample in zip(attention, samples, strict=True):
+        start = 0
+        # A branch sees no other branch, so the words of all are its own.
+        words = torch.tensor([token for branch in sample.branches for token in branch.instruction]).to(share_RHL)
+        own_RHR = share_RHL[..., share_RHL.shape[-1] - len(words) :]
+        last = []
+        for branch in sample.branches:
+            last.append(start + branch.answer_start - 1)
+            start += len(branch.token_ids)
+        losses.append(-(own_RHR[last] @ words).clamp(min=1e-6).log().mean(-1))
     return torch.cat(losses).mean()

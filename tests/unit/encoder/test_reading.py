@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 
 import numpy as np
 import pytest
@@ -20,8 +19,7 @@ from services.encoder.pipeline import EncoderPipeline
 from services.encoder.reading import read_tiles
 from services.text.prompt import PromptRenderer
 from tests.tiny_checkpoints import make_random_checkpoint
-from training.data.branches import BranchBuilder
-from training.data.conversations import ConversationBatches
+from training.data.encoding import ConversationEncoder
 
 TURNED = {
     1: None,
@@ -109,17 +107,13 @@ def test_the_checkpoint_decides_and_a_request_may_say_otherwise(config):
 
 
 @pytest.mark.parametrize("reduced", [True, False])
-def test_training_reads_a_jpeg_as_serving_does(folder, config, tmp_path, reduced):
+def test_training_reads_a_jpeg_as_serving_does(folder, config, reduced):
     config = dataclasses.replace(config, reduced_jpeg=reduced)
     file = stored(scene(720, 480), 6, quality=90)
-    (tmp_path / "0.jpg").write_bytes(file)
-    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "It."}]
-    (tmp_path / "data.json").write_text(json.dumps([{"image": "0.jpg", "conversations": turns}]))
     renderer = PromptRenderer(AutoTokenizer.from_pretrained(folder), image_token_id=config.image_token_id, context=4096)
-    batches = ConversationBatches(config, BranchBuilder(renderer), tmp_path / "data.json", seed=0, images=1)
     served = EncoderPipeline(EncoderModel(config), "f" * 64).prepare(file)
-    (sample,) = batches.batch(0, 0, 1)
-    assert torch.equal(sample.image.pixels_T3HW, served.tiles.pixels_T3HW)
+    trained = ConversationEncoder(config, renderer).tiles(file)
+    assert torch.equal(trained.pixels_T3HW, served.tiles.pixels_T3HW)
 
 
 def test_low_detail_is_the_base_tile_of_high_detail(config):

@@ -26,7 +26,7 @@ from training.data.easy_vqa import (
     open_easy_vqa,
 )
 from training.data.questions import QuestionAnswer
-from training.joint_stage import JointTask
+from training.question_stage import QuestionTask
 
 COLOURS = {"red": (220, 30, 30), "teal": (10, 128, 128), "brown": (120, 60, 20)}
 
@@ -106,7 +106,7 @@ def test_questions_answered_by_the_commoner_word_are_thinned_out(fitting, others
 
 def test_a_stage_trains_on_the_training_split(installed, tmp_path):
     run = tiny_run(str(tmp_path / "out"), seed=3, stage={"data": "easy_vqa"})
-    task = JointTask(run)
+    task = QuestionTask(run)
     _, samples = task.batch(2, 0, 1)
     assert len(samples) == run.samples_per_worker
     by_colour = {open_easy_vqa(scene).getpixel((0, 0)): scene for scene in module._scenes("train")}

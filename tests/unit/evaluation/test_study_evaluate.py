@@ -31,22 +31,22 @@ def test_scores_are_the_served_engines(tmp_path, name):
     setting, task = SETTINGS[name], task_of(name, tmp_path)
     if setting.text:  # a request may say its threshold, its layer is the checkpoint's
         setting = dataclasses.replace(setting, text=(task.config.text_sampler.layer, setting.text[1]))
-    model = task.module.eval()
-    model.schedule = schedule_of(setting)
+    module = task.module.eval()
+    module.schedule = schedule_of(setting)
     served = LocalModel(CHECKPOINT, "cpu", "float32")
     served_right = served_converted = served_full = kept = 0.0
     for asked, (file, questions) in zip(
         benchmark_samples(task, "test", IMAGES), benchmark_images("test", IMAGES), strict=True
     ):
         assert asked.questions == questions
-        ours = model.answer([asked.sample], random.Random(0))
+        ours = module.answer([asked.sample], random.Random(0))
         (tokens,) = served.encode([file], vision_sampler=SAMPLERS[name]["vision_sampler"])
         torch.testing.assert_close(ours.encoded[0].tokens_ND, tokens.tokens_ND, rtol=1e-3, atol=1e-3)
         threshold = setting.text[1] if setting.text else None
         for q, answer in enumerate(answers(served, file, questions, SAMPLERS[name], threshold)):
             text, usage = answer.text.strip(), answer.usage
-            assert bool(ours.exact_BQ[0, q]) == (text == questions[q].answer)
-            seen_L = ours.tokens_BQL[0, q]
+            assert bool(ours.exact_Q[q]) == (text == questions[q].answer)
+            seen_L = ours.tokens_QL[q]
             assert (int(seen_L[0]), int(seen_L[-1])) == (usage.visual_tokens_sampled, usage.visual_tokens_kept)
             assert float(seen_L.float().mean()) == pytest.approx(usage.converted_visual_tokens)
             served_right += text == questions[q].answer

@@ -33,7 +33,7 @@ def test_a_setting_builds_into_what_it_says(study, setting):
         "map_rival" in stage,
         "layer_rival" in stage,
     )
-    assert model.vision_sampler == stage.get("vision_sampler", False)
+    assert task.stage.vision_sampler == stage.get("vision_sampler", False)
     assert (model.schedule is not None) == ("prune" in stage)
     assert task.data.source.glyph_boxes is not None
     for name, value in stage.get("model", {}).get("text_sampler", {}).items():
@@ -46,12 +46,12 @@ def test_a_setting_builds_into_what_it_says(study, setting):
             wanted["window"], wanted["probability_gate"], wanted["selector_input"], len(wanted["branches"])
         )  # fmt: skip
         # Nothing of what the start's selector knows.
-        assert not model.encoder.vision_guided_sampler.selector.linear.weight.any()
+        assert not model.model.encoder.vision_guided_sampler.selector.linear.weight.any()
     if stage.get("map_rival", {}).get("name") == "random":
-        assert (model.map_rival.rival.budget, model.map_rival.rival.newline_rows) == (0.25, 4)
+        assert (model.map_rival.budget, model.map_rival.newline_rows) == (0.25, 4)
     assert (model.branch_control is not None) == ("branch_control" in stage)
-    selector = model.encoder.vision_guided_sampler.selector.linear.weight
-    assert setting.selects == (model.vision_sampler and selector.requires_grad)
+    selector = model.model.encoder.vision_guided_sampler.selector.linear.weight
+    assert setting.selects == (task.stage.vision_sampler and selector.requires_grad)
 
 
 def test_every_table_has_random_and_uniform_and_every_rival_a_row():

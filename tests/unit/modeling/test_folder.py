@@ -19,6 +19,7 @@ from services.common.errors import InvalidInput
 from services.llm.engine import Engine
 from services.modeling import FocusLlavaForConditionalGeneration, FocusLlavaModelConfig, FocusLlavaProcessor
 from services.modeling.images import batched
+from services.modeling.pruning import PruneSchedule
 from tests.unit.modeling.conversations import batch, checkpoint
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -153,6 +154,13 @@ def test_forward_has_the_loss_of_the_training_step(tmp_path):
         assert halved.loss.item() == pytest.approx(expected.item() / 2, rel=1e-6)
         pruned = model(**inputs, keep_ratio=0.25).metrics
         assert pruned["kept_tokens"] < 0.5 * pruned["visual_tokens"] and pruned["prune_layer"] == 1
+    model.prune_schedule = PruneSchedule(layers=(1, 3), thresholds=(0.3, 0.9))
+    with torch.no_grad():
+        drawn = [model.train()(**inputs).metrics for _ in range(12)]
+        served = model.eval()(**inputs).metrics
+    assert {each["prune_layer"] for each in drawn} == {1, 2, 3} and served["prune_layer"] == 1
+    assert len({each["kept_share"] for each in drawn}) == 12
+    model.prune_schedule = None
     tiles = torch.cat([image.pixels_T3HW for each in sequences for image in each.images])
     with torch.no_grad():
         flat = model(**{**inputs, "pixel_values": tiles}, text_sampler=False)

@@ -9,12 +9,11 @@ import torch
 
 from focusllava import assistant, user
 from services.common.errors import InvalidInput
-from services.common.types import SamplerSettings
 from services.local.model import LocalModel
 from services.modeling import FocusLlavaForConditionalGeneration, FocusLlavaProcessor
 from services.modeling.cache import ShrinkingCache
-from services.modeling.packing import Conversation
-from services.modeling.pruning import Cut
+from services.modeling.packing import TrainedSequence
+from services.modeling.pruning import PruneDraw
 from tests.serving_client import picture
 from tests.unit.modeling.conversations import checkpoint, load
 
@@ -78,15 +77,15 @@ def test_kept_tokens_are_those_of_the_served_engine(shipped, served):
         answer = served.ask(str(SAMPLE), question, max_tokens=1, threshold=0.9)
         (kept_K,) = answer.kept
         inputs = processor(asks(question, SAMPLE))
-        each = Conversation(
+        each = TrainedSequence(
             input_ids=inputs["input_ids"][0],
             labels=torch.full_like(inputs["input_ids"][0], -100),
             instruction=inputs["instruction_mask"][0],
             images=(processor.tiles(SAMPLE),),
         )
-        cut = Cut(layer=3, settings=(SamplerSettings(threshold=0.9),))
+        cut = PruneDraw(layer=3, thresholds=(0.9,))
         with torch.no_grad():
-            done = model._run([each], vision_sampler=True, cut=cut)
+            done = model.run([each], vision_sampler=True, cut=cut)
         first = int((each.input_ids == model.config.image_token_id).nonzero())
         assert (done.packed.position_S[done.packed.visual_S] - first).tolist() == kept_K.tolist()
         assert 0 < len(kept_K) < done.visual == answer.usage.visual_tokens_sampled

@@ -64,10 +64,10 @@ def test_loss_and_gradients_are_those_of_plain_cross_entropy(name):
     plain = nn.functional.cross_entropy(head(hidden), labels, reduction="sum")
     expected = _gradients(plain, hidden, head)
     with Largest() as largest:
-        loss, tokens = answer_loss_sum(hidden, labels, head, CHUNK)
+        loss, right = answer_loss_sum(hidden, labels, head, CHUNK)
         found = _gradients(loss, hidden, head)
     assert largest.elements == CHUNK * VOCABULARY
-    assert tokens == (labels != IGNORED).sum() and loss.dtype == torch.float32
+    assert torch.equal(right, (head(hidden).argmax(1) == labels)[labels != IGNORED]) and loss.dtype == torch.float32
     torch.testing.assert_close(loss, plain, rtol=1e-6, atol=0)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6 * float(other.abs().max()))
@@ -88,8 +88,8 @@ def test_logits_of_bf16_states_are_summed_in_float32():
 def test_without_a_label_the_loss_is_zero_and_so_are_its_gradients(name):
     hidden, labels = _inputs(0.0)
     head = HEADS[name]()
-    loss, tokens = answer_loss_sum(hidden, labels, head)
-    assert loss.item() == tokens == 0
+    loss, right = answer_loss_sum(hidden, labels, head)
+    assert loss.item() == len(right) == 0
     assert not any(gradient.any() for gradient in _gradients(loss, hidden, head))
 
 
@@ -97,8 +97,8 @@ def test_on_the_meta_device_every_row_counts():
     hidden, labels = _inputs()
     head = HEADS["plain"]().to("meta")
     rows = hidden.detach().to("meta").requires_grad_()
-    loss, tokens = answer_loss_sum(rows, labels.to("meta"), head, CHUNK)
-    assert tokens == ROWS and all(gradient.is_meta for gradient in _gradients(loss, rows, head))
+    loss, right = answer_loss_sum(rows, labels.to("meta"), head, CHUNK)
+    assert len(right) == ROWS and all(gradient.is_meta for gradient in _gradients(loss, rows, head))
 
 
 def _rank(_: int, rank: int, folder: str) -> None:
@@ -108,11 +108,11 @@ def _rank(_: int, rank: int, folder: str) -> None:
     head, calls = HEADS["plain"](), []
     head.weight.ds_id = 0  # the mark that ZeRO-3 leaves on what it shards
     head.register_forward_hook(lambda *_: calls.append(1))
-    loss, tokens = answer_loss_sum(hidden, labels, head, CHUNK)
+    loss, right = answer_loss_sum(hidden, labels, head, CHUNK)
     loss.backward()
     plain = nn.functional.cross_entropy(head(hidden), labels, reduction="sum") if rank else torch.zeros(())
     torch.testing.assert_close(loss.detach(), plain.detach(), rtol=1e-6, atol=0)
-    pathlib.Path(folder, str(rank)).write_text(f"{tokens} {len(calls) - rank}", encoding="utf8")
+    pathlib.Path(folder, str(rank)).write_text(f"{len(right)} {len(calls) - rank}", encoding="utf8")
     torch.distributed.destroy_process_group()
 
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from services.common.errors import InvalidInput
-from services.modeling.model import Counts
-from services.modeling.packing import pack
+from services.modeling.loss import IGNORED
+from services.modeling.outputs import Counts
+from services.modeling.packing import Lengths, pack
 from services.modeling.pruning import PruneDraw
 from services.sampler.balance import balance_loss
 from tests.llm_reference import causal_mask, naive_kept
 from tests.tiny_checkpoints import FAMILIES
 from tests.unit.modeling.conversations import KINDS, batch, checkpoint, load, sequence
-from training.sequence import IGNORED
 
 DRAW = PruneDraw(layer=2, thresholds=(0.6, 0.8, 0.5, 0.3, 1.0, 0.6))
 
@@ -183,22 +185,27 @@ def test_checkpointing_recomputes_tower_and_decoder_and_changes_nothing(model):
     hooks = [layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1)) for layer in layers]
     losses, found = [], []
     model.train()
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.activation_checkpointing_enable()
+    for name in ("", "activation_checkpointing", "gradient_checkpointing"):
+        if checkpointing := bool(name):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                getattr(model, f"{name}_enable")()
         calls.clear()
         loss, _ = model.training_step(sequences, draw=DRAW, vision_sampler=True)
         loss.backward()
         losses.append(loss.item())
         found.append(gradients(model))
         assert len(calls) == (4 if checkpointing else 2)
-    model.activation_checkpointing_disable()
+        if checkpointing:
+            getattr(model, f"{name}_disable")()
+            assert not model.is_gradient_checkpointing
     model.eval()
     for hook in hooks:
         hook.remove()
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
     for name in found[0]:
-        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-4, atol=1e-7)
+        for other in found[1:]:
+            torch.testing.assert_close(found[0][name], other[name], rtol=1e-4, atol=1e-7)
 
 
 def test_every_tensor_of_a_step_is_made_on_the_weights_device(model):
@@ -218,8 +225,8 @@ def test_kept_tokens_keep_their_positions_and_labels_follow_what_is_left(model):
     packed = pack([each], [6], image_token_id=model.config.image_token_id, device=torch.device("cpu"))
     stays = torch.ones(len(packed.ids_S), dtype=torch.bool)
     stays[[2, 4, 7]] = False  # the last is the image's last
-    left = packed.select(stays)
-    assert left.position_S.tolist() == [0, 1, 3, 5, 6, *range(8, 17)] and left.lengths == (14,)
+    left = packed.take([stays.nonzero()[:, 0]])
+    assert left.position_S.tolist() == [0, 1, 3, 5, 6, *range(8, 17)] and left.lengths == (Lengths(0, (14,)),)
     answer = each.labels[-4:].tolist()
     assert left.target_S().tolist() == [IGNORED] * 9 + [*answer, IGNORED]
 

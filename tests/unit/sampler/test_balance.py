@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from services.sampler.balance import balance_loss
+from services.sampler.balance import balance_loss, chosen_branches
 from tests.unit.sampler import oracles as oracle
-from training.joint_model import LossWeights
+from training.question_settings import LossWeights
 
 COEFFICIENTS = {2: (3.0, 1.0), 3: (7.1, 5.0, 1.5), 7: (7.0, 6.0, 5.0, 0.0, 3.0, 2.0, 1.0)}
 
@@ -56,6 +56,13 @@ def test_gradient_is_the_naive_loops(branches, weighted):
 def test_even_use_is_one_and_collapse_is_the_number_of_branches():
     assert balance_loss(torch.eye(3)).item() == pytest.approx(1)
     assert balance_loss(torch.eye(3)[[0, 0, 0, 0]]).item() == pytest.approx(3)
+
+
+def test_the_parts_of_a_global_batch_add_up_to_its_loss():
+    probs_MK, counts_K = distributions(40, 3), torch.zeros(3)
+    counts_K += chosen_branches(probs_MK)
+    parts = [balance_loss(part, COEFFICIENTS[3], counts_K=counts_K, regions=40) for part in probs_MK.split([7, 33])]
+    assert sum(parts).item() == pytest.approx(balance_loss(probs_MK, COEFFICIENTS[3]).item(), rel=1e-6)
 
 
 def test_bfloat16_is_summed_in_float32():

@@ -14,9 +14,9 @@ from training.config import ClusterConfig, RunConfig, load
 from training.conversation_settings import ConversationStage
 from training.dense_labels import DenseModel, DenseStage, labelled_batch, scale_features
 from training.experiments.task import ExperimentStage
-from training.joint_stage import JointTask
 from training.optimizer import parameter_groups, rate_before_rest
-from training.stage_settings import JointStage
+from training.question_settings import QuestionStage
+from training.question_stage import QuestionTask
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[3] / "training/configs").glob("*.yaml"))
 TINY = next(path for path in CONFIGS if path.stem == "tiny")
@@ -70,7 +70,7 @@ def test_mistakes_are_named(change, message):
 def test_a_prune_schedule_that_the_decoder_cannot_follow_is_refused(prune):
     """A layer beyond the last would prune nothing, without a word."""
     with pytest.raises(InvalidInput, match=r"stage\.prune\.\w+: is .*expected an ascending pair"):
-        JointTask(tiny_run("unused", stage={"prune": prune}))
+        QuestionTask(tiny_run("unused", stage={"prune": prune}))
 
 
 def test_missing_field_and_bad_override_are_named():
@@ -100,7 +100,14 @@ def test_what_is_frozen_must_be_there():
 )
 def test_a_weight_of_a_kind_that_nobody_asks_is_refused(weights, message):
     with pytest.raises(InvalidInput, match=message):
-        build_settings(JointStage, {"data": "posters", "kind_weights": weights}, "stage.")
+        build_settings(QuestionStage, {"data": "posters", "kind_weights": weights}, "stage.")
+
+
+def test_a_generator_that_there_is_not_is_refused():
+    with pytest.raises(
+        InvalidInput, match=r"stage\.data: is 'postrs', expected one of scenes, posters, textured_posters, easy_vqa"
+    ):
+        build_settings(QuestionStage, {"data": "postrs"}, "stage.")
 
 
 def test_own_data_is_found_from_any_folder():

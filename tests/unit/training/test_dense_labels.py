@@ -9,7 +9,7 @@ from tests.tiny_training import MODEL, tiny_run
 from training.config import RunConfig
 from training.data.tiles import IGNORE, LABEL_CLASSES
 from training.dense_labels import TOWER, DenseHeads, DenseTask
-from training.joint_stage import JointTask
+from training.question_stage import QuestionTask
 
 
 def test_a_label_that_no_patch_has_gives_its_head_a_zero_gradient():
@@ -26,7 +26,7 @@ def test_a_label_that_no_patch_has_gives_its_head_a_zero_gradient():
 
 
 def test_a_checkpoints_tower_learns_more_and_the_rest_of_it_stays(tmp_path):
-    JointTask(tiny_run(str(tmp_path / "before"))).export(tmp_path / "before")
+    QuestionTask(tiny_run(str(tmp_path / "before"))).export(tmp_path / "before")
     raw = {"name": "v", "steps": 1, "samples_per_worker": 2, "init_from": str(tmp_path / "before")}
     task = DenseTask(build_settings(RunConfig, {**raw, "output": str(tmp_path / "after")}))
     before = load_stage(tmp_path / "before", "encoder")

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from services.common.settings import build_settings
-from services.modeling.pruning import PruneDraw
+from services.modeling.pruning import PruneDraw, PruneSchedule
 from tests.pretended_gpu import GPU, PretendedGpu
 from tests.sequence_model import conversation, small_config, small_model
 from tests.tiny_training import MODEL, tiny_run
@@ -15,7 +15,6 @@ from training.conversation_stage import ConversationModule
 from training.dense_labels import DenseTask
 from training.experiments.task import ExperimentTask
 from training.global_batch import Totals, to_device
-from training.stochastic_prune import PruneSchedule
 
 
 def _sequences(config, kind):
@@ -34,7 +33,7 @@ def test_a_training_step_keeps_to_the_gpu(kind, samplers):
     config = small_config()
     model = small_model(config)
     if kind == "some text":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     sequences = _sequences(config, kind)
     draw = PruneDraw(layer=2, thresholds=(0.6,) * len(sequences)) if samplers else None
     with PretendedGpu(model) as gpu:

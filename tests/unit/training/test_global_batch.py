@@ -8,10 +8,10 @@ import torch
 
 from services.common.errors import InvalidInput
 from services.common.types import ImageTiles
+from services.modeling.packing import TrainedSequence
 from tests.tiny_training import tiny_run
 from training.global_batch import Totals, accumulation, mean_over_workers, sum_counts, to_device
-from training.joint_stage import JointTask
-from training.sequence import TrainingSequence
+from training.question_stage import QuestionTask
 
 STEP = 3
 
@@ -28,8 +28,8 @@ def one_step(folder, samples: int, places: int):
     """Loss and gradients of a step's global batch, cut into so many micro-batches."""
     torch.manual_seed(0)
     stage = {"prune": {"layers": [1, 3], "thresholds": [0.4, 0.9]}, "loss": {"balance": 2.0}}
-    task = JointTask(tiny_run(str(folder), samples_per_worker=samples, stage=stage))
-    torch.nn.init.normal_(task.module.encoder.vision_guided_sampler.selector.linear.weight)
+    task = QuestionTask(tiny_run(str(folder), samples_per_worker=samples, stage=stage))
+    torch.nn.init.normal_(task.module.model.encoder.vision_guided_sampler.selector.linear.weight)
     batches = [task.batch(STEP, place, places) for place in range(places)]
     counts = torch.stack([task.count(batch, STEP) for batch in batches]).sum(0)
     totals = Totals(micro_batches=places, counts=counts) if places > 1 else None
@@ -73,7 +73,7 @@ def test_counts_are_summed_over_workers_and_losses_are_means(tmp_path):
 def test_every_tensor_of_a_batch_is_moved():
     image = ImageTiles(pixels_T3HW=torch.zeros(1, 3, 2, 2), image_size_hw=(2, 2), grid_hw=(1, 1))
     ids = torch.tensor([1, 2])
-    sequence = TrainingSequence(
+    sequence = TrainedSequence(
         input_ids=ids, labels=ids, instruction=ids > 1, images=(image, image), name="file.json:3"
     )
     moved = to_device({"rank": 0, "sequences": [sequence], "pair": (ids, None)}, "meta")
@@ -87,7 +87,7 @@ def test_every_tensor_of_a_batch_is_moved():
 @pytest.mark.parametrize("stage", [{}, {"prune": None}, {"vision_sampler": False}])
 def test_no_tensor_of_a_step_is_made_without_the_modules_device(tmp_path, stage):
     """Where the default is another device than the model's, one that is not told the model's would not fit."""
-    task = JointTask(tiny_run(str(tmp_path), stage=stage))
+    task = QuestionTask(tiny_run(str(tmp_path), stage=stage))
     batch = task.batch(0, 0, 1)
     with torch.device("meta"):
         totals = Totals(micro_batches=2, counts=2 * task.count(to_device(batch, "cpu"), 0).to("cpu"))

@@ -9,7 +9,8 @@ from services.checkpoint.store import load_stage
 from services.common.errors import InvalidInput
 from services.encoder.model import EncoderModel
 from tests.tiny_training import tiny_run
-from training.joint_stage import JointTask
+from training.config import OptimizerConfig
+from training.question_stage import QuestionTask
 
 SHARE, AFTER = 0.5, 4
 REGION = 16
@@ -19,9 +20,9 @@ REGION = 16
 def task_of(folder, **hold):
     torch.manual_seed(5)
     stage = {"data": "posters", "prune": None, "hold": hold or None, "loss": {"balance": 0.5}}
-    task = JointTask(tiny_run(str(folder / "out"), stage=stage))
+    task = QuestionTask(tiny_run(str(folder / "out"), stage=stage))
     # A selector that tells regions apart, for one at its start sends all to the same branch.
-    torch.nn.init.normal_(task.module.encoder.vision_guided_sampler.selector.linear.weight)
+    torch.nn.init.normal_(task.module.model.encoder.vision_guided_sampler.selector.linear.weight)
     return task
 
 
@@ -32,28 +33,28 @@ def share_of(encoded):
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
 def test_a_batch_leaves_the_share_and_no_more(tmp_path, share):
-    joint = (task := task_of(tmp_path, share=share)).module
+    module = (task := task_of(tmp_path, share=share)).module
     for first in (0, 3):
         samples = [task.data.sample(index) for index in range(first, first + 3)]
-        left, region = share_of(joint.encode(samples, random.Random(0), share=share))
+        left, region = share_of(module.encode(samples, random.Random(0), share=share))
         assert share - 2 * region < left <= share
-    assert share_of(joint.encode(samples, random.Random(0)))[0] != left, "by itself the selector leaves another share"
+    assert share_of(module.encode(samples, random.Random(0)))[0] != left, "by itself the selector leaves another share"
 
 
 def test_where_partial_regions_leave_more_than_the_share_all_are_at_the_coarsest(tmp_path):
-    joint = (task := task_of(tmp_path, share=REGION**-1)).module
+    module = (task := task_of(tmp_path, share=REGION**-1)).module
     samples = [task.data.sample(index) for index in range(3)]
-    encoded = joint.encode(samples, random.Random(0), share=joint.hold.share)
+    encoded = module.encode(samples, random.Random(0), share=task.stage.hold.share)
     assert all((image.sampled.branch_ids_M == 2).all() for image in encoded)
     task.export(tmp_path / "made")
-    assert all((image.sampled.branch_ids_M == 2).all() for image in joint.encode(samples, random.Random(0)))
+    assert all((image.sampled.branch_ids_M == 2).all() for image in module.encode(samples, random.Random(0)))
 
 
 def test_it_is_held_from_its_step_on_without_the_balance_loss(tmp_path):
-    joint, batch = (task := task_of(tmp_path, share=SHARE, after=AFTER)).module.train(), task.batch(0, 0, 1)
+    module, batch = (task := task_of(tmp_path, share=SHARE, after=AFTER)).module.train(), task.batch(0, 0, 1)
     with torch.no_grad():
-        before, free = joint(batch, AFTER - 1)
-        after, held = joint(batch, AFTER)
+        before, free = module(batch, AFTER - 1)
+        after, held = module(batch, AFTER)
     assert before.item() == pytest.approx(free["language"] + 0.5 * free["balance"], rel=1e-4)
     assert after.item() == pytest.approx(held["language"], rel=1e-4)
     assert held["sampled_share"] != free["sampled_share"]
@@ -61,9 +62,9 @@ def test_it_is_held_from_its_step_on_without_the_balance_loss(tmp_path):
 
 def test_the_share_may_fall_to_it_step_by_step(tmp_path):
     task = task_of(tmp_path, share=SHARE, after=AFTER + 1, falls_from=1)
-    joint, batch = task.module.train(), task.batch(0, 0, 1)
+    module, batch = task.module.train(), task.batch(0, 0, 1)
     with torch.no_grad():
-        runs = [joint(batch, step) for step in range(AFTER + 3)]
+        runs = [module(batch, step) for step in range(AFTER + 3)]
     balanced = [loss.item() > metrics["language"] * 1.01 for loss, metrics in runs]
     assert balanced == [True] + [False] * (AFTER + 2)
     shares = [metrics["sampled_share"] for _, metrics in runs][1:]
@@ -75,17 +76,17 @@ def test_the_share_may_fall_to_it_step_by_step(tmp_path):
 @pytest.mark.parametrize("selector_steps", [0, AFTER])
 def test_the_task_goes_on_teaching_it_unless_it_rests(tmp_path, selector_steps):
     """A selector at rest has a gradient, for ZeRO, and a learning rate of zero."""
-    joint, batch = (task := task_of(tmp_path, share=SHARE, after=AFTER)).module.train(), task.batch(0, 0, 1)
-    joint.selector_steps = selector_steps
-    joint(batch, AFTER)[0].backward()
-    assert joint.encoder.vision_guided_sampler.selector.linear.weight.grad.abs().sum() > 0
+    module, batch = (task := task_of(tmp_path, share=SHARE, after=AFTER)).module.train(), task.batch(0, 0, 1)
+    module.optimizer = OptimizerConfig(selector_steps=selector_steps)
+    module(batch, AFTER)[0].backward()
+    assert module.model.encoder.vision_guided_sampler.selector.linear.weight.grad.abs().sum() > 0
 
 
 def test_regions_keep_their_order_and_chances_are_moved_alike(tmp_path):
-    joint = (task := task_of(tmp_path, share=SHARE)).module
+    module = (task := task_of(tmp_path, share=SHARE)).module
     samples = [task.data.sample(index) for index in range(3)]
     with torch.no_grad():
-        free, held = (joint.encode(samples, random.Random(0), share=share) for share in (None, SHARE))
+        free, held = (module.encode(samples, random.Random(0), share=share) for share in (None, SHARE))
     log_MK = [torch.cat([image.sampled.probs_MK for image in images]).log() for images in (free, held)]
     # All regions' log-odds between neighbouring branches, two halvings of each side apart, have moved by one number.
     moved = [(log[:, k] - log[:, k + 1]) for k in (0, 1) for log in log_MK]
@@ -106,10 +107,10 @@ def test_an_export_is_set_to_the_share(tmp_path):
 
 def test_nothing_is_held_without_the_setting(tmp_path):
     task = task_of(tmp_path)
-    before = task.module.encoder.vision_guided_sampler.selector.linear.bias.clone()
+    before = task.module.model.encoder.vision_guided_sampler.selector.linear.bias.clone()
     task.export(tmp_path / "made")
     stored = load_stage(tmp_path / "made", "encoder")["vision_guided_sampler.selector.linear.bias"]
-    assert task.module.hold is None and torch.equal(stored, before)
+    assert task.stage.hold is None and torch.equal(stored, before)
 
 
 @pytest.mark.parametrize(
@@ -130,4 +131,4 @@ def test_nothing_is_held_without_the_setting(tmp_path):
 )
 def test_mistakes_are_named(tmp_path, stage, message):
     with pytest.raises(InvalidInput, match=message):
-        JointTask(tiny_run(str(tmp_path), stage=stage))
+        QuestionTask(tiny_run(str(tmp_path), stage=stage))

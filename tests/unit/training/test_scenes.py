@@ -16,7 +16,7 @@ from training.data.scenes import Card, Scene, Shape, sample_scene
 from training.data.splits import canonical_spec, dataset_version, scene_at, scene_stream, split_of
 from training.data.tokenizer import build_tokenizer, closed_words
 from training.data.vocabulary import COLOURS, DETAIL_KINDS, KINDS, PHRASINGS, SHAPES
-from training.joint_stage import JointTask
+from training.question_stage import QuestionTask
 
 SCENES = [scene_at("train", 3, index) for index in range(200)]
 
@@ -35,7 +35,7 @@ def test_a_stream_resumes_at_any_index():
 
 
 def test_a_curriculum_starts_with_small_images():
-    task = JointTask(tiny_run("unused", stage={"curriculum": {"steps": 8, "max_tiles": 2}}))
+    task = QuestionTask(tiny_run("unused", stage={"curriculum": {"steps": 8, "max_tiles": 2}}))
     tiles = [[len(s.image.pixels_T3HW) - 1 for step in steps for s in task.batch(step, 0, 1)[1]]
              for steps in (range(8), range(8, 16))]  # fmt: skip
     assert max(tiles[0]) == 2 and max(tiles[1]) > 2
@@ -43,7 +43,7 @@ def test_a_curriculum_starts_with_small_images():
 
 def test_a_curriculum_can_ask_for_a_panel():
     stage = {"data": "posters", "curriculum": {"steps": 8, "max_tiles": 4, "panel": "table"}}
-    batches = JointTask(tiny_run("unused", stage=stage)).data
+    batches = QuestionTask(tiny_run("unused", stage=stage)).data
     first, later = ([batches._scene(index, small) for index in range(12)] for small in (True, False))
     assert all(poster.table and batches._size(poster)[0] <= 4 * batches.config.tile_px**2 for poster in first)
     assert not all(poster.table for poster in later)
@@ -59,7 +59,7 @@ def test_a_curriculum_can_ask_for_a_panel():
 )
 def test_a_panel_that_no_small_image_has_is_refused(stage, message):
     with pytest.raises(InvalidInput, match=message):
-        JointTask(tiny_run("unused", stage=stage))
+        QuestionTask(tiny_run("unused", stage=stage))
 
 
 def test_splits_do_not_overlap():

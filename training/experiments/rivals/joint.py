@@ -1,6 +1,6 @@
-"""Rivals of both samplers in the joint model: the encoder's stage with one, and one's stage between two LLM layers.
+"""Rivals of both samplers in the model: the encoder's stage with one, and one's cuts between the LLM's layers.
 
-Legend: T tiles, P patches, G heads, d head width, R rows (an image's branch each), S sequence, D LLM width.
+Legend: T tiles, P patches, G heads, d head width, S tokens of a packed row, A asking tokens, N visual tokens.
 """
 
 from __future__ import annotations
@@ -10,45 +10,34 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from transformers import CLIPVisionModel
 
 from services.common.types import ImageTiles
 from services.encoder.anyres import join_tiles
 from services.encoder.model import EncodedImage, EncoderModel
 from services.encoder.vision_tower import feature_depth
-from services.sampler.text_guided import apply_rotary
+from services.modeling.packing import Packed
 from training.experiments.rivals.base import MapRival, RivalInput
-from training.experiments.rivals.layers import LayerRival, Stages, asking_tokens, keep_stage
+from training.experiments.rivals.layers import LayerRival, asking_tokens, keep_stage
 from training.experiments.rivals.tower import Source, attention_received
-from training.layout import TextBatch
 
 
 @dataclass(frozen=True, kw_only=True)
-class InEncoder:
-    """A rival on the feature map as the joint model takes it (`training.hooks.MapHook`)."""
-
-    rival: MapRival
-
-    def __call__(self, encoder: EncoderModel, images: Sequence[ImageTiles]) -> list[EncodedImage]:
-        return encode_with_rival(encoder, images, self.rival)
-
-
-@dataclass(frozen=True, kw_only=True)
-class InDecoder:
-    """A rival inside the language model as the joint model takes it (`training.hooks.LayerHook`)."""
+class RivalCut:
+    """A rival inside the language model, as a pass of the model takes it (`services.modeling.pruning.Cut`)."""
 
     rival: LayerRival
 
     @property
-    def stages(self) -> Stages:
-        return self.rival.stages
+    def layers(self) -> tuple[int, ...]:
+        return tuple(layer for layer, _ in self.rival.stages)
 
-    def keep(self, share: float, layer: nn.Module, hidden_RSD: torch.Tensor, cos_RSd: torch.Tensor,
-             sin_RSd: torch.Tensor, text: TextBatch, before: int, present_R: list[int],
-             totals_R: list[int]) -> list[torch.Tensor]:  # fmt: skip
-        asking_RT = asking_tokens(self.rival.asks, text.instruction_BQT, text.answer_start_BQ).flatten(0, 1)
-        return drop(self.rival, share, layer, hidden_RSD, cos_RSd, sin_RSd, asking_RT, before, present_R, totals_R)
+    def asking(self, packed: Packed) -> torch.Tensor:
+        return asking_tokens(self.rival.asks, packed)
+
+    def keep(self, layer: int, branch: int, entered: int, query_AHd: torch.Tensor, key_NGd: torch.Tensor,
+             scaling: float) -> torch.Tensor:  # fmt: skip
+        return keep_stage(self.rival.importance(query_AHd, key_NGd, scaling), dict(self.rival.stages)[layer], entered)
 
 
 def encode_with_rival(encoder: EncoderModel, images: Sequence[ImageTiles], rival: MapRival) -> list[EncodedImage]:
@@ -108,27 +97,3 @@ def _features_and_cues(
         key_TPGd = last.self_attn.k_proj(normed).unflatten(-1, heads)
     received = attention_received(query_TPGd, key_TPGd, last.self_attn.scale, source)
     return last(hidden, attention_mask=None)[:, 1:], received, key_TPGd[:, 1:]
-
-
-@torch.no_grad()
-def drop(rival: LayerRival, share: float, layer: nn.Module, hidden_RSD: torch.Tensor, cos_RSd: torch.Tensor,
-         sin_RSd: torch.Tensor, asking_RT: torch.Tensor, before: int, present_R: list[int],
-         totals_R: list[int]) -> list[torch.Tensor]:  # fmt: skip
-    """One stage: kept visual tokens of each row, ascending indices from its first one.
-
-    A row holds `before` words, its `present_R` visual tokens, its branch, padding; it had `totals_R` visual tokens
-    before the first stage. A row where nobody asks keeps all.
-    """
-    attention, kept = layer.self_attn, []
-    for r, (count, total) in enumerate(zip(present_R, totals_R, strict=True)):
-        asking = before + count + asking_RT[r].nonzero().squeeze(1)
-        if not len(asking):
-            kept.append(torch.arange(count, device=hidden_RSD.device))
-            continue
-        row = torch.cat((asking, torch.arange(before, before + count, device=asking.device)))
-        normed, heads = layer.input_layernorm(hidden_RSD[r, row]), (-1, attention.head_dim)
-        cos, sin = cos_RSd[r, row], sin_RSd[r, row]
-        query = apply_rotary(attention.q_proj(normed).unflatten(-1, heads), cos, sin)[: len(asking)]
-        key = apply_rotary(attention.k_proj(normed).unflatten(-1, heads), cos, sin)[len(asking) :]
-        kept.append(keep_stage(rival.importance(query, key, attention.scaling), share, total))
-    return kept

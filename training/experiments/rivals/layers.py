@@ -6,7 +6,7 @@ and keeps so many that `share` of all the image's visual tokens is left (base ti
 any other). Kept tokens keep their order and their positions. Only the asking tokens' scores against visual keys are
 computed.
 
-Legend: T asking tokens, N visual tokens still there, H query heads, G key heads, d head width, B images, Q branches.
+Legend: S tokens of a packed row, T asking tokens, N visual tokens still there, H/G query/key heads, d head width.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Literal, Protocol
 import torch
 
 from services.common.errors import InvalidInput
+from services.modeling.loss import IGNORED
+from services.modeling.packing import Packed
 from services.sampler.text_guided import kept_by_ratio
 
 Asks = Literal["last_prompt_token", "last_instruction_token"]
@@ -50,14 +52,14 @@ def mean_attention(query_THd: torch.Tensor, key_NGd: torch.Tensor, scaling: floa
     return (query_GRTd @ key_G1dN * scaling).softmax(dim=-1).mean((0, 1, 2))
 
 
-def asking_tokens(asks: Asks, instruction_BQT: torch.Tensor, answer_start_BQ: torch.Tensor) -> torch.Tensor:
-    """bool [B, Q, T], at most one token a branch: none in a branch that is padding or has no instruction."""
-    position_T = torch.arange(instruction_BQT.shape[2], device=instruction_BQT.device)
+def asking_tokens(asks: Asks, packed: Packed) -> torch.Tensor:
+    """bool [S]: at most one token a branch, none in a branch without an answer, or without an instruction."""
     if asks == "last_prompt_token":
-        last_BQ = answer_start_BQ - 1
-    else:
-        last_BQ = torch.where(instruction_BQT, position_T, -1).amax(2)
-    return position_T == last_BQ.unsqueeze(2)
+        return (packed.label_S == IGNORED) & (packed.target_S() != IGNORED)
+    asking_S = torch.zeros_like(packed.instruction_S)
+    for rows in packed.rows():
+        asking_S[rows[packed.instruction_S[rows]][-1:]] = True
+    return asking_S
 
 
 def keep_stage(importance_N: torch.Tensor, share: float, total: int) -> torch.Tensor:

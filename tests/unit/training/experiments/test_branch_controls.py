@@ -15,12 +15,17 @@ from training.experiments.task import ExperimentTask
 SAMPLER = {"base_grid": [8, 8], "selector_input": "region", "probability_gate": "counterfactual"}
 
 
-def task_of(folder, **control):
+def task_of(folder, balance=0.0, **control):
     torch.manual_seed(5)
-    stage = {"data": "posters", "prune": None, "branch_control": control or None, "loss": {"balance": 0.0}}
+    stage = {"data": "posters", "prune": None, "branch_control": control or None, "loss": {"balance": balance}}
     task = ExperimentTask(tiny_run(str(folder), stage=stage))
-    # A selector that tells regions apart, for one at its start sends all to the same branch.
-    torch.nn.init.normal_(task.module.encoder.vision_guided_sampler.selector.linear.weight)
+    encoder = task.module.model.encoder
+    linear = encoder.vision_guided_sampler.selector.linear
+    # A selector that tells regions apart, and on average likes all branches alike.
+    torch.nn.init.normal_(linear.weight)
+    with torch.no_grad():
+        seen = encoder.seen(encoder.project([task.data.sample(index).image for index in range(4)]))
+        linear.bias -= torch.cat([logits_MK for logits_MK, _ in seen]).mean(0)
     return task
 
 
@@ -85,20 +90,19 @@ def test_permuted_branches_keep_their_shares_and_lose_their_places(tmp_path):
 def test_whether_the_task_reaches_the_selector(tmp_path, name):
     options = {"name": name} if name else {}
     task = task_of(tmp_path, **options, **({"shares": [0.2, 0.3, 0.5]} if name == "random" else {}))
-    weight = task.module.encoder.vision_guided_sampler.selector.linear.weight
+    weight = task.module.model.encoder.vision_guided_sampler.selector.linear.weight
     loss, metrics = task.module.train()(task.batch(0, 0, 1), 0)
     loss.backward()
     # The balance loss weighs nothing here, so what is left is the task's.
     assert bool(weight.grad is not None and weight.grad.abs().sum() > 0) == (name == "")
     assert weight.requires_grad == (name in ("", "no_task_gradient")) and 0 <= metrics["branch_0"] <= 1
-    assert task.module.encoder.multi_modal_projector.linear_1.weight.grad.abs().sum() > 0
+    assert task.module.model.encoder.multi_modal_projector.linear_1.weight.grad.abs().sum() > 0
 
 
 def test_the_balance_loss_trains_a_selector_without_task_gradient(tmp_path):
-    task = task_of(tmp_path, name="no_task_gradient")
-    task.module.weights = type(task.module.weights)(balance=1.0)
+    task = task_of(tmp_path, balance=1.0, name="no_task_gradient")
     task.module.train()(task.batch(0, 0, 1), 0)[0].backward()
-    assert task.module.encoder.vision_guided_sampler.selector.linear.weight.grad.abs().sum() > 0
+    assert task.module.model.encoder.vision_guided_sampler.selector.linear.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize(

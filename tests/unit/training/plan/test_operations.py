@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from services.modeling.pruning import PruneDraw
-from tests.sequence_model import conversation, small_config, small_model
+from tests.sequence_model import conversation, measured_workload, small_config, small_model
 from training.plan.operations import hours, sample_operations
 from training.plan.parameters import Trained
 from training.plan.workload import image_workload
@@ -43,7 +43,7 @@ def test_operations_are_those_of_a_step(frozen, checkpointing, pruned):
     for part in frozen:
         model.get_submodule(FROZEN[part]).requires_grad_(False)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     draw = PruneDraw(layer=2, thresholds=(0.5,)) if pruned else None
     counter = FlopCounterMode(display=False, custom_mapping=COUNTED)
     with counter:
@@ -52,14 +52,7 @@ def test_operations_are_those_of_a_step(frozen, checkpointing, pruned):
         )
         loss.backward()
     trained = Trained(**dict.fromkeys(frozen, False))
-    work = image_workload(
-        config,
-        text_tokens=WORDS,
-        answer_tokens=ANSWERS,
-        cuts=(2, 2) if pruned else None,
-        vision_share=metrics["visual_tokens"] / metrics["uncompressed_tokens"],
-        text_share=metrics["kept_tokens"] / metrics["visual_tokens"],
-    )
+    work = measured_workload(config, metrics, text_tokens=WORDS, answer_tokens=ANSWERS)
     planned = sample_operations(config, trained, work, checkpointing=checkpointing)
     assert planned.total == pytest.approx(counter.get_total_flops(), rel=0.1)
 

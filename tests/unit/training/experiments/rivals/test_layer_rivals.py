@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from services.common.errors import InvalidInput
+from services.modeling.packing import TrainedSequence, pack
 from training.experiments.rivals.fastv import FastV
 from training.experiments.rivals.layers import asking_tokens, converted_share, keep_stage
 from training.experiments.rivals.pyramid_drop import PyramidDrop
@@ -32,13 +33,14 @@ def test_importance_equals_the_naive_loop(rival, heads, groups, dtype):
 
 
 def test_who_asks():
-    # One image, three branches of five tokens: two turns' words in the first, no words in the second, padding third.
-    instruction = torch.tensor([[[0, 1, 1, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0]]]).bool()
-    start = torch.tensor([[4, 2, 0]])
-    words = asking_tokens("last_instruction_token", instruction, start)
-    assert words.tolist() == [[[False, False, True, False, False], [False] * 5, [False] * 5]]
-    prompt = asking_tokens("last_prompt_token", instruction, start)
-    assert prompt.int().tolist() == [[[0, 0, 0, 1, 0], [0, 1, 0, 0, 0], [0] * 5]]
+    # A prefix of two tokens, then branches of five: two turns' words in the first, no words in the second.
+    instruction = torch.tensor([0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0]).bool()
+    labels = torch.full((12,), -100)
+    labels[[6, 9, 10, 11]] = 5
+    sequence = TrainedSequence(input_ids=torch.ones(12).long(), labels=labels, instruction=instruction, branches=(5, 5))
+    packed = pack([sequence], [], image_token_id=9, device=torch.device("cpu"))
+    assert asking_tokens("last_instruction_token", packed).nonzero()[:, 0].tolist() == [4]
+    assert asking_tokens("last_prompt_token", packed).nonzero()[:, 0].tolist() == [5, 8]
 
 
 @pytest.mark.parametrize("tied", [False, True])
