@@ -12,7 +12,7 @@ CLIENTS ?= .clients
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve stop test processors clients smollm compat lint format protos bench lock clean
+.PHONY: help setup demo serve stop test processors clients smollm trackers compat lint format protos bench lock clean
 
 help: ## This list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -57,6 +57,12 @@ $(CLIENTS)/smollm: $(STAMP)
 
 smollm: $(CLIENTS)/smollm ## A real SmolLM2-135M imported and served, its answers compared with transformers' (100 MB)
 	@PYTHONPATH=$(CLIENTS)/smollm $(BIN)/python -m pytest tests/smollm
+
+$(CLIENTS)/trackers: $(STAMP)
+	@$(BIN)/python -m pip install -q --progress-bar off --upgrade --target $@ "mlflow>=3,<4" "wandb>=0.20,<1"
+
+trackers: $(CLIENTS)/trackers ## Training's values in MLflow and Weights & Biases, both on this machine (1 GB)
+	@PYTHONPATH=$(CLIENTS)/trackers $(BIN)/python -m pytest tests/unit/training/test_trackers.py
 
 compat: $(STAMP) ## What leans on transformers' insides, with another version of it: TRANSFORMERS=5.20.0
 	@scripts/compat.sh $(BIN)/python $(TRANSFORMERS)

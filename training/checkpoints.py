@@ -28,6 +28,8 @@ from training.config import RunConfig
 TAG = "state"
 LIST, LIST_BEFORE = "checkpoint_manager_snapshot.json", "checkpoint_manager_snapshot.before.json"
 PREFIX = "checkpoint_"
+FORMAT = 2
+"""Another number where a checkpoint has other content, so that an older one is refused by name."""
 MAY_CHANGE = {
     *("root", "images"),  # the data's own hash says whether it is the same
     *("processes", "prefetch", "max_bad_share", "gradient_checkpointing", "validation"),
@@ -43,7 +45,7 @@ def name_of(step: int) -> str:
 def what_it_is_made_of(run: RunConfig) -> dict[str, Any]:
     """What a resumed run may not change, as JSON: another stage or data under an old name is another run."""
     names = ("init_from", "seed", "optimizer", "stage")
-    settings = {name: value for name, value in dataclasses.asdict(run).items() if name in names}
+    settings = {name: value for name, value in dataclasses.asdict(run).items() if name in names} | {"format": FORMAT}
     settings["stage"] = {name: value for name, value in run.stage.items() if name not in MAY_CHANGE}
     return json.loads(json.dumps(settings))
 

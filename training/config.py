@@ -12,6 +12,9 @@ import yaml
 from services.common.errors import InvalidInput
 from services.common.settings import Amount, Count, Natural, Range, build_settings, require
 
+REFUSED, STOPPED = "refused", "stopped"
+"""How a run ends that no repetition would mend: its settings are wrong, or its loss is."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -91,11 +94,13 @@ class RunConfig:
     checkpoints_kept: Count = 2
     """The newest checkpoints that stay."""
     log_every: Count = 10
+    report_to: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ("tensorboard",)
+    """Where the log's values go besides; MLflow and Weights & Biases read their own environment variables."""
     validate_every: Natural = 0
     """Steps between two looks at what `stage.validation` holds out; the best weights are exported beside `output`."""
     max_loss_ratio: Amount = 10.0
-    """The loss of a step over its running mean that stops the run, as a loss that is not a number always does. A mean
-    below 0.1 counts as 0.1; 0 lets every number pass."""
+    """The loss of a step over its running mean that stops the run, as a loss that is not a number always does; ten
+    times as much in the first 20 steps. A mean below 0.1 counts as 0.1; 0 lets every number pass."""
     skip_steps: tuple[int, ...] = ()
     """Steps whose batches are left out: the message of a run that stopped names one. A resumed run may change it."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
 import random
-from typing import Literal
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,21 +16,22 @@ from services.checkpoint.config import FocusLlavaConfig
 from services.common.errors import InvalidInput
 from services.common.settings import build_settings
 from services.compute.dtypes import choose_dtype
-from services.modeling.config import FocusLlavaModelConfig
 from services.modeling.model import FocusLlavaForConditionalGeneration
+from services.modeling.packing import TrainedSequence
 from services.modeling.pruning import PruneDraw
 from training.config import RunConfig, run_folder
 from training.conversation_settings import ConversationStage, LoraSettings
 from training.data.loading import ConversationLoader
 from training.global_batch import Totals, accumulation
-from training.optimizer import LANGUAGE_MODEL, PROJECTOR, SELECTOR, TOWER, part_of
+from training.initial_weights import load_model
+from training.micro_batch import counted, logged, part_of_loss
+from training.optimizer import LANGUAGE_MODEL, PROJECTOR, SELECTOR, TOWER, deepspeed_config, part_of
 from training.plan.operations import sample_operations
 from training.plan.parameters import Lora, Trained
 from training.plan.workload import Workload
-from training.sequence import TrainingSequence
 from training.validation import Validation, append
 
-Batch = tuple[int, list[TrainingSequence]]
+Batch = tuple[int, list[TrainedSequence]]
 """A micro-batch's place in its global batch, and its conversations."""
 
 
@@ -46,42 +49,34 @@ class ConversationModule(nn.Module):
         return self.stage.vision_sampler and any(parameter.requires_grad for parameter in parameters)
 
     def forward(self, batch: Batch, step: int, totals: Totals | None = None) -> tuple[torch.Tensor, dict[str, float]]:
-        """What is drawn depends on seed, step and the conversation's name alone. Totals as of `count`."""
+        """What is drawn depends on seed, step and the conversation's number alone. Totals as of `count`."""
         _, sequences = batch
-        answers, regions, counts_K = (None, None, None)
-        if totals is not None:
-            answers, chosen_K = totals.counts[0].item(), totals.counts[1:]
-            if chosen_K.sum():
-                regions, counts_K = chosen_K.sum().item(), chosen_K
-        loss, found = self.model.training_step(
+        loss, found = part_of_loss(
+            self.model,
             sequences,
+            totals,
             draw=self.draw(sequences, step),
             vision_sampler=self.stage.vision_sampler,
-            answer_tokens=answers,
-            branch_counts=counts_K,
-            regions=regions,
             balance_weight=self.balance_weight(step),
         )
-        metrics = {**self._metrics(found, totals), "flops": self._operations(found, sequences)}
-        return loss * (totals.micro_batches if totals is not None else 1), metrics
+        return loss, {**logged(found, totals), "flops": self._operations(found, sequences)}
 
     def count(self, batch: Batch, step: int) -> torch.Tensor:
         """float64 [1 + K]: answer tokens, and regions by branch where the balance loss has a weight."""
-        counts = self.model.count(batch[1], vision_sampler=bool(self.balance_weight(step)))
-        return torch.cat((torch.tensor([counts.answer_tokens]).double(), counts.branch_counts.double().cpu()))
+        return counted(self.model, batch[1], regions=bool(self.balance_weight(step)))
 
-    def draw(self, sequences: list[TrainingSequence], step: int) -> PruneDraw | None:
+    def draw(self, sequences: list[TrainedSequence], step: int) -> PruneDraw | None:
         """One layer a step, one threshold a conversation."""
         if self.stage.prune is None:
             return None
         layer = self.stage.prune.draw_layer(random.Random(f"{self.seed}/{step}"))
-        draws = (random.Random(f"{self.seed}/{step}/{sequence.name}") for sequence in sequences)
+        draws = (random.Random(f"{self.seed}/{step}/{sequence.number}") for sequence in sequences)
         return PruneDraw(layer=layer, thresholds=tuple(self.stage.prune.draw_threshold(rng) for rng in draws))
 
     def balance_weight(self, step: int) -> float:
         return self.stage.balance if self.selects else 0.0
 
-    def _operations(self, found: dict[str, float], sequences: list[TrainingSequence]) -> float:
+    def _operations(self, found: dict[str, float], sequences: list[TrainedSequence]) -> float:
         """Operations that this micro-batch's mathematics asks for, its conversations taken for alike."""
         visual, layer, samples = found["visual_tokens"], found.get("prune_layer"), len(sequences)
         work = Workload(
@@ -103,20 +98,6 @@ class ConversationModule(nn.Module):
         )
         return samples * sample_operations(self.model.config.checkpoint, trained, work, checkpointing=False).model
 
-    def _metrics(self, found: dict[str, float], totals: Totals | None) -> dict[str, float]:
-        visual, layer = found["visual_tokens"], found.get("prune_layer")
-        metrics = {"language": found["answer_loss"]}
-        if "balance_loss" in found:
-            metrics["balance"] = found["balance_loss"] * (totals.micro_batches if totals is not None else 1)
-            metrics |= {k: v / found["regions"] for k, v in found.items() if k.startswith("branch_")}
-        if visual:
-            metrics["sampled_share"] = visual / found["uncompressed_tokens"]
-        if visual and layer is not None:
-            kept = metrics["kept_share"] = found["kept_tokens"] / visual
-            layers = range(self.model.config.text_config.num_hidden_layers)
-            metrics |= {f"kept_layer_{index}": kept if index >= layer else 1.0 for index in layers}
-        return {**metrics, "visual_tokens": visual, "text_tokens": found["text_tokens"]}
-
 
 class ConversationTask:
     """Task of `training/finetune.py` on conversations, from a checkpoint's folder."""
@@ -131,7 +112,11 @@ class ConversationTask:
         self.stage = stage = build_settings(ConversationStage, run.stage, "stage.")
         self._told = 0
         """Unusable entries that have been named."""
-        self.workers = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        self._before: dict[str, int] = {}
+        """What had come of the data before this process began."""
+        together = torch.distributed.is_initialized()
+        self.workers = torch.distributed.get_world_size() if together else 1
+        self.rank = torch.distributed.get_rank() if together else 0
         self.loader = ConversationLoader(
             stage.data,
             run.init_from,
@@ -147,7 +132,7 @@ class ConversationTask:
             prefetch=stage.prefetch,
             max_bad_share=stage.max_bad_share,
         )
-        self.module = ConversationModule(load_model(run, stage), stage, run.seed)
+        self.module = ConversationModule(start_model(run, stage), stage, run.seed)
         self.validation: Validation | None = None
         if held_out := stage.validation:
             asked = ConversationLoader(
@@ -180,10 +165,23 @@ class ConversationTask:
     def epoch(self) -> int:
         return self.loader.steps_per_epoch(self.workers)
 
+    def state(self) -> dict[str, int]:
+        """What has come of the data, on all workers and since the run began."""
+        own = self.loader.counters()
+        everyone: list[Any] = [own] * self.workers
+        if self.workers > 1:
+            torch.distributed.all_gather_object(everyone, own)
+        return {name: self._before.get(name, 0) + sum(counters[name] for counters in everyone) for name in own}
+
+    def load(self, state: dict[str, int]) -> None:
+        self._before = state
+        self.loader.count_on(state)
+
     def close(self) -> None:
-        """Says what came of the data since this process began, and ends those that read it."""
-        counts = {name: count for name, count in self.loader.counters().items() if count}
-        print("data of this worker: " + ", ".join(f"{count} {name}" for name, count in counts.items()), flush=True)
+        """Says what came of the data, and ends those that read it."""
+        counts = {name: count for name, count in self.state().items() if count}
+        if self.rank == 0:
+            print("data: " + ", ".join(f"{count} {name}" for name, count in counts.items()), flush=True)
         self.loader.close()
 
     def export(self, folder: pathlib.Path) -> None:
@@ -208,7 +206,7 @@ class ConversationTask:
         model = self.module.model
         device = next(model.parameters()).device
         found = {"validation_loss": self.validation.loss(model, device)}
-        first = torch.distributed.get_rank() == 0
+        first = self.rank == 0
         if first or self.run.cluster.zero_stage == 3:  # where weights are sharded, all workers have to compute
             rows = self.validation.answers(model, self.loader.encoder.renderer.tokenizer, device)
             if first and (folder := run_folder(self.run)):
@@ -228,28 +226,37 @@ class AlignmentTask(ConversationTask):
             parameter.requires_grad_(part_of(name) == PROJECTOR)
 
 
-def load_model(run: RunConfig, stage: ConversationStage) -> FocusLlavaForConditionalGeneration:
+def start_model(run: RunConfig, stage: ConversationStage) -> FocusLlavaForConditionalGeneration:
     """The checkpoint's model with the run's changes, of which only what learns requires gradients."""
     dtype = choose_dtype(run.cluster.dtype, "cuda" if run.cluster.use_gpu else "cpu")
-    config = build_settings(FocusLlavaConfig, stage.model, "stage.model.", over=FocusLlavaConfig.load(run.init_from))
+    saved = FocusLlavaConfig.load(run.init_from)
+    config = build_settings(FocusLlavaConfig, stage.model, "stage.model.", over=saved)
     stage.check_model(config)
-    model, found = FocusLlavaForConditionalGeneration.from_pretrained(
-        run.init_from,
-        config=FocusLlavaModelConfig.of(config),
-        dtype=dtype,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-    )
-    # A sampler of another shape (another window, say) starts fresh.
-    if lost := [key for key in found["mismatched_keys"] if "vision_guided_sampler." not in str(key)]:
-        raise InvalidInput(f"{run.init_from} does not fit the model: {lost[:3]}", field="init_from")
+    # Under ZeRO-3 transformers refuses a sampler of another shape: with one, every worker loads the whole model.
+    sharded = run.cluster.zero_stage == 3 and config.vision_sampler == saved.vision_sampler
+    with made_in_partitions(run, dtype) if sharded else contextlib.nullcontext():
+        model = load_model(run.init_from, config, dtype)
     if stage.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     if not stage.vision_sampler:
         model.encoder.vision_guided_sampler.requires_grad_(False)
     if stage.lora:
         add_lora(model, stage.lora)
-    return model.train()
+    return model
+
+
+@contextlib.contextmanager
+def made_in_partitions(run: RunConfig, dtype: torch.dtype) -> Iterator[None]:
+    """Has `from_pretrained` make of each weight this worker's part alone. The first worker reads the checkpoint and
+    gives the others their parts, a module at a time. Called by all workers at once."""
+    from transformers.integrations import deepspeed
+
+    known = deepspeed.HfDeepSpeedConfig(deepspeed_config(run, dtype, 1))  # transformers asks for it while it lives
+    try:
+        yield
+    finally:
+        deepspeed.unset_hf_deepspeed_config()
+        del known
 
 
 def add_lora(model: FocusLlavaForConditionalGeneration, lora: LoraSettings) -> None:
@@ -257,11 +264,17 @@ def add_lora(model: FocusLlavaForConditionalGeneration, lora: LoraSettings) -> N
     try:
         from peft import LoraConfig
     except ImportError:
-        raise InvalidInput("needs PEFT: pip install peft", field="stage.lora") from None
+        raise InvalidInput("needs PEFT, which focusllava[train] brings: pip install peft", field="stage.lora") from None
     wanted = rf"language_model\..*\.({'|'.join(lora.targets)})"
     trained = [parameter for name, parameter in model.named_parameters() if part_of(name) != LANGUAGE_MODEL]
     learns = [parameter.requires_grad for parameter in trained]
-    model.add_adapter(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=wanted))
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT divides it by the rank, whatever its type
+        lora_dropout=lora.dropout,
+        target_modules=wanted,
+    )
+    model.add_adapter(config)
     for parameter, on in zip(trained, learns, strict=True):  # PEFT rests all that is no adapter
         parameter.requires_grad_(on)
 
@@ -273,5 +286,6 @@ def merged(model: FocusLlavaForConditionalGeneration) -> dict[str, torch.Tensor]
     tensors = {k.replace(".base_layer.", "."): v for k, v in model.state_dict().items() if ".lora_" not in k}
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
-            tensors[f"{name}.weight"] = tensors[f"{name}.weight"] + module.get_delta_weight("default")
+            layer: Any = module  # every kind of LoRA layer has the method, their base class has not
+            tensors[f"{name}.weight"] = tensors[f"{name}.weight"] + layer.get_delta_weight("default")
     return tensors

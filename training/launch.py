@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -15,9 +16,9 @@ from ray.train.torch import TorchTrainer
 
 from services.common.errors import InvalidInput
 from training import checkpoints
-from training.config import RunConfig, load, run_folder
+from training.config import REFUSED, STOPPED, RunConfig, load, run_folder
 from training.global_batch import accumulation
-from training.trainer import REFUSED, STOPPED, train_worker
+from training.running import the_only_command
 
 LOST, WRONG, DIVERGED = 1, 2, 3
 """Exit codes: the same command goes on; the settings are wrong; the loss is, as the message says."""
@@ -47,14 +48,12 @@ def main(task: Named, description: str, *, on_conversations: Named | None = None
     run = absolute(run)
     if run.init_from and "://" not in run.init_from and not pathlib.Path(run.init_from).exists():
         end(WRONG, f"init_from: {run.init_from} does not exist; run the stage before, or --set init_from=FOLDER")
-    if folder := run_folder(run):
-        for line in checkpoints.clean(folder):
-            print(line, flush=True)
-    if not ray.is_initialized():
-        # Ray Train watches its controller through the dashboard's state API: without one it ends healthy runs.
-        ray.init(address=os.environ.get("RAY_ADDRESS"), include_dashboard=True)
+    folder = run_folder(run)
     try:
-        result = trainer(run, task, made_of).fit()
+        with the_only_command(folder) if folder else contextlib.nullcontext():
+            result = fit(run, task, made_of, folder)
+    except InvalidInput as error:
+        end(WRONG, str(error))
     except Exception as error:  # Ray has many; none is the user's mistake
         end(LOST, f"{run.name} ended: {error}\nThe same command goes on from the last checkpoint.")
     if result.error and "InvalidInput" in str(result.error):  # one worker's, in the middle of the run
@@ -68,11 +67,22 @@ def main(task: Named, description: str, *, on_conversations: Named | None = None
         end(DIVERGED, f"{run.name} stopped: {ended[STOPPED]}")
 
 
+def fit(run: RunConfig, task: Named, made_of: dict[str, Any], folder: pathlib.Path | None) -> ray.train.Result:
+    """Trains from the last checkpoint on; starts a Ray where there is none."""
+    if not ray.is_initialized():
+        # Ray Train watches its controller through the dashboard's state API: without one it ends healthy runs.
+        ray.init(address=os.environ.get("RAY_ADDRESS"), include_dashboard=True)
+    if folder:
+        for line in checkpoints.clean(folder):
+            print(line, flush=True)
+    return trainer(run, task, made_of).fit()
+
+
 def trainer(run: RunConfig, task: tuple[str, str], made_of: dict[str, Any]) -> TorchTrainer:
     """Ray Train's trainer of the run."""
     cluster = run.cluster
     return TorchTrainer(
-        train_worker,  # type: ignore[arg-type]  # what it returns is Result.return_value
+        work,  # type: ignore[arg-type]  # what it returns is Result.return_value
         train_loop_config={"run": run, "task": task, "made_of": made_of},
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.workers,
@@ -88,6 +98,13 @@ def trainer(run: RunConfig, task: tuple[str, str], made_of: dict[str, Any]) -> T
             worker_runtime_env={"env_vars": {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}},  # type: ignore[call-arg]
         ),
     )
+
+
+def work(payload: dict[str, Any]) -> dict[str, str]:
+    """What each worker runs. The model's code, which takes seconds to import, is imported by the workers alone."""
+    from training.trainer import train_worker
+
+    return train_worker(payload)
 
 
 def end(code: int, message: str) -> NoReturn:

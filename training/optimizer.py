@@ -45,7 +45,7 @@ def parameter_groups(module: nn.Module, run: RunConfig) -> list[dict[str, Any]]:
         TOWER: optimizer.vision_lr_scale,
         PROJECTOR: optimizer.projector_lr_scale,
     }
-    # A conversation stage's module holds the model as `model`.
+    # A stage's module holds the model as `model`.
     named = [(name.removeprefix("model."), parameter) for name, parameter in module.named_parameters()]
     for prefix in optimizer.frozen:
         if not any(name.startswith(prefix) for name, _ in named):
@@ -58,7 +58,8 @@ def parameter_groups(module: nn.Module, run: RunConfig) -> list[dict[str, Any]]:
             rests = [optimizer.selector_steps] * (part_of(name) == SELECTOR)
             rests += [optimizer.encoder_steps] * ("encoder" in name.split("."))
             learns_for = min((steps for steps in rests if steps), default=0)
-            groups.setdefault((learns_for, part_of(name), parameter.ndim > 1), []).append(parameter)
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves a worker a flat part
+            groups.setdefault((learns_for, part_of(name), len(shape) > 1), []).append(parameter)
     if not groups:
         raise InvalidInput(f"is {list(optimizer.frozen)}, which leaves nothing to train", field="optimizer.frozen")
     return [

@@ -26,13 +26,11 @@ from services.compute.dtypes import choose_dtype, dtype_name
 from services.compute.malloc import keep_freed_memory
 from services.compute.processor import cpu_has_bfloat16
 from training import checkpoints
-from training.config import ClusterConfig, RunConfig, run_folder
+from training.config import REFUSED, STOPPED, ClusterConfig, RunConfig, run_folder
 from training.global_batch import Totals, accumulation, mean_over_workers, sum_counts, to_device
 from training.optimizer import deepspeed_config, parameter_groups, set_rates
+from training.running import begin_worker
 from training.watching import LossGuard, Watch
-
-REFUSED, STOPPED = "refused", "stopped"
-"""How a run ends that no repetition would mend: its settings are wrong, or its loss is."""
 
 
 class Task(Protocol):
@@ -59,8 +57,14 @@ class Task(Protocol):
     def export(self, folder: pathlib.Path) -> None:
         """Writes the trained weights."""
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps besides weights, the same on all workers. Called by all workers at once."""
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Goes on from a checkpoint's state."""
+
     def close(self) -> None:
-        """Ends what the task has begun."""
+        """Ends what the task has begun. Called by all workers at once."""
 
     def validate(self, step: int) -> dict[str, float]:
         """What is measured on held-out data, "validation_loss" among it; nothing where there is none. Called by all
@@ -83,6 +87,8 @@ def train_worker(payload: dict[str, Any]) -> dict[str, str]:
     torch.set_num_threads(run.cluster.threads_per_worker)
     if not run.cluster.use_gpu:
         keep_freed_memory()
+    if folder := run_folder(run):
+        begin_worker(folder)
     checkpoints.seed(run.seed)
     context = ray.train.get_context()
     worker, refused = None, ""
@@ -131,10 +137,11 @@ class Worker:
             start=self.start,
             folder=run_folder(run),
             metrics=Metrics("training", ray.util.metrics),
+            state=state.get("watch"),
         )
         if state:
             self.guard.load(state["guard"])
-            self.watch.load(state["watch"])
+            self.task.load(state["task"])
 
     def _resume(self, folder: pathlib.Path, dtype: torch.dtype) -> dict[str, Any]:
         """Starts the engine from a checkpoint; returns what was saved beside weights and optimizer."""
@@ -150,6 +157,7 @@ class Worker:
             torch.distributed.barrier()
             folder = target
         state = checkpoints.load(self.engine, folder, self.rank)
+        gather_small(self.engine)
         if self.rank == 0:
             print(f"resumed at step {state['step']} of {run.steps}", flush=True)
         return state
@@ -213,8 +221,7 @@ class Worker:
         self.engine.module.train()
         if self.rank == 0 and found:
             print(f"{self.run.name} {done}  " + "  ".join(f"{k} {v:.4f}" for k, v in found.items()), flush=True)
-            for name, value in found.items():
-                self.watch.write(f"validation/{name}", value, done)
+            self.watch.write("validation", found, done)
         if found.get("validation_loss", math.inf) < self.best:
             self.best = found["validation_loss"]
             self._export(f"{self.run.output}-best")
@@ -240,6 +247,7 @@ class Worker:
             "made_of": self.made_of,
             "guard": self.guard.state(),
             "watch": self.watch.state(),
+            "task": self.task.state(),
         }
         checkpoints.save(self.engine, folder, self.rank, state)
         if self.rank == 0 and (kept := run_folder(self.run)):
@@ -292,4 +300,12 @@ def start_engine(
         # DeepSpeed casts buffers too: rotary frequencies in bf16 would turn far tokens by radians.
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, buffer.to(engine.device))
+    gather_small(engine)
     return engine
+
+
+def gather_small(engine: Any) -> None:
+    """Makes small weights whole that ZeRO-3 leaves whole between steps: from the first one on. What is read outside of
+    its module's forward pass, as `image_newline`, is one of them. Called by all workers at once."""
+    if small := getattr(engine.optimizer, "persistent_parameters", None):
+        small[0].all_gather(small)

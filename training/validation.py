@@ -11,11 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from services.modeling.images import batched
 from services.modeling.model import FocusLlavaForConditionalGeneration
+from services.modeling.packing import TrainedSequence
 from services.modeling.pruning import PruneDraw
 from training.conversation_settings import HeldOut
 from training.data.loading import ConversationLoader
 from training.global_batch import to_device
-from training.sequence import TrainingSequence
 
 IGNORED = -100
 TABLE = "answers.jsonl"
@@ -86,19 +86,19 @@ class Validation:
         return PruneDraw(layer=served.layer, thresholds=(served.threshold,)) if self.text_sampler else None
 
 
-def split(sequence: TrainingSequence, image_token_id: int) -> tuple[TrainingSequence, torch.Tensor]:
+def split(sequence: TrainedSequence, image_token_id: int) -> tuple[TrainedSequence, torch.Tensor]:
     """A conversation up to its first answer, and that answer's tokens."""
     learnt = (sequence.labels != IGNORED).nonzero()[:, 0]
     start = int(learnt[0])
     stop = start + int((sequence.labels[start:] != IGNORED).long().cumprod(0).sum())
-    prompt = TrainingSequence(
+    prompt = TrainedSequence(
         input_ids=sequence.input_ids[:start],
         labels=sequence.labels[:start],
         instruction=sequence.instruction[:start],
         images=sequence.images[: int((sequence.input_ids[:start] == image_token_id).sum())],
         name=sequence.name,
     )
-    return prompt, sequence.input_ids[start:stop]
+    return prompt, sequence.labels[start:stop]
 
 
 def append(folder: pathlib.Path, step: int, rows: list[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""What a run tells about itself: running means over all workers, the line of the log, TensorBoard, and warnings."""
+"""What a run tells about itself: running means over all workers, the line of the log, trackers, and warnings."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import json
 import pathlib
 import resource
 import time
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from tensorboardX import SummaryWriter
 
 from services.common.telemetry import Metrics
 from training.config import RunConfig
 from training.plan.operations import PEAK
+from training.trackers import Trackers
 
 KEPT = 0.9
 """Share of a running mean that the next step leaves."""
@@ -21,14 +23,18 @@ LEAST_SHARE, MOST_SHARE = 0.01, 0.98
 """A branch with less or more of the regions than this hardly chooses."""
 PATIENCE = 5
 """Lines of the log that a branch may stay outside before a warning."""
-FIRST_MEAN = 20
-"""Steps before a loss is compared with its running mean."""
+FIRST_MEAN, EARLY = 20, 10
+"""Steps whose running mean says little: in them a loss may be so many times farther above it."""
 STEPS_FILE = "steps.jsonl"
 """Every step's own values, a line each, in the run's folder; a resumed run repeats the lines since its checkpoint."""
-EXACT = ("step", "rate_")
+AMOUNTS = ("visual_tokens", "text_tokens", "flops")
+"""Metrics that say how much a micro-batch was, not how well it went."""
+RATE = "rate_"
+"""The beginning of the name of a part's learning rate."""
+EXACT = ("step", RATE)
 """Metrics by the beginnings of their names that have no running mean."""
-SILENT = ("step", "visual_tokens", "text_tokens", "flops", "kept_layer_", "rate_")
-"""Metrics by the beginnings of their names that TensorBoard has and the log's line has not."""
+SILENT = ("step", *AMOUNTS, "kept_layer_", RATE)
+"""Metrics by the beginnings of their names that trackers have and the log's line has not."""
 
 
 class LossGuard:
@@ -40,11 +46,11 @@ class LossGuard:
 
     def check(self, loss: float) -> str:
         """What is wrong with the loss of a step, empty where nothing is."""
-        limit = self.ratio * max(self.mean, 0.1)
+        times = self.ratio * (1 if self.seen >= FIRST_MEAN else EARLY)
         if not abs(loss) < float("inf"):
             return f"the loss is {loss}"
-        if self.ratio and self.seen >= FIRST_MEAN and loss > limit:
-            return f"the loss is {loss:.3g}, above {self.ratio:g} x its running mean {self.mean:.3g} (max_loss_ratio)"
+        if self.ratio and self.seen and loss > times * max(self.mean, 0.1):
+            return f"the loss is {loss:.3g}, above {times:g} x its running mean {self.mean:.3g} (max_loss_ratio)"
         self.mean = KEPT * self.mean + (1 - KEPT) * loss if self.seen else loss
         self.seen += 1
         return ""
@@ -60,20 +66,24 @@ class Watch:
     """Running means of what each step measures on every worker. `flush` is called by all workers at once."""
 
     def __init__(self, run: RunConfig, *, rank: int, micro_batches: int, start: int, folder: pathlib.Path | None,
-                 metrics: Metrics | None = None):  # fmt: skip
-        """folder: the run's, for TensorBoard's files and STEPS_FILE; None writes none.
+                 metrics: Metrics | None = None, state: dict[str, Any] | None = None):  # fmt: skip
+        """folder: the run's, for trackers and STEPS_FILE; None writes none.
 
-        micro_batches: those of a global batch. metrics: where the values go besides.
+        micro_batches: those of a global batch. metrics: where the values go besides. state: of the checkpoint that the
+        run goes on from. Raises InvalidInput for a tracker that cannot be opened.
         """
+        state = state or {"means": {}, "trackers": {}}
         self.run, self.micro_batches, self._metrics = run, micro_batches, metrics or Metrics("training")
-        self.means: dict[str, float] = {}
+        self.means: dict[str, float] = dict(state["means"])
         self._steps: list[dict[str, float]] = []
         self._began = self._last = time.perf_counter()
-        self._start = self._last_step = start
+        self._start = start
         self._waited, self._outside = 0.0, dict[str, int]()
-        self._writer, self._steps_file = None, None
+        self._worked: Counter[str] = Counter()
+        """What all workers together have worked through since the last line of the log."""
+        self._trackers, self._steps_file = None, None
         if folder and rank == 0:
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+            self._trackers = Trackers(run, folder, start, state["trackers"])
             self._steps_file = folder / STEPS_FILE
 
     def add(self, step: int, micro_batches: list[dict[str, float]], more: dict[str, float], waited: float) -> None:
@@ -91,59 +101,54 @@ class Watch:
                 before = self.means.get(name)
                 smooth = before is not None and not name.startswith(EXACT)
                 self.means[name] = KEPT * before + (1 - KEPT) * value if smooth and before is not None else value
+            self._worked.update({name: row[name] * self.micro_batches for name in AMOUNTS if name in row})
+            self._worked["samples"] += self.run.samples_per_worker * self.micro_batches
         if self._steps_file:
             with self._steps_file.open("a", encoding="utf8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
         self._steps = []
 
     def log(self, done: int) -> None:
-        """Prints the line of a step and writes TensorBoard's; rank 0 only."""
+        """Prints the line of a step and writes the trackers'; rank 0 only."""
         now = time.perf_counter()
-        seconds, steps = now - self._last, done - self._last_step
+        seconds = now - self._last
         per_step = (now - self._began) / (done - self._start)
-        speed = {name: value * steps / seconds for name, value in self._amounts().items()}
+        speed = {name.replace("_", " "): value / seconds for name, value in self._worked.items()}
         waiting, memory = self._waited / seconds, _memory_gib()
-        self._last, self._last_step, self._waited = now, done, 0.0
+        self._last, self._waited, self._worked = now, 0.0, Counter()
         shown = "  ".join(f"{k} {v:.3f}" for k, v in self.means.items() if not k.startswith(SILENT))
-        shown += f"  rate {max((v for k, v in self.means.items() if k.startswith('rate_')), default=0.0):.2e}"
-        rates = "  ".join(f"{value:.4g} {name}/s" for name, value in speed.items() if name != "flops")
-        if (peak := _peak_flops()) and "flops" in speed:
-            speed["mfu"] = speed.pop("flops") / (peak * torch.distributed.get_world_size())
-            rates += f"  MFU {speed['mfu']:.1%}"
-        speed.pop("flops", None)
+        rates = {k.removeprefix(RATE): v for k, v in self.means.items() if k.startswith(RATE)}
+        shown += "  rate " + ", ".join(f"{part} {rate:.2e}" for part, rate in rates.items())
+        flops = speed.pop("flops", 0.0)
+        speeds = "  ".join(f"{value:.4g} {name}/s" for name, value in speed.items())
+        if flops and (peak := _peak_flops()):
+            speed["mfu"] = flops / (peak * torch.distributed.get_world_size())
+            speeds += f"  MFU {speed['mfu']:.1%}"
         left = per_step * (self.run.steps - done) / 60
         print(
-            f"{self.run.name} {done}/{self.run.steps}  {shown}  {rates}  {waiting:.0%} waiting for data  "
+            f"{self.run.name} {done}/{self.run.steps}  {shown}  {speeds}  {waiting:.0%} waiting for data  "
             f"{memory:.2f} GiB  {per_step:.2f} s/step  {left:.1f} min left",
             flush=True,
         )
-        for name, value in self.means.items():
-            self.write(f"train/{name}", value, done)
-        for name, value in {**speed, "waiting_share": waiting, "memory_gib": memory, "s_per_step": per_step}.items():
-            self.write(f"speed/{name.replace(' ', '_')}", value, done)
+        speed |= {"waiting_share": waiting, "memory_gib": memory, "s_per_step": per_step}
+        self.write("train", self.means, done)
+        self.write("speed", {name.replace(" ", "_"): value for name, value in speed.items()}, done)
         self._warn_of_collapse()
 
-    def write(self, name: str, value: float, step: int) -> None:
-        """One value for TensorBoard and for Ray's metrics."""
-        self._metrics.set("focusllava_training", value, run=self.run.name, series=name)
-        if self._writer:
-            self._writer.add_scalar(name, value, step)
+    def write(self, group: str, values: Mapping[str, float], step: int) -> None:
+        """Values for the trackers and for Ray's metrics, named group/NAME."""
+        named = {f"{group}/{name}": value for name, value in values.items()}
+        for name, value in named.items():
+            self._metrics.set("focusllava_training", value, run=self.run.name, series=name)
+        if self._trackers:
+            self._trackers.write(named, step)
 
     def close(self) -> None:
-        if self._writer:
-            self._writer.close()
+        if self._trackers:
+            self._trackers.close()
 
     def state(self) -> dict[str, Any]:
-        return {"means": self.means}
-
-    def load(self, state: dict[str, Any]) -> None:
-        self.means = dict(state["means"])
-
-    def _amounts(self) -> dict[str, float]:
-        """What a step works through, all workers together."""
-        micro = {"visual_tokens": "visual tokens", "text_tokens": "text tokens", "flops": "flops"}
-        amounts = {new: self.means[old] * self.micro_batches for old, new in micro.items() if old in self.means}
-        return {"samples": float(self.run.samples_per_worker * self.micro_batches), **amounts}
+        return {"means": self.means, "trackers": self._trackers.ids if self._trackers else {}}
 
     def _warn_of_collapse(self) -> None:
         for name, share in self.means.items():

@@ -1,21 +1,19 @@
-"""Fine-tuning on Ray Train with two DeepSpeed workers: one is killed, the run resumes, and its export answers.
+"""Fine-tuning on Ray Train with two DeepSpeed workers: a worker, the command and Ray are killed; the export answers.
 
 It ends with the weights of a run left alone, which two processes make without Ray.
 """
 
+import contextlib
 import os
 import pathlib
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
-import types
 
 import psutil
-import ray.train
 import torch
 import yaml
 
@@ -23,10 +21,10 @@ from services.common.types import FinishedEvent, GenerateRequest, ImagePart, Pro
 from services.encoder.pipeline import EncoderPipeline
 from services.llm.engine import Engine
 from tests.tiny_training import MODEL
+from tests.without_ray import start_worker, train_without_ray
 from training import checkpoints
-from training.config import load, run_folder
-from training.launch import absolute
-from training.trainer import Worker
+from training.config import load
+from training.launch import LOST, absolute
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS, CHECKPOINT_EVERY = 36, 4
@@ -58,34 +56,57 @@ def configuration(folder: pathlib.Path, name: str) -> pathlib.Path:
     return path
 
 
-def wait_for(log: pathlib.Path, pattern: str, process: subprocess.Popen, seconds: float) -> re.Match:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        text = log.read_text(encoding="utf8", errors="replace")
-        if found := re.search(pattern, text):
-            return found
-        assert process.poll() is None, f"training ended early:\n{text[-3000:]}"
-        time.sleep(0.1)
-    raise AssertionError(f"no {pattern!r} within {seconds} s:\n{text[-3000:]}")
+class Command:
+    """The command of a run, started anew; Ray and the workers are its children."""
+
+    def __init__(self, config: pathlib.Path, log: pathlib.Path):
+        # "local" starts a Ray of its own whatever else runs on the machine; the last has it give up a lost GCS soon.
+        environment = {"RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1", "RAY_gcs_rpc_server_reconnect_timeout_s": "5"}
+        command = [sys.executable, "training/finetune.py", "--config", str(config)]
+        self.log = log
+        with log.open("wb") as out:
+            self.process = psutil.Popen(
+                command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env=os.environ | environment
+            )
+        self.started: list[psutil.Process] = []
+
+    def __enter__(self) -> "Command":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends what a kill has left."""
+        for process in (self.process, *self.started):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def text(self) -> str:
+        return self.log.read_text(encoding="utf8", errors="replace")
+
+    def wait_for(self, pattern: str, seconds: float = 400) -> re.Match:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if found := re.search(pattern, self.text()):
+                return found
+            assert self.process.poll() is None, f"training ended early:\n{self.text()[-3000:]}"
+            time.sleep(0.1)
+        raise AssertionError(f"no {pattern!r} within {seconds} s:\n{self.text()[-3000:]}")
+
+    def end(self) -> int:
+        return self.process.wait(timeout=400)
+
+    def kill(self, rng: random.Random, name: str) -> None:
+        """Kills one of its processes of that name, or itself, at any moment of a step."""
+        time.sleep(rng.random() / 2)
+        self.started = self.process.children(recursive=True)
+        named = [one for one in self.started if name in one.name() + " ".join(one.cmdline())]
+        rng.choice(named or [self.process]).send_signal(signal.SIGKILL)
 
 
 def alone(rank: int, folder: pathlib.Path, config: pathlib.Path) -> None:
-    """One of two workers that nobody kills, as Ray Train would start it."""
-    os.environ.update(DS_ACCELERATOR="cpu", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    """One of two workers that nobody kills."""
+    start_worker(rank, 2, folder / "store")
     run = absolute(load(config, ["name=alone", f"output={folder}/alone-export"]))
-
-    def keep(metrics, checkpoint, checkpoint_dir_name, **_):
-        shutil.copytree(checkpoint.path, run_folder(run) / checkpoint_dir_name, dirs_exist_ok=True)
-        shutil.rmtree(checkpoint.path)
-
-    ray.train.get_checkpoint, ray.train.report = lambda: None, keep
-    ray.train.get_context = lambda: types.SimpleNamespace(get_local_rank=lambda: rank)
-    run_folder(run).mkdir(parents=True, exist_ok=True)
-    checkpoints.seed(run.seed)
-    task = ("training.experiments.task", "ExperimentTask")
-    assert Worker(run, checkpoints.what_it_is_made_of(run), task, rank, 2).train() == {}
+    assert train_without_ray(run, ("training.experiments.task", "ExperimentTask")) == {}
 
 
 def tensors_of(value, path=""):
@@ -108,7 +129,7 @@ def check_encoder_rested(folder: pathlib.Path) -> None:
     states = [checkpoints.state_of(kept) for kept in checkpoints.whole(folder)]
     assert [state["step"] for state in states] == [STEPS - CHECKPOINT_EVERY, STEPS]
     before, after = (state["module"] for state in states)
-    encoder = [name for name in after if name.startswith("encoder.")]
+    encoder = [name for name in after if name.startswith("model.encoder.")]
     assert encoder and all(torch.equal(before[name], after[name]) for name in encoder)
     assert any(after[name].any() for name in encoder if name.endswith("selector.linear.weight"))  # starts at zero
     assert not any(
@@ -117,45 +138,49 @@ def check_encoder_rested(folder: pathlib.Path) -> None:
 
 
 def test_a_killed_run_ends_with_the_weights_of_one_left_alone(tmp_path):
-    rng, log, config = random.Random(SEED), tmp_path / "log.txt", configuration(tmp_path, "killed")
-    command = [sys.executable, "training/finetune.py", "--config", str(config)]
-    # "local" starts a Ray of its own whatever else runs on the machine.
-    environment = {**os.environ, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"}
+    rng, config = random.Random(SEED), configuration(tmp_path, "killed")
+    folder, logs = tmp_path / "runs" / "killed", [tmp_path / f"log{number}.txt" for number in range(3)]
     others = torch.multiprocessing.start_processes(alone, (tmp_path, config), 2, join=False, start_method="fork")
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env=environment)
+    resumed = []
+
+    def goes_on(command: Command) -> None:
+        resumed.append(int(command.wait_for(rf"resumed at step (\d+) of {STEPS}").group(1)))
+        assert resumed[-1] % CHECKPOINT_EVERY == 0 and 0 < resumed[-1] < STEPS
+        command.wait_for(rf"killed {resumed[-1] + 1}/{STEPS} ")
+
     try:
-        wait_for(log, rf"killed {CHECKPOINT_EVERY}/{STEPS} ", process, 400)
-        # A checkpoint counts once it is registered, seconds after it was written.
-        while not checkpoints.whole(tmp_path / "runs" / "killed"):
-            assert process.poll() is None, log.read_text(errors="replace")[-3000:]
-            time.sleep(0.1)
-        time.sleep(rng.random())
-        workers = [
-            p
-            for p in psutil.Process(process.pid).children(recursive=True)
-            if "RayTrainWorker" in p.name() + " ".join(p.cmdline())
-        ]
-        rng.choice(workers).send_signal(signal.SIGKILL)
-        resumed = int(wait_for(log, rf"resumed at step (\d+) of {STEPS}", process, 300).group(1))
-        assert resumed % CHECKPOINT_EVERY == 0 and 0 < resumed < STEPS
-        assert process.wait(timeout=400) == 0, log.read_text(errors="replace")[-3000:]
+        with Command(config, logs[0]) as command:
+            # A checkpoint counts once it is registered, seconds after it was written.
+            while not checkpoints.whole(folder):
+                assert command.process.poll() is None, command.text()[-3000:]
+                time.sleep(0.1)
+            command.kill(rng, "RayTrainWorker")
+            goes_on(command)
+            command.kill(rng, "the command itself")
+            assert command.end() == -signal.SIGKILL
+        with Command(config, logs[1]) as command:
+            goes_on(command)
+            command.kill(rng, part := rng.choice(("raylet", "gcs_server")))
+            assert command.end() == LOST, f"{part} was killed, SEED {SEED}"
+        with Command(config, logs[2]) as command:
+            goes_on(command)
+            assert command.end() == 0, command.text()[-3000:]
         while not others.join(timeout=300):
             pass
     finally:
-        for left in (process, *others.processes):
+        for left in others.processes:
             left.kill()
-    text = log.read_text(encoding="utf8", errors="replace")
     expected = saved(tmp_path / "runs" / "alone" / checkpoints.name_of(STEPS))
-    found = saved(checkpoints.whole(tmp_path / "runs" / "killed")[-1])
+    found = saved(checkpoints.whole(folder)[-1])
     assert expected.keys() == found.keys()
     different = [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])]
-    assert different == [], f"SEED {SEED}, resumed at step {resumed}"
+    assert different == [], f"SEED {SEED}, resumed at steps {resumed}"
 
+    text = "".join(log.read_text(encoding="utf8", errors="replace") for log in logs)
     losses = {int(step): float(loss) for step, loss in re.findall(rf"killed (\d+)/{STEPS}  loss ([\d.]+)", text)}
     assert losses[STEPS] < 0.85 * losses[1]
     assert "balance" in text and "kept_share" in text
-    check_encoder_rested(tmp_path / "runs" / "killed")
+    check_encoder_rested(folder)
     answers(tmp_path / "killed-export")
 
 

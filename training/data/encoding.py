@@ -18,10 +18,11 @@ from services.common.errors import InvalidInput, TooLarge
 from services.common.types import ImageTiles, PromptTurn, TextPart
 from services.encoder.anyres import any_map_left, unpadded_hw
 from services.encoder.reading import read_tiles
+from services.modeling.loss import IGNORED
+from services.modeling.packing import TrainedSequence
 from services.text.prompt import PromptRenderer, spans_by_token
 from training.data.entries import Conversation
 from training.data.faults import EntryFault
-from training.sequence import IGNORED, TrainingSequence
 
 Template = Literal["chat", "plain"]
 """The checkpoint's chat template, or images and answers alone, a line break after each: LLaVA's for captions."""
@@ -33,7 +34,7 @@ _PROBES = ("The", "1", "(", "\u00e9")
 class Encoded:
     """A sequence, and what the limit on its length did to it."""
 
-    sequence: TrainingSequence
+    sequence: TrainedSequence
     tokens: int
     """Tokens of the sequence with every image's visual tokens, none of them sampled away."""
     cut: int
@@ -88,61 +89,66 @@ class ConversationEncoder:
             raise EntryFault("image_size", f"is {width} x {height} pixels, too narrow a strip for the grid")
         return tiles
 
-    def encode(self, conversation: Conversation, images: Sequence[ImageTiles], name: str = "") -> Encoded:
+    def encode(
+        self, conversation: Conversation, images: Sequence[ImageTiles], name: str = "", number: int = 0
+    ) -> Encoded:
         """The sequence of a whole conversation: labels are the answers with their end tokens, the instruction is the
         words of all the user's turns.
 
         Too long a conversation is cut off at the end; an image is in it wholly or, with the turns that ask about it,
         not at all. Raises EntryFault.
         """
-        text, spans = self._spell(conversation)
-        ids, labelled, asked = self._tokenise(text, spans)
+        text, spans, unended = self._spell(conversation)
+        ids, labels, asked = self._tokenise(text, spans, unended)
         placeholder = self.renderer.image_token_id
         if ids.count(placeholder) != len(images):
             raise EntryFault("malformed", f"{ids.count(placeholder)} of {len(images)} images are in its prompt")
         visual = (visual_tokens(tiles, self.config.patches_per_side) for tiles in images)
         ends = list(itertools.accumulate(next(visual) if token == placeholder else 1 for token in ids))
         fits = sum(end <= self.max_length for end in ends)
-        kept = next((n for n in range(fits, 0, -1) if labelled[n - 1]), 0)
+        kept = next((n for n in range(fits, 0, -1) if labels[n - 1] != IGNORED), 0)
         if not kept:
             raise EntryFault("too_long", f"{ends[-1]} tokens, of which the first {self.max_length} hold no answer")
-        last = next(n for n in range(len(ids), 0, -1) if labelled[n - 1])
-        input_ids = torch.tensor(ids[:kept])
-        labels = torch.where(torch.tensor(labelled[:kept]), input_ids, IGNORED)
-        sequence = TrainingSequence(
-            input_ids=input_ids,
-            labels=labels,
+        last = next(n for n in range(len(ids), 0, -1) if labels[n - 1] != IGNORED)
+        sequence = TrainedSequence(
+            input_ids=torch.tensor(ids[:kept]),
+            labels=torch.tensor(labels[:kept]),
             instruction=torch.tensor(asked[:kept]),
             images=tuple(images[: ids[:kept].count(placeholder)]),
             name=name,
+            number=number,
         )
         return Encoded(sequence=sequence, tokens=ends[kept - 1], cut=ends[last - 1] - ends[kept - 1])
 
-    def _spell(self, conversation: Conversation) -> tuple[str, list[tuple[int, int, str]]]:
-        """The conversation's text, and in order the spans of the user's words ("user") and of what is learnt
-        ("assistant": an answer, from the end of the prompt that asks for it to its end token)."""
+    def _spell(self, conversation: Conversation) -> tuple[str, list[tuple[int, int, str]], set[int]]:
+        """The conversation's text, in order the spans of the user's words ("user") and of what is learnt ("assistant":
+        an answer, from the end of the prompt that asks for it to its end token), and where answers end that the
+        template puts no end token behind."""
         if self.template == "plain":
             return self._spell_plain(conversation)
         try:
             whole, texts = self.renderer.spell(conversation.turns, len(conversation.images))
         except InvalidInput as error:
             raise EntryFault("malformed", str(error)) from None
-        spelt, spans, done = "", [], 0
+        spelt, spans, unended, done = "", [], set(), 0
         for n, (start, end, role) in enumerate(texts):
             spelt += whole[done:end]
             done, first = end, len(spelt) - (end - start)
             if role == "assistant" and (n + 1 == len(texts) or texts[n + 1][2] != "assistant"):
                 following = whole[end : texts[n + 1][0] if n + 1 < len(texts) else len(whole)]
                 tail = next((s for stop in self._ends if (s := _up_to(stop, following)) is not None), None)
-                # A template that ends answers with nothing gets the tokenizer's end token, as in LLaVA's training.
-                spelt += self._ends[0] if tail is None else tail
+                spelt += tail or ""
                 done += len(tail or "")
+                if tail is None and n + 1 < len(texts):
+                    unended.add(len(spelt))
+                elif tail is None:
+                    spelt += self._ends[0]
             if role == "assistant" and spelt.endswith(self._before_answer, 0, first):
                 first -= len(self._before_answer)
             spans.append((first, len(spelt), role))
-        return spelt, spans
+        return spelt, spans, unended
 
-    def _spell_plain(self, conversation: Conversation) -> tuple[str, list[tuple[int, int, str]]]:
+    def _spell_plain(self, conversation: Conversation) -> tuple[str, list[tuple[int, int, str]], set[int]]:
         # A text of its own is rendered by no template, and must hold no special token's string either.
         mark = self.renderer.tokenizer.convert_ids_to_tokens(self.renderer.image_token_id)
         text, spans = mark * len(conversation.images), []
@@ -152,10 +158,16 @@ class ConversationEncoder:
                 start = len(text)
                 text += self.renderer.broken(said) + "\n"
                 spans.append((start, len(text), "assistant"))
-        return text, spans
+        return text, spans, set()
 
-    def _tokenise(self, text: str, spans: list[tuple[int, int, str]]) -> tuple[list[int], list[bool], list[bool]]:
-        """Token ids, and of each whether it is learnt and whether it is one of the user's words."""
+    def _tokenise(
+        self, text: str, spans: list[tuple[int, int, str]], unended: set[int]
+    ) -> tuple[list[int], list[int], list[bool]]:
+        """Token ids, and of each its label and whether it is one of the user's words.
+
+        Behind an answer that the template ends with nothing, the text goes on as it is served; the label of what stands
+        there is the end token, which is what the model is to say.
+        """
         starts = [0] if self._whole else [0, *(start for start, _, role in spans if role == "assistant" and start)]
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
@@ -165,13 +177,15 @@ class ConversationEncoder:
             offsets += [(start + first, start + last) for first, last in places]
         covering = list(spans_by_token(offsets, spans))
         ends = set(self.renderer.tokenizer.convert_tokens_to_ids(self._ends))
-        labelled, asked = [], []
-        for token, roles in zip(ids, covering, strict=True):
+        end_id = self.renderer.tokenizer.convert_tokens_to_ids(self._ends[0])
+        labels, asked = [], []
+        for token, roles, (first, _) in zip(ids, covering, offsets, strict=True):
             if token in self.renderer.special_ids and roles and (token not in ends or "assistant" not in roles):
                 raise EntryFault("malformed", "holds text parts that together spell a special token")
-            labelled.append("assistant" in roles)
+            ends_here = first in unended and not roles and token != self.renderer.image_token_id
+            labels.append(token if "assistant" in roles else end_id if ends_here else IGNORED)
             asked.append("user" in roles and "assistant" not in roles)
-        return ids, labelled, asked
+        return ids, labels, asked
 
 
 def visual_tokens(tiles: ImageTiles, patches_per_side: int) -> int:

@@ -10,19 +10,20 @@ import hashlib
 import math
 import pathlib
 from collections import Counter
+from collections.abc import Mapping
 from functools import lru_cache
 
 import numpy as np
 
 from services.common.errors import InvalidInput
 from services.common.settings import require
+from services.modeling.packing import TrainedSequence
 from training.data.ahead import Ahead
 from training.data.encoding import Template
 from training.data.faults import KINDS, Fault
 from training.data.mixture import Mixture, Stage, load_mixture
 from training.data.order import epoch_entries, epoch_order, epoch_size, share
 from training.data.reading import Read, Reader, ReaderSettings
-from training.sequence import TrainingSequence
 
 FAULTS_KEPT = 1000
 """Faults that are kept by name; all are counted."""
@@ -73,6 +74,7 @@ class ConversationLoader:
         self._order = lru_cache(maxsize=2)(self._epoch_order)
         self._ahead: Ahead | None = None
         self._counts: Counter[str] = Counter()
+        self._before: Counter[str] = Counter()
         self.faults: list[Fault] = []
         """The first unusable entries, by name."""
 
@@ -89,7 +91,7 @@ class ConversationLoader:
         """Sequences of a step over all ranks and micro-batches."""
         return self.batch_size * self.accumulation * world_size
 
-    def batch(self, step: int, micro: int, rank: int, world_size: int) -> list[TrainingSequence]:
+    def batch(self, step: int, micro: int, rank: int, world_size: int) -> list[TrainedSequence]:
         """A rank's micro-batch of a step, which counts on through the epochs from 0.
 
         The sequences of a step are the same for every world size and accumulation whose global batch is the same.
@@ -120,9 +122,13 @@ class ConversationLoader:
         facts = self.data.identity(), self.seed, made.template, self.encoder.max_length
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
+    def count_on(self, before: Mapping[str, int]) -> None:
+        """Takes the counters of all ranks of an earlier part of the run for what is too much to be unusable."""
+        self._before = Counter(before)
+
     def counters(self) -> dict[str, int]:
-        """What came so far on this rank: `entries`, `bad` and `bad/KIND` of every kind, `cut`, and `tokens` with all
-        visual tokens."""
+        """What this loader has read: `entries`, `bad` and `bad/KIND` of every kind, `cut`, and `tokens` with all visual
+        tokens."""
         names = ("entries", "bad", *(f"bad/{kind}" for kind in KINDS), "cut", "tokens")
         return {name: self._counts[name] for name in names}
 
@@ -150,7 +156,7 @@ class ConversationLoader:
         for fault in read.faults:
             self._counts.update(("bad", f"bad/{fault.kind}"))
         self.faults += read.faults[: FAULTS_KEPT - len(self.faults)]
-        bad, seen = self._counts["bad"], self._counts["entries"]
+        bad, seen = (self._before[name] + self._counts[name] for name in ("bad", "entries"))
         if read.faults and bad > most_bad(self.max_bad_share, seen):
             raise InvalidInput(
                 f"{bad} of the first {seen} entries cannot be used, more than max_bad_share {self.max_bad_share}; "

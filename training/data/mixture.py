@@ -137,7 +137,8 @@ class ConversationData:
     def encode(self, index: int, encoder: ConversationEncoder) -> Encoded:
         """An entry as a training sequence. Raises EntryFault."""
         conversation, images = self.read(index)
-        return encoder.encode(conversation, [encoder.tiles(data) for data in images], self.name(index))
+        tiles = [encoder.tiles(data) for data in images]
+        return encoder.encode(conversation, tiles, self.name(index), index)
 
     def successors(self, index: int, most: int) -> Iterator[int]:
         """The entries after one, in its own file and with or without images like it, the file's first after its last.

@@ -81,6 +81,20 @@ def states(
     }
 
 
+def on_host(
+    parameters: Parameters, *, zero: ZeroStage, itemsize: int = 2, offload: Literal["none", "optimizer", "all"] = "none"
+) -> int:
+    """Bytes in the hosts' memory, of all devices together.
+
+    Of a number that learns: AdamW's state, its gradient in float32, its weight on the way back to the device. Of all
+    numbers their weights, where these wait there too.
+    """
+    if offload == "none":
+        return 0
+    weights = parameters.all * itemsize if offload == "all" and zero == 3 else 0
+    return parameters.learning * (ADAM + FLOAT32 + itemsize) + weights
+
+
 def buffers(parameters: Parameters, *, zero: ZeroStage, devices: int, itemsize: int = 2) -> int:
     """Bytes of CUDA's context, of NCCL where there are several devices, and of DeepSpeed's buckets."""
     if devices == 1:

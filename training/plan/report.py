@@ -8,7 +8,7 @@ from typing import Literal
 
 from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.supported import largest_image
-from training.plan.memory import BUCKET, STAGES, Memory, ZeroStage, step_memory
+from training.plan.memory import BUCKET, STAGES, Memory, ZeroStage, on_host, step_memory
 from training.plan.operations import PEAK, Operations, hours, sample_operations
 from training.plan.parameters import PARTS, Parameters, Trained
 from training.plan.workload import Workload, image_workload, longest_workload
@@ -197,7 +197,8 @@ def _assumptions(plan: Plan, work: Workload) -> Iterator[str]:
     dtype = {2: "bfloat16 with float32 master weights", 4: "float32"}[plan.itemsize]
     yield f"- weights in {dtype}, AdamW's two moments in float32; * marks the run's own ZeRO stage"
     if plan.offload != "none":
-        yield f"- offloaded to the host: {plan.offload}; its memory is not counted"
+        host = on_host(plan.parameters, zero=plan.zero, itemsize=plan.itemsize, offload=plan.offload)
+        yield f"- offloaded to the host: {plan.offload}; {host / GB:.0f} GB of its memory, for all GPUs together"
     yield (
         f"- memory: a sample of {work.longest:,} tokens, {work.map_tokens:,} of them visual and none sampled away "
         f"({work.tiles} tiles), as a selector that has not learned yet may leave them"

@@ -1,55 +1,31 @@
 """A stage on conversations of a file: losses of a global batch, what learns, held-out answers, and its export."""
 
-import dataclasses
 import json
+import shutil
 import sys
 
 import pytest
 import torch
 
 from services.checkpoint.config import FocusLlavaConfig
-from services.checkpoint.import_llava_next import import_llava_next
 from services.checkpoint.store import load_stage
 from services.common.errors import InvalidInput
 from services.common.settings import build_settings
-from tests.serving_client import picture
-from tests.tiny_checkpoints import make_hub_checkpoint
+from tests.conversation_data import make_conversations
 from training.config import RunConfig
 from training.conversation_stage import AlignmentTask, ConversationTask
 from training.global_batch import Totals
-from training.optimizer import parameter_groups
+from training.optimizer import parameter_groups, part_of
 
 STEP = 1
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_worker(tmp_path_factory):
-    store = tmp_path_factory.mktemp("gloo") / "store"
-    torch.distributed.init_process_group("gloo", f"file://{store}", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("one_worker")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """An import with both samplers off, and a data file: images of several sizes, two turns, text alone."""
-    folder = tmp_path_factory.mktemp("conversations")
-    import_llava_next(make_hub_checkpoint(folder / "hub"), folder / "imported")
-    config = FocusLlavaConfig.load(folder / "imported")
-    text = dataclasses.replace(config.text_sampler, enabled=False, layer=2, threshold=0.6)
-    dataclasses.replace(config, text_sampler=text).save(folder / "imported")
-    entries = []
-    for index, size_wh in enumerate(((56, 40), (80, 30), (90, 90), (30, 70), (64, 64), (40, 90), (90, 50))):
-        (folder / f"{index}.png").write_bytes(picture(index, size_wh))
-        turns = [("human", "<image>\nWhat number is on the red card?"), ("gpt", "Six" + " and ten" * index)]
-        turns += [("human", "And on the blue one?"), ("gpt", "None")] * (index % 2)
-        turns = [{"from": speaker, "value": words} for speaker, words in turns]
-        entries.append({"image": f"{index}.png", "conversations": turns})
-    entries.append(
-        {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Good day to you"}]}
-    )
-    (folder / "data.json").write_text(json.dumps(entries))
-    return folder
+    return make_conversations(tmp_path_factory.mktemp("conversations"))
 
 
 def run_of(folder, **changes) -> RunConfig:
@@ -98,6 +74,24 @@ def test_accumulating_is_one_large_batch(folder):
     assert 0 < metrics["kept_share"] < 1 and metrics["branch_0"] + metrics["branch_1"] == pytest.approx(1)
 
 
+def test_what_is_drawn_does_not_depend_on_where_the_data_lies(folder, tmp_path):
+    moved = shutil.copytree(folder, tmp_path / "elsewhere")
+    here, there = (ConversationTask(run_of(place)) for place in (folder, moved))
+    draws = [task.module.draw(task.batch(STEP, 0, 1)[1], STEP) for task in (here, there)]
+    assert draws[0] == draws[1] and len(set(draws[0].thresholds)) == 8
+    assert here.batch(STEP, 0, 1)[1][0].name != there.batch(STEP, 0, 1)[1][0].name
+
+
+def test_a_resumed_run_counts_on(folder, capsys):
+    task, resumed = (ConversationTask(run_of(folder)) for _ in range(2))
+    task.batch(0, 0, 1)
+    resumed.load(task.state())
+    resumed.batch(1, 0, 1)
+    assert resumed.state()["entries"] == 2 * task.state()["entries"] == 16
+    resumed.close()
+    assert "data: 16 entries, " in capsys.readouterr().out
+
+
 def test_alignment_trains_the_projector_alone_with_all_visual_tokens(folder):
     task = AlignmentTask(run_of(folder, stage={"prune": None, "template": "plain"}))
     groups = parameter_groups(task.module, task.run)
@@ -129,12 +123,29 @@ def test_what_was_trained_is_on_in_the_export_and_held_out_answers_are_kept(fold
     assert all(torch.equal(before[name].float(), after[name].float()) for name in after)
 
 
+def test_adapters_learn_in_place_of_the_language_model_and_are_merged_into_the_export(folder, tmp_path):
+    task = ConversationTask(run_of(folder, stage={"lora": {"rank": 4, "alpha": 8.0, "targets": ["q_proj", "up_proj"]}}))
+    trained = {name for name, parameter in task.module.model.named_parameters() if parameter.requires_grad}
+    assert {part_of(name) for name in trained} == {"language_model", "projector", "vision_tower", "selector"}
+    assert all(".lora_" in name for name in trained if part_of(name) == "language_model")
+    for _ in range(2):  # the first step moves lora_B alone, which starts at zero
+        optimizer = torch.optim.SGD([p for p in task.module.parameters() if p.requires_grad], lr=0.1)
+        optimizer.zero_grad()
+        task.module(task.batch(STEP, 0, 1), STEP)[0].backward()
+        optimizer.step()
+    task.export(tmp_path / "made")
+    before, after = (load_stage(made, "llm") for made in (folder / "imported", tmp_path / "made"))
+    assert before.keys() == after.keys()
+    changed = {name for name in after if not torch.equal(before[name].float(), after[name].float())}
+    assert changed == {name for name in after if name.endswith(("q_proj.weight", "up_proj.weight"))}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"init_from": ""}, "init_from: is empty, expected the folder of a checkpoint"),
         ({"stage": {"prune": {"layers": [8, 24]}}}, "stage.prune.layers"),
-        ({"stage": {"lora": {"rank": 4}}}, "stage.lora: needs PEFT: pip install peft"),
+        ({"stage": {"lora": {"rank": 4}}}, "stage.lora: needs PEFT, .*: pip install peft"),
     ],
 )
 def test_mistakes_are_named(folder, changes, message, monkeypatch):

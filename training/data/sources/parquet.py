@@ -17,8 +17,8 @@ from training.data.sources.index import Index, open_index
 
 TURNS = ("conversations", "messages")
 IMAGES = ("image", "images")
-GROUPS_KEPT = 4
-"""Row groups of all files that a process keeps in memory, those read last."""
+KEPT_BYTES = 2**28
+"""Row groups of all files that a process keeps in memory, those read last; the last one however large it is."""
 _groups: OrderedDict[tuple[pathlib.Path, int], pyarrow.Table] = OrderedDict()
 
 
@@ -36,19 +36,23 @@ class ParquetSource:
     def entry(self, index: int) -> Any:
         """The row as a mapping."""
         group, row = map(int, self._places[index])
-        key = self.path, group
-        if key not in _groups:
-            while len(_groups) >= GROUPS_KEPT:
-                _groups.popitem(last=False)
-            with pyarrow.parquet.ParquetFile(self.path) as file:
-                names = [name for name in (*TURNS, *IMAGES) if name in file.schema_arrow.names]
-                _groups[key] = file.read_row_group(group, columns=names, use_threads=False)
-        _groups.move_to_end(key)
-        return _groups[key].slice(row, 1).to_pylist()[0]
+        return _group(self.path, group).slice(row, 1).to_pylist()[0]
 
     def place(self, index: int) -> str:
         group, row = map(int, self._places[index])
         return f"row group {group}, row {row}"
+
+
+def _group(path: pathlib.Path, group: int) -> pyarrow.Table:
+    """A row group's columns that are read, from memory where it is still there."""
+    if (key := (path, group)) not in _groups:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = [name for name in (*TURNS, *IMAGES) if name in file.schema_arrow.names]
+            _groups[key] = file.read_row_group(group, columns=names, use_threads=False)
+        while len(_groups) > 1 and sum(table.nbytes for table in _groups.values()) > KEPT_BYTES:
+            _groups.popitem(last=False)
+    _groups.move_to_end(key)
+    return _groups[key]
 
 
 def build_index(path: pathlib.Path) -> Index:

@@ -10,12 +10,12 @@ from transformers import AutoTokenizer
 from services.checkpoint.config import FocusLlavaConfig
 from services.common.errors import InvalidInput
 from services.encoder.pipeline import EncoderPipeline
+from services.modeling.loss import IGNORED
 from services.text.prompt import PromptRenderer
 from tests.tiny_checkpoints import FAMILIES, make_random_checkpoint
 from training.data.encoding import ConversationEncoder, visual_tokens
 from training.data.entries import read_entry
 from training.data.faults import EntryFault
-from training.sequence import IGNORED
 
 # The template of llava-v1.6-vicuna: answers end with a space and no token.
 VICUNA = (
@@ -58,13 +58,13 @@ def encoder_of(folder, template="", **settings):
     return ConversationEncoder(config, renderer, **settings)
 
 
-@pytest.fixture(params=FAMILIES)
-def encoder(request, folders):
-    return encoder_of(folders[request.param])
-
-
 def encode(encoder, raw, *pictures):
     return encoder.encode(read_entry(raw), [encoder.tiles(data) for data in pictures])
+
+
+@pytest.fixture(params=[*FAMILIES, "vicuna"])
+def encoder(request, folders):
+    return encoder_of(folders["mistral"], VICUNA) if request.param == "vicuna" else encoder_of(folders[request.param])
 
 
 def test_what_stands_before_each_answer_is_the_served_prompt(encoder):
@@ -85,15 +85,18 @@ def test_what_stands_before_each_answer_is_the_served_prompt(encoder):
     assert len(sequence.images) == 2 and sequence.images[0].image_size_hw == (40, 60)
 
 
-def test_a_template_without_end_tokens_gets_the_tokenizers(folders):
+def test_where_a_template_ends_answers_with_nothing_the_end_token_is_learnt_and_not_read(folders):
     encoder = encoder_of(folders["mistral"], VICUNA)
-    sequence = encode(encoder, {**TWO_IMAGES, "conversations": TWO_IMAGES["conversations"][1:]}, *[picture()] * 2)
-    tokenizer = encoder.renderer.tokenizer
-    assert tokenizer.decode(sequence.sequence.labels[sequence.sequence.labels != IGNORED]) == (
-        " The card\u00e9.</s> 47</s>"
-    )
-    assert "ASSISTANT: The card\u00e9.</s> USER:" in tokenizer.decode(sequence.sequence.input_ids)
-    assert tokenizer.decode(sequence.sequence.input_ids).endswith("ASSISTANT: 47</s>")
+    raw = {**TWO_IMAGES, "conversations": TWO_IMAGES["conversations"][1:]}
+    whole = encode(encoder, raw, *[picture()] * 2)
+    sequence, tokenizer = whole.sequence, encoder.renderer.tokenizer
+    assert tokenizer.decode(sequence.labels[sequence.labels != IGNORED]) == " The card\u00e9.</s> 47</s>"
+    assert "ASSISTANT: The card\u00e9. USER:" in tokenizer.decode(sequence.input_ids)
+    assert tokenizer.decode(sequence.input_ids).endswith("ASSISTANT: 47</s>")
+    # Cut there, the first answer's end is the last that is learnt.
+    first = encode(encoder_of(folders["mistral"], VICUNA, max_length=whole.tokens - 30), raw, *[picture()] * 2).sequence
+    assert first.labels[-1] == tokenizer.eos_token_id != first.input_ids[-1]
+    assert not torch.equal(first.labels[-2:], first.input_ids[-2:]) and first.labels[-2] == first.input_ids[-2]
 
 
 def test_a_prompt_that_ends_with_a_space_keeps_its_own_tokens(folders):

@@ -140,6 +140,11 @@ def test_too_many_unusable_entries_end_the_run(folder, checkpoint, tmp_path):
     (tmp_path / "e.json").write_text(json.dumps(entries[:10]))
     with pytest.raises(InvalidInput, match="what follows it cannot be used: .*(missing_image|image_marks)"):
         ConversationLoader(tmp_path / "e.json", checkpoint, batch_size=1, images=str(folder)).batch(0, 0, 0, 1)
+    resumed = ConversationLoader(tmp_path / "d.json", checkpoint, batch_size=5, images=str(folder))
+    resumed.count_on({"entries": 1000, "bad": 25})
+    with pytest.raises(InvalidInput, match=r"3\d of the first 10\d\d entries cannot be used"):
+        for step in range(20):
+            resumed.batch(step, 0, 0, 1)
     assert most_bad(0.01, 100) < 20 and 100 < most_bad(0.01, 10_000) < 150
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from collections import OrderedDict
 
 import numpy as np
 import pyarrow
@@ -14,7 +15,7 @@ from services.common.errors import InvalidInput
 from training.data.entries import signed_words
 from training.data.faults import EntryFault
 from training.data.mixture import ConversationData, Mixture, SourceSettings, load_mixture
-from training.data.sources import find_files, open_source, text
+from training.data.sources import find_files, open_source, parquet, text
 
 WORDS = 'a na\u00efve \u00e0 \u4f60\u597d \u0085 {[\\"]} word'
 
@@ -83,7 +84,7 @@ def test_a_file_that_is_not_json_is_refused_with_its_line(tmp_path, content, mes
 
 
 @pytest.mark.parametrize("in_struct", [True, False])
-def test_parquet_has_its_images_inside(tmp_path, in_struct):
+def test_parquet_has_its_images_inside(tmp_path, in_struct, monkeypatch):
     rows = []
     for n, raw in enumerate(ENTRIES):
         image = ({"bytes": png(n + 1), "path": None} if in_struct else png(n + 1)) if "image" in raw else None
@@ -97,6 +98,11 @@ def test_parquet_has_its_images_inside(tmp_path, in_struct):
         conversation, images = data.read(n)
         assert conversation.answers == 1 and images == ([png(n + 1)] if n % 3 else [])
     assert data.place(5) == "row group 2, row 1"
+    monkeypatch.setattr(parquet, "_groups", OrderedDict())
+    for kept_bytes, groups in ((2**20, 2), (0, 1)):
+        monkeypatch.setattr(parquet, "KEPT_BYTES", kept_bytes)
+        assert data.read(0)[1] == [] and data.read(5)[1] == [png(6)] and len(parquet._groups) == groups
+        parquet._groups.clear()
     with pytest.raises(InvalidInput, match="has the columns x, expected"):
         other = tmp_path / "other.parquet"
         pyarrow.parquet.write_table(pyarrow.table({"x": [1]}), other)

@@ -5,8 +5,8 @@ import torch
 
 from benchmarks.live_memory import LiveMemory
 from services.modeling.pruning import PruneDraw
-from tests.sequence_model import conversation, small_config, small_model
-from training.plan.memory import activations, buffers, states
+from tests.sequence_model import conversation, measured_workload, small_config, small_model
+from training.plan.memory import activations, buffers, on_host, states
 from training.plan.parameters import PARTS, Lora, Parameters, Trained, lora_elements
 from training.plan.workload import image_workload
 
@@ -68,17 +68,10 @@ def test_activations_are_those_that_a_step_keeps(dtype, checkpointing, who, visi
     model = small_model(config, dtype)
     _freeze(model, trained)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     draw = PruneDraw(layer=2, thresholds=(0.5,) * SAMPLES) if pruned else None
     left, most, metrics = _measure(model, config, draw=draw, vision_sampler=vision_sampler)
-    work = image_workload(
-        config,
-        text_tokens=WORDS,
-        answer_tokens=ANSWERS,
-        cuts=(2, 2) if pruned else None,
-        vision_share=metrics["visual_tokens"] / metrics["uncompressed_tokens"],
-        text_share=metrics["kept_tokens"] / metrics["visual_tokens"],
-    )
+    work = measured_workload(config, metrics, text_tokens=WORDS, answer_tokens=ANSWERS)
     assert work.map_tokens * SAMPLES == metrics["uncompressed_tokens"]
     kept, working = activations(
         config, trained, work, samples=SAMPLES, checkpointing=checkpointing, itemsize=dtype.itemsize, fused=False
@@ -117,6 +110,9 @@ def test_zero_shards_what_its_stage_says():
     assert [size["at_step"] for size in sizes] == [1600, 400, 400, 400]
     assert states(parameters, zero=3, devices=4, offload="all")["weights"] == 0
     assert states(parameters, zero=3, devices=4, offload="optimizer")["optimizer"] == 0
+    assert on_host(parameters, zero=3) == 0
+    assert on_host(parameters, zero=2, offload="all") == on_host(parameters, zero=3, offload="optimizer") == 400 * 18
+    assert on_host(parameters, zero=3, offload="all") == 400 * 18 + 800 * 2
     assert buffers(parameters, zero=2, devices=1) < buffers(parameters, zero=2, devices=2)
 
 
