@@ -1,6 +1,7 @@
 """Sets how much of the feature map a trained checkpoint's vision-guided sampler leaves, on images of your own.
 
     python -m training.calibrate CHECKPOINT OUTPUT --images FOLDER --map-share 0.6
+    python -m training.calibrate CHECKPOINT OUTPUT --images FOLDER --branch-shares 0.5 0.1 0.4
 
 Only the selector's biases change. The language model's weights are linked where the file system allows it.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 import sys
+from collections.abc import Sequence
 
 import torch
 
@@ -18,14 +20,19 @@ from services.checkpoint.store import load_stage
 from services.checkpoint.writer import CheckpointWriter
 from services.common.errors import FocusError, InvalidInput
 from services.encoder.pipeline import EncoderPipeline
-from services.sampler.calibration import Seen, set_map_share
+from services.sampler.calibration import Seen, set_branch_shares, set_map_share
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 BIAS = "vision_guided_sampler.selector.linear.bias"
 
 
-def calibrate(checkpoint: pathlib.Path, output: pathlib.Path, images: list[pathlib.Path], share: float) -> float:
-    """Writes the checkpoint anew at `output`; returns the share met. Raises InvalidInput naming what is wrong."""
+def calibrate(
+    checkpoint: pathlib.Path, output: pathlib.Path, images: list[pathlib.Path], share: float | Sequence[float]
+) -> float:
+    """Writes the checkpoint anew at `output`; returns the share of the maps' tokens that is then left.
+
+    share: the one to leave, or shares of the regions, one a branch. Raises InvalidInput naming what is wrong.
+    """
     if not images:
         raise InvalidInput("holds no image", field="--images")
     pipeline = EncoderPipeline.from_checkpoint(checkpoint)
@@ -45,7 +52,7 @@ def calibrate(checkpoint: pathlib.Path, output: pathlib.Path, images: list[pathl
     # The bias takes the dtype that it is stored in, which need not be the one computed in: then what is met is left.
     bias = sampler.selector.linear.bias
     bias.data = bias.data.to(stored[BIAS].dtype)
-    met = set_map_share(sampler, seen, share)
+    met = set_map_share(sampler, seen, share) if isinstance(share, float) else set_branch_shares(sampler, seen, share)
     stored[BIAS] = bias.data
     readme = checkpoint / "README.md"
     with CheckpointWriter(output, FocusLlavaConfig.load(checkpoint)) as writer:
@@ -61,13 +68,16 @@ def main() -> None:
     parser.add_argument("checkpoint", type=pathlib.Path)
     parser.add_argument("output", type=pathlib.Path, help="may be the checkpoint itself")
     parser.add_argument("--images", type=pathlib.Path, required=True, help="folder of representative image files")
-    parser.add_argument("--map-share", type=float, required=True, help="tokens left of the feature map, 0 to 1")
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--map-share", type=float, dest="share", help="tokens left of the feature map, 0 to 1")
+    asked.add_argument("--branch-shares", type=float, nargs="+", dest="share", metavar="SHARE",
+                       help="regions of each branch, finest first, 0 to 1")  # fmt: skip
     parser.add_argument("--most", type=int, default=200, help="images that are looked at")
     options = parser.parse_args()
     found = options.images.iterdir() if options.images.is_dir() else ()
     files = sorted(path for path in found if path.suffix.lower() in SUFFIXES)
     try:
-        met = calibrate(options.checkpoint, options.output, files[: options.most], options.map_share)
+        met = calibrate(options.checkpoint, options.output, files[: options.most], options.share)
     except FocusError as error:
         sys.exit(f"calibrate: {error}")
     print(f"{options.output}: the vision-guided sampler leaves {met:.1%} of the feature map")

@@ -1,8 +1,8 @@
-"""How much of a feature map the vision-guided sampler leaves, set after training by one number.
+"""Where the lines between the vision-guided sampler's branches are drawn, set after training.
 
-Training leaves a selector near the share that its balance loss asks for, and seeds differ. Its biases decide where the
-lines between branches are drawn: moved together along the branches' coarseness, every region keeps its place in the
-order of what needs detail, and more or fewer of them get it.
+Training leaves a selector near the shares that its balance loss asks for, and seeds differ. Its biases draw the lines:
+moved, every region keeps its place in the order of what needs detail, and more or fewer of them get it. One number
+moves all biases along the branches' coarseness, to leave a share of the map; or each branch gets a share of regions.
 
 Legend: M regions, K branches, H x W feature map.
 """
@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from services.common.errors import InvalidInput
+from services.common.settings import require
 from services.sampler.vision_guided import VisionGuidedSampler, pool, split_regions
 
 Seen = tuple[torch.Tensor, tuple[int, int]]
@@ -25,6 +26,9 @@ STEPS = 20
 """Steps of bisection from MOST: down to a ten-thousandth of a logit, below which rounding decides."""
 MOST = 64.0
 """Largest move tried, in logits a halving of resolution: all regions change before it, unless logits lie far apart."""
+MARGIN = 0.05
+"""How far below its first region, in logits, a branch stays that is to have none."""
+MOST_ROUNDS = 1000
 
 
 def tokens_by_branch(map_hw: tuple[int, int], sampler: VisionGuidedSampler) -> torch.Tensor:
@@ -67,6 +71,53 @@ def set_map_share(sampler: VisionGuidedSampler, seen: Sequence[Seen], share: flo
     return met
 
 
+@torch.no_grad()
+def set_branch_shares(sampler: VisionGuidedSampler, seen: Sequence[Seen], shares: Sequence[float]) -> float:
+    """Sets the selector's biases so that each branch gets its share of the regions seen, but for rounding.
+
+    shares: one a branch, adding up to 1; the first branch, the finest, gets what the others leave. Returns the share of
+    the tokens of the feature maps that is left. Raises InvalidInput for other shares, and where no region was seen.
+    """
+    branches = len(sampler.branches)
+    right = len(shares) == branches and min(shares) >= 0 and math.isclose(sum(shares), 1, abs_tol=1e-6)
+    require(right, "shares", list(shares), f"{branches} that add up to 1, none below 0")
+    if not any(len(logits_MK) for logits_MK, _ in seen):
+        raise InvalidInput("is empty, expected the feature maps of one image or more", field="seen")
+    linear, temperature = sampler.selector.linear, sampler.selector.temperature
+    logits_MK = torch.cat([logits_MK.detach().double().cpu() for logits_MK, _ in seen])
+    bias_K = linear.bias.double().cpu() + _moves_for_shares(logits_MK, shares) / temperature
+    # Moved by the same number they choose the same; small numbers are rounded least when they are stored.
+    bias_K = (bias_K - (bias_K.max() + bias_K.min()) / 2).to(linear.bias)
+    stored_K = (bias_K.double() - linear.bias.double()).cpu() * temperature
+    linear.bias.copy_(bias_K)
+    return _left_of(sampler, seen)(logits_MK + stored_K)
+
+
+def _moves_for_shares(logits_MK: torch.Tensor, shares: Sequence[float]) -> torch.Tensor:
+    """What to add to each branch's logits, float64 [K], 0 for the first: the most that gives no other too many regions.
+
+    From far below, each branch in turn is raised as far as its share allows. That takes regions from the others, which
+    may rise again; nothing ever falls, so it ends.
+    """
+    regions, branches = logits_MK.shape
+    spread = float(logits_MK.amax() - logits_MK.amin()) + 1
+    moves_K = torch.full((branches,), -spread, dtype=torch.float64)
+    moves_K[0] = 0
+    for _ in range(MOST_ROUNDS):
+        before_K = moves_K.clone()
+        for branch in range(1, branches):
+            others = [other for other in range(branches) if other != branch]
+            # A branch gets the regions in which it lacks least to the best of the others.
+            lacks_M = ((logits_MK + moves_K)[:, others].amax(1) - logits_MK[:, branch]).sort().values
+            allowed = int(shares[branch] * regions + 1e-6)
+            last = lacks_M[allowed - 1] if allowed else lacks_M[0] - 2 * MARGIN
+            following = lacks_M[allowed] if allowed < regions else last + 2 * MARGIN
+            moves_K[branch] = max(float(moves_K[branch]), float((last + following) / 2))
+        if (moves_K - before_K).abs().max() < MARGIN / 100:
+            break
+    return moves_K
+
+
 def least_share(sampler: VisionGuidedSampler, seen: Sequence[Seen]) -> float:
     """The share that is left with every region at the coarsest branch: more of partial regions than of whole ones."""
     least = sum(int(tokens_by_branch(map_hw, sampler).amin(1).sum()) for _, map_hw in seen)
@@ -81,20 +132,22 @@ def _largest_within(
 
     moved: maps a move to what it adds to the logits, float32 [K].
     """
-    tokens_MK = torch.cat([tokens_by_branch(map_hw, sampler) for _, map_hw in seen])
     logits_MK = torch.cat([logits_MK.detach().float().cpu() for logits_MK, _ in seen])
-    cells = sum(height * width for _, (height, width) in seen)
-
-    def left(finer: float) -> float:
-        chosen_M1 = (logits_MK + moved(finer)).argmax(1, keepdim=True)
-        return float(tokens_MK.gather(1, chosen_M1).sum()) / cells
+    left = _left_of(sampler, seen)
 
     doublings = math.ceil(math.log2(max(1.0, _farthest(sampler, logits_MK) / MOST)))
     low, high = -MOST * 2**doublings, MOST * 2**doublings
     for _ in range(STEPS + doublings):
         middle = (low + high) / 2
-        low, high = (middle, high) if left(middle) <= share else (low, middle)
-    return low, left(low)
+        low, high = (middle, high) if left(logits_MK + moved(middle)) <= share else (low, middle)
+    return low, left(logits_MK + moved(low))
+
+
+def _left_of(sampler: VisionGuidedSampler, seen: Sequence[Seen]) -> Callable[[torch.Tensor], float]:
+    """Maps logits of all regions seen, [M, K], to the share of the tokens of the feature maps that they leave."""
+    tokens_MK = torch.cat([tokens_by_branch(map_hw, sampler) for _, map_hw in seen])
+    cells = sum(height * width for _, (height, width) in seen)
+    return lambda logits_MK: float(tokens_MK.gather(1, logits_MK.argmax(1, keepdim=True)).sum()) / cells
 
 
 def _farthest(sampler: VisionGuidedSampler, logits_MK: torch.Tensor) -> float:

@@ -8,7 +8,7 @@ image can be in two splits.
 import itertools
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -39,6 +39,7 @@ from training.data.scenes import (
     sample_render_scale,
 )
 from training.data.tables import Table, draw_table, sample_table
+from training.data.textures import often_textured
 from training.data.vocabulary import COLOURS, SHAPES
 
 POSTER_GRID_WEIGHTS: dict[tuple[int, int], float] = {
@@ -126,6 +127,15 @@ def poster_at(split: PosterSplit, seed: int, index: int, accept: Callable[[Poste
         if {card.kind for card in poster.scene.cards} == {"number", "word"} and accept(poster):
             return poster
     raise AssertionError("unreachable: the count is endless")
+
+
+def textured_poster_at(
+    split: PosterSplit, seed: int, index: int, accept: Callable[[Poster], bool] = lambda _: True
+) -> Poster:
+    """The poster of `poster_at`, often on a background with a pattern; all else is the same."""
+    poster = poster_at(split, seed, index, accept)
+    rng = random.Random(f"background/{split}/{seed}/{index}")
+    return replace(poster, scene=replace(poster.scene, background=often_textured(rng, poster.scene.background)))
 
 
 def sample_poster(rng: random.Random, split: PosterSplit) -> Poster:

@@ -7,6 +7,7 @@ from PIL import Image, ImageDraw
 
 from training.data.fonts import bundled_font, lay_out
 from training.data.scenes import Background, Card, Scene, Shape
+from training.data.textures import Texture
 
 
 def _star() -> list[tuple[float, float]]:
@@ -32,7 +33,7 @@ _POLYGONS: dict[str, list[tuple[float, float]]] = {
 
 def render(scene: Scene) -> Image.Image:
     """The image file of a scene: size_wh times render_scale, RGB."""
-    image = _render_background(scene.background, scene.size_wh, scene.render_scale)
+    image = render_background(scene.background, scene.size_wh, scene.render_scale)
     draw = ImageDraw.Draw(image)
     for card in scene.cards:
         _draw_card(draw, card, scene.render_scale)
@@ -41,19 +42,12 @@ def render(scene: Scene) -> Image.Image:
     return image
 
 
-def fill_shape(draw: ImageDraw.ImageDraw, shape: str, box_xyxy: tuple[float, float, float, float], fill: int) -> None:
-    """Fill a shape on a one-channel image, without anti-aliasing."""
-    x0, y0, x1, y1 = box_xyxy
-    if shape == "circle":
-        draw.ellipse((x0, y0, x1 - 1, y1 - 1), fill=fill)
-    else:
-        draw.polygon([(x0 + x * (x1 - x0 - 1), y0 + y * (y1 - y0 - 1)) for x, y in _POLYGONS[shape]], fill=fill)
-
-
-def _render_background(background: Background, size_wh: tuple[int, int], scale: float) -> Image.Image:
+def render_background(background: Background, size_wh: tuple[int, int], scale: float) -> Image.Image:
+    """The canvas alone: size_wh times scale, RGB."""
     width, height = size_wh
     file_size = (round(width * scale), round(height * scale))
-    if background.end_colour == background.colour and background.noise_amplitude == 0:
+    textured = isinstance(background, Texture)
+    if background.end_colour == background.colour and background.noise_amplitude == 0 and not textured:
         return Image.new("RGB", file_size, background.colour)
     # Drawn at model resolution and scaled up: noise of single file pixels would vanish in anyres anyway.
     downwards = np.linspace(0, 1, height)[:, None, None]
@@ -63,8 +57,19 @@ def _render_background(background: Background, size_wh: tuple[int, int], scale: 
         reach = background.noise_amplitude
         noise = np.random.default_rng(background.noise_seed).integers(-reach, reach + 1, (height, width, 1))
         pixels = pixels + noise
+    if isinstance(background, Texture):
+        pixels = pixels + background.change(height, width)
     image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
     return image if image.size == file_size else image.resize(file_size, Image.Resampling.BILINEAR)
+
+
+def fill_shape(draw: ImageDraw.ImageDraw, shape: str, box_xyxy: tuple[float, float, float, float], fill: int) -> None:
+    """Fill a shape on a one-channel image, without anti-aliasing."""
+    x0, y0, x1, y1 = box_xyxy
+    if shape == "circle":
+        draw.ellipse((x0, y0, x1 - 1, y1 - 1), fill=fill)
+    else:
+        draw.polygon([(x0 + x * (x1 - x0 - 1), y0 + y * (y1 - y0 - 1)) for x, y in _POLYGONS[shape]], fill=fill)
 
 
 def _draw_card(draw: ImageDraw.ImageDraw, card: Card, scale: float) -> None:

@@ -1,4 +1,4 @@
-"""Batches of procedural scenes for the joint model: images of like size together, so that little is padding."""
+"""Batches of images with questions: images of like size together, so that little is padding."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from services.checkpoint.config import FocusLlavaConfig
 from services.common.settings import Count, Natural, require
 from services.encoder.anyres import best_resolution
 from services.encoder.reading import tiles_of
-from training.data.branches import BranchBuilder, Exchange
+from training.data.branches import BranchBuilder, Exchange, Sample
 from training.data.easy_vqa import easy_vqa_asked, easy_vqa_at, open_easy_vqa
 from training.data.fonts import Box
 from training.data.poster_boxes import glyph_boxes
 from training.data.poster_questions import poster_questions
-from training.data.posters import CONTENTS, poster_at, render_poster
+from training.data.posters import CONTENTS, poster_at, render_poster, textured_poster_at
 from training.data.questions import QuestionAnswer, questions
 from training.data.rendering import render
 from training.data.splits import scene_at
-from training.layout import Sample
 
 STEPS_SORTED_TOGETHER = 8
 POSITION_KINDS = ("where", "left_of")
@@ -64,6 +63,9 @@ class SceneSource:
 SOURCES: dict[str, SceneSource] = {
     "scenes": SceneSource(at=scene_at, ask=questions, draw=render),
     "posters": SceneSource(at=poster_at, ask=poster_questions, draw=render_poster, glyph_boxes=glyph_boxes),
+    "textured_posters": SceneSource(
+        at=textured_poster_at, ask=poster_questions, draw=render_poster, glyph_boxes=glyph_boxes
+    ),
     "easy_vqa": SceneSource(at=easy_vqa_at, ask=easy_vqa_asked, draw=open_easy_vqa),
 }
 """Values of a stage's `data` that name a generator, or a public set that is installed."""

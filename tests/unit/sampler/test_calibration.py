@@ -16,7 +16,7 @@ from services.checkpoint.config import FocusLlavaConfig, VisionSamplerConfig
 from services.checkpoint.store import load_stage, verify
 from services.common.errors import InvalidInput
 from services.encoder.pipeline import EncoderPipeline
-from services.sampler.calibration import finer_for_share, set_map_share, tokens_by_branch
+from services.sampler.calibration import finer_for_share, set_branch_shares, set_map_share, tokens_by_branch
 from services.sampler.vision_guided import VisionGuidedSampler
 from tests.tiny_checkpoints import make_random_checkpoint
 from training.calibrate import calibrate, main
@@ -98,6 +98,41 @@ def test_a_saturated_selector_is_set_like_another(branches: str, share: float) -
         assert emitted(sampler) / cells == pytest.approx(met, abs=16 / cells), "one region may lie on the line"
 
 
+@pytest.mark.parametrize(
+    ("branches", "shares"),
+    [
+        ("three", (0.5, 0.1, 0.4)),
+        ("three", (0.6, 0.0, 0.4)),
+        ("three", (0.0, 0.0, 1.0)),
+        ("three", (1.0, 0.0, 0.0)),
+        ("seven", (0.3, 0.1, 0.1, 0.2, 0.0, 0.1, 0.2)),
+        ("keep or drop", (0.25, 0.75)),
+    ],
+)
+@pytest.mark.parametrize("std", [0.3, 50.0])
+def test_each_branch_gets_its_share_of_the_regions(branches: str, shares: tuple[float, ...], std: float) -> None:
+    sampler = built(branches, std)
+    left = set_branch_shares(sampler, looks(sampler), shares)
+    chosen_M = torch.cat([logits_MK.argmax(1) for logits_MK, _ in looks(sampler)])
+    counts_K = chosen_M.bincount(minlength=len(shares))
+    for count, share in zip(counts_K.tolist()[1:], shares[1:], strict=True):
+        assert share * len(chosen_M) - 2 < count <= share * len(chosen_M) + 1e-6
+    cells = sum(height * width for height, width in SIZES)
+    with torch.no_grad():
+        assert emitted(sampler) == pytest.approx(left * cells)
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.5), (0.5, 0.2, 0.2), (1.2, -0.2, 0.0), (float("nan"), 0.5, 0.5)])
+def test_shares_that_are_none_are_named(shares: tuple[float, ...]) -> None:
+    sampler = built("three")
+    before = sampler.selector.linear.bias.clone()
+    with pytest.raises(InvalidInput, match="shares: is .* expected 3 that add up to 1, none below 0"):
+        set_branch_shares(sampler, looks(sampler), shares)
+    with pytest.raises(InvalidInput, match="seen: is empty"):
+        set_branch_shares(sampler, [], (0.5, 0.1, 0.4))
+    assert torch.equal(sampler.selector.linear.bias, before)
+
+
 def test_regions_keep_their_order() -> None:
     """What was finer before is not coarser than its like after."""
     finest = []
@@ -144,11 +179,12 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     main()
 
 
+@pytest.mark.parametrize("asked", [("--map-share", 0.5), ("--branch-shares", 0.4, 0.1, 0.5)])
 def test_a_checkpoint_is_set_by_one_command(
-    folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    asked: tuple[object, ...], folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, made = folder / "checkpoint", folder / "made"
-    command(monkeypatch, source, made, "--images", folder / "images", "--map-share", 0.5)
+    command(monkeypatch, source, made, "--images", folder / "images", *asked)
     assert "% of the feature map" in capsys.readouterr().out
     assert verify(made) != verify(source)
     assert FocusLlavaConfig.load(made).to_dict() == FocusLlavaConfig.load(source).to_dict()
@@ -190,6 +226,7 @@ def test_what_cannot_be_calibrated_is_named(folder: pathlib.Path, monkeypatch: p
     for arguments, message in (
         (("--images", folder / "nowhere", "--map-share", 0.5), "--images: holds no image"),
         (("--images", folder / "images", "--map-share", 2), "share: is 2.0"),
+        (("--images", folder / "images", "--branch-shares", 0.5, 0.5), "shares: is"),
         (("--images", source, "--map-share", 0.5), "--images: holds no image"),
         (("--images", broken, "--map-share", 0.5), "--images: 1.png: "),
     ):
