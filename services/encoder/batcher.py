@@ -57,6 +57,11 @@ class TileBatcher:
         """Images decoded and not in a batch yet."""
         return len(self._ready)
 
+    @property
+    def waiting_tiles(self) -> int:
+        """Tiles of these images."""
+        return self._ready_tiles
+
     async def encode(
         self, image: bytes, vision_sampler: bool, options: ImageOptions | None = None
     ) -> CompressedVisualTokens:

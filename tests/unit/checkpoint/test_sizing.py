@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import re
 import subprocess
 import sys
 from typing import Any
@@ -236,3 +237,16 @@ def test_an_encoders_weights_are_counted(tmp_path: pathlib.Path) -> None:
     assert stored == sum(parameter.numel() for parameter in own.parameters())
     sizes = size_encoder(pipeline.config, stored, dtype=torch.bfloat16, on_gpu=False, max_tiles=3)
     assert sizes.weights == 2 * stored and sizes.max_tiles == 3
+
+
+def test_the_operations_page_has_what_the_arithmetic_gives() -> None:
+    config = hub_config(LLAMA3)
+    page = (ROOT / "docs" / "operations.md").read_text()
+    rows = re.findall(r"^\| (\d+) GiB \| (\S+ GiB) \| (\S+ GiB) \| (\d+) \| (\d+) \|$", page, re.M)
+    assert len(rows) == 5
+    for gpu, *row in rows:
+        sizes = size_llm(
+            config, elements(config, "llm"), dtype=torch.bfloat16, on_gpu=True, budget=int(0.9 * int(gpu) * GIB)
+        )
+        found = [size_text(sizes.weights), size_text(sizes.kv_cache_bytes), sizes.max_running, sizes.full_images]
+        assert row == list(map(str, found)), gpu

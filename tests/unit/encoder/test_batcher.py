@@ -96,7 +96,7 @@ async def test_what_arrives_while_the_model_runs_is_the_next_batch_in_order(pipe
     await until(recorded.entered.is_set)
     for seed in range(1, 5):
         calls.append(asyncio.create_task(batcher.encode(png(seed), False)))
-    await until(lambda: batcher.waiting == 4)
+    await until(lambda: batcher.waiting == 4 and batcher.waiting_tiles >= 4)
     recorded.gate.set()
     results = await asyncio.gather(*calls)
     await batcher.close()
