@@ -23,6 +23,8 @@ def accounting_lines(answer: Answer) -> list[str]:
             f"after the vision-guided sampler -> {kept}"
         )
         lines.append(f"converted      {usage.converted_share_percent:.1f} % of the uncompressed tokens (Sec. 4.4)")
+    if usage.compression_level:
+        lines.append(f"under load     compressed at level {usage.compression_level} of the server's own")
     lines.append(
         f"KV cache       {_size(usage.kv_bytes)}, without text-guided pruning {_size(usage.kv_unpruned_bytes)}"
     )

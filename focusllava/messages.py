@@ -41,6 +41,9 @@ class ImageFile:
     reduced_jpeg: bool | None = None
     """Whether a large JPEG may be decoded at reduced scale, which is faster and changes its pixels a little; None
     follows the served checkpoint."""
+    map_share: float | None = None
+    """The largest share of the feature map's tokens that the vision-guided sampler leaves, in (0, 1]: regions that need
+    their detail least are coarsened first. None leaves it its own choice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,16 +54,18 @@ class Turn:
     parts: tuple[str | bytes | ImageFile, ...]
 
 
-def user(text: str, *, images: Images = None, detail: str | None = None, reduced_jpeg: bool | None = None) -> Turn:
+def user(text: str, *, images: Images = None, detail: str | None = None, reduced_jpeg: bool | None = None,
+         map_share: float | None = None) -> Turn:  # fmt: skip
     """A user's turn: the images, each read as `ImageFile` says, then the words.
 
     Raises FocusClientError where an image cannot be read.
     """
+    reading: dict[str, Any] = {"detail": detail, "reduced_jpeg": reduced_jpeg, "map_share": map_share}
     files = [
-        ImageFile(data=read_image(image, f"images[{number}]"), detail=detail, reduced_jpeg=reduced_jpeg)
+        ImageFile(data=read_image(image, f"images[{number}]"), **reading)
         for number, image in enumerate(_several(images))
     ]
-    plain = detail is None and reduced_jpeg is None
+    plain = all(value is None for value in reading.values())
     return Turn(role="user", parts=(*(file.data if plain else file for file in files), text))
 
 
@@ -105,6 +110,12 @@ class Usage:
     kv_bytes: int
     kv_unpruned_bytes: int
     time_to_first_token_ms: float
+    compression_level: int = 0
+    """How far the server's load tightened the samplers for this answer; 0 is not at all."""
+    load_map_share: float = 0.0
+    """The `map_share` that the load set; 0 is none."""
+    load_threshold: float = 0.0
+    """The `threshold` that the load set; 0 is none."""
 
     @property
     def converted_visual_tokens(self) -> float:

@@ -126,8 +126,9 @@ def _image_options(file: ImageFile, name: str) -> image_pb2.ImageOptions:
     if file.detail not in _DETAILS:
         raise FocusClientError("INVALID_ARGUMENT", f"{name}.detail: is {file.detail!r}, expected low, high or auto")
     options = image_pb2.ImageOptions(detail=_DETAILS[file.detail])
-    if file.reduced_jpeg is not None:
-        _set(options, "reduced_jpeg", file.reduced_jpeg)
+    for option in ("reduced_jpeg", "map_share"):
+        if (value := getattr(file, option)) is not None:
+            _set(options, option, value)
     return options
 
 

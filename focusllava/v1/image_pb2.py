@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x66ocusllava/v1/image.proto\x12\rfocusllava.v1\"f\n\x0cImageOptions\x12*\n\x06\x64\x65tail\x18\x01 \x01(\x0e\x32\x1a.focusllava.v1.ImageDetail\x12\x19\n\x0creduced_jpeg\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x0f\n\r_reduced_jpeg*X\n\x0bImageDetail\x12\x1c\n\x18IMAGE_DETAIL_UNSPECIFIED\x10\x00\x12\x14\n\x10IMAGE_DETAIL_LOW\x10\x01\x12\x15\n\x11IMAGE_DETAIL_HIGH\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x66ocusllava/v1/image.proto\x12\rfocusllava.v1\"\x8c\x01\n\x0cImageOptions\x12*\n\x06\x64\x65tail\x18\x01 \x01(\x0e\x32\x1a.focusllava.v1.ImageDetail\x12\x19\n\x0creduced_jpeg\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x16\n\tmap_share\x18\x03 \x01(\x02H\x01\x88\x01\x01\x42\x0f\n\r_reduced_jpegB\x0c\n\n_map_share*X\n\x0bImageDetail\x12\x1c\n\x18IMAGE_DETAIL_UNSPECIFIED\x10\x00\x12\x14\n\x10IMAGE_DETAIL_LOW\x10\x01\x12\x15\n\x11IMAGE_DETAIL_HIGH\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'focusllava.v1.image_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_IMAGEDETAIL']._serialized_start=148
-  _globals['_IMAGEDETAIL']._serialized_end=236
-  _globals['_IMAGEOPTIONS']._serialized_start=44
-  _globals['_IMAGEOPTIONS']._serialized_end=146
+  _globals['_IMAGEDETAIL']._serialized_start=187
+  _globals['_IMAGEDETAIL']._serialized_end=275
+  _globals['_IMAGEOPTIONS']._serialized_start=45
+  _globals['_IMAGEOPTIONS']._serialized_end=185
 # @@protoc_insertion_point(module_scope)

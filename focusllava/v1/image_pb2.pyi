@@ -15,9 +15,11 @@ IMAGE_DETAIL_LOW: ImageDetail
 IMAGE_DETAIL_HIGH: ImageDetail
 
 class ImageOptions(_message.Message):
-    __slots__ = ("detail", "reduced_jpeg")
+    __slots__ = ("detail", "reduced_jpeg", "map_share")
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     REDUCED_JPEG_FIELD_NUMBER: _ClassVar[int]
+    MAP_SHARE_FIELD_NUMBER: _ClassVar[int]
     detail: ImageDetail
     reduced_jpeg: bool
-    def __init__(self, detail: _Optional[_Union[ImageDetail, str]] = ..., reduced_jpeg: _Optional[bool] = ...) -> None: ...
+    map_share: float
+    def __init__(self, detail: _Optional[_Union[ImageDetail, str]] = ..., reduced_jpeg: _Optional[bool] = ..., map_share: _Optional[float] = ...) -> None: ...

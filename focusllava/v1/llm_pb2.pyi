@@ -219,7 +219,7 @@ class Finished(_message.Message):
     def __init__(self, reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("prompt_tokens", "completion_tokens", "visual_tokens_uncompressed", "visual_tokens_sampled", "visual_tokens_kept", "prune_layer", "num_layers", "converted_share_percent", "kv_bytes", "kv_unpruned_bytes", "time_to_first_token_ms")
+    __slots__ = ("prompt_tokens", "completion_tokens", "visual_tokens_uncompressed", "visual_tokens_sampled", "visual_tokens_kept", "prune_layer", "num_layers", "converted_share_percent", "kv_bytes", "kv_unpruned_bytes", "time_to_first_token_ms", "compression_level", "load_map_share", "load_threshold")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     VISUAL_TOKENS_UNCOMPRESSED_FIELD_NUMBER: _ClassVar[int]
@@ -231,6 +231,9 @@ class Usage(_message.Message):
     KV_BYTES_FIELD_NUMBER: _ClassVar[int]
     KV_UNPRUNED_BYTES_FIELD_NUMBER: _ClassVar[int]
     TIME_TO_FIRST_TOKEN_MS_FIELD_NUMBER: _ClassVar[int]
+    COMPRESSION_LEVEL_FIELD_NUMBER: _ClassVar[int]
+    LOAD_MAP_SHARE_FIELD_NUMBER: _ClassVar[int]
+    LOAD_THRESHOLD_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     completion_tokens: int
     visual_tokens_uncompressed: int
@@ -242,4 +245,7 @@ class Usage(_message.Message):
     kv_bytes: int
     kv_unpruned_bytes: int
     time_to_first_token_ms: float
-    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., visual_tokens_uncompressed: _Optional[int] = ..., visual_tokens_sampled: _Optional[int] = ..., visual_tokens_kept: _Optional[int] = ..., prune_layer: _Optional[int] = ..., num_layers: _Optional[int] = ..., converted_share_percent: _Optional[float] = ..., kv_bytes: _Optional[int] = ..., kv_unpruned_bytes: _Optional[int] = ..., time_to_first_token_ms: _Optional[float] = ...) -> None: ...
+    compression_level: int
+    load_map_share: float
+    load_threshold: float
+    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., visual_tokens_uncompressed: _Optional[int] = ..., visual_tokens_sampled: _Optional[int] = ..., visual_tokens_kept: _Optional[int] = ..., prune_layer: _Optional[int] = ..., num_layers: _Optional[int] = ..., converted_share_percent: _Optional[float] = ..., kv_bytes: _Optional[int] = ..., kv_unpruned_bytes: _Optional[int] = ..., time_to_first_token_ms: _Optional[float] = ..., compression_level: _Optional[int] = ..., load_map_share: _Optional[float] = ..., load_threshold: _Optional[float] = ...) -> None: ...

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from services.common.errors import InvalidInput
 from services.common.settings import check_settings
-from services.common.types import Constraint, SamplerSettings, SamplingParams
+from services.common.types import Constraint, ImageOptions, SamplerSettings, SamplingParams
 
 MAX_STOP_STRINGS = 8
 MAX_STOP_CHARS = 256
@@ -64,6 +64,13 @@ def _check_constraint(constraint: Constraint, field: str) -> None:
     chars = len(constraint.text) + sum(map(len, constraint.choices))
     if chars > MAX_CONSTRAINT_CHARS:
         raise InvalidInput(f"has {chars} characters, expected at most {MAX_CONSTRAINT_CHARS}", field=field)
+
+
+def check_map_share(options: ImageOptions, vision_sampler: bool, field: str) -> None:
+    """Raises InvalidInput where a share is asked of a vision-guided sampler that is off."""
+    if options.map_share is not None and not vision_sampler:
+        found = f"is {options.map_share} with the vision-guided sampler off, expected one of the two"
+        raise InvalidInput(found, field=f"{field}.map_share")
 
 
 def check_samplers(settings: SamplerSettings, field: str = "prune") -> None:

@@ -13,7 +13,7 @@ from services.common.types import ImageTiles, ProjectedFeatureMap
 from services.encoder.anyres import join_tiles
 from services.encoder.projector import Projector
 from services.encoder.vision_tower import build_vision_tower, patch_features
-from services.sampler.calibration import Seen
+from services.sampler.calibration import Seen, finer_for_share
 from services.sampler.vision_guided import Choice, SampledMap, VisionGuidedSampler
 
 
@@ -116,5 +116,29 @@ class EncoderModel(nn.Module):
         encoded = [self.tokens(feature_map, True) for feature_map in maps]
         return [(image.sampled.logits_MK, image.map_hw) for image in encoded if image.sampled]
 
-    def forward(self, images: Sequence[ImageTiles], vision_sampler: Sequence[bool]) -> list[EncodedImage]:
-        return [self.tokens(m, on) for m, on in zip(self.project(images), vision_sampler, strict=True)]
+    def tokens_within(self, feature_map: ProjectedFeatureMap, map_share: float) -> EncodedImage:
+        """Sampled visual tokens, at most this share of the map's: the regions that need detail least are coarsened.
+
+        No region is ever finer than the sampler's own choice. Where even the coarsest branch everywhere leaves more, it
+        is that.
+        """
+        encoded = self.tokens(feature_map, True)
+        height, width = encoded.map_hw
+        if encoded.sampled is None or encoded.map_tokens <= map_share * height * width:
+            return encoded
+        logits_MK = encoded.sampled.logits_MK
+        finer = finer_for_share(self.vision_guided_sampler, [(logits_MK, encoded.map_hw)], map_share)
+        return self.tokens(feature_map, True, finer=finer, logits_MK=logits_MK)
+
+    def forward(
+        self,
+        images: Sequence[ImageTiles],
+        vision_sampler: Sequence[bool],
+        map_shares: Sequence[float | None] | None = None,
+    ) -> list[EncodedImage]:
+        """Visual tokens of each image, sampled or not. `map_shares` bound what is left of each map; None does not."""
+        shares = [None] * len(images) if map_shares is None else map_shares
+        return [
+            self.tokens(feature_map, on) if share is None or not on else self.tokens_within(feature_map, share)
+            for feature_map, on, share in zip(self.project(images), vision_sampler, shares, strict=True)
+        ]

@@ -12,6 +12,7 @@ from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.store import fingerprint, load_stage
 from services.common.errors import InvalidInput
 from services.common.media import MediaLimits, content_hash
+from services.common.ranges import check_map_share
 from services.common.types import CompressedVisualTokens, ImageOptions, ImageTiles
 from services.compute.dtypes import dtype_of_stored
 from services.compute.linear import onednn_multiplies
@@ -28,6 +29,8 @@ class PreparedImage:
     tiles: ImageTiles
     content_hash: str
     notes: tuple[str, ...]
+    map_share: float | None = None
+    """The largest share of its feature map's tokens to leave; None leaves the sampler its own choice."""
 
 
 class EncoderPipeline:
@@ -65,10 +68,11 @@ class EncoderPipeline:
         Raises InvalidInput or TooLarge naming what is wrong with it.
         """
         options = options or ImageOptions()
+        check_map_share(options, vision_sampler, "options")
         tiles, notes = read_tiles(image, self.config, options, limits=self.limits)
         if options.detail == "high":
             notes = (*notes, *self._narrow_notes(tiles, vision_sampler))
-        return PreparedImage(tiles=tiles, content_hash=content_hash(image), notes=notes)
+        return PreparedImage(tiles=tiles, content_hash=content_hash(image), notes=notes, map_share=options.map_share)
 
     def _narrow_notes(self, tiles: ImageTiles, vision_sampler: bool) -> tuple[str, ...]:
         if any_map_left(tiles, self.config.patches_per_side):
@@ -84,7 +88,7 @@ class EncoderPipeline:
     def encode(self, images: Sequence[PreparedImage], vision_sampler: Sequence[bool]) -> list[CompressedVisualTokens]:
         """Encodes a batch; each image is sampled or not as its flag says, none when the checkpoint's sampler is off."""
         sampled = [on and self.config.vision_sampler.enabled for on in vision_sampler]
-        encoded = self.model([image.tiles for image in images], sampled)
+        encoded = self.model([image.tiles for image in images], sampled, [image.map_share for image in images])
         return [
             CompressedVisualTokens(
                 tokens_ND=result.tokens_ND.cpu(),

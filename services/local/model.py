@@ -103,11 +103,12 @@ class LocalModel:
         history: Sequence[Turn] = (),
         detail: str | None = None,
         reduced_jpeg: bool | None = None,
+        map_share: float | None = None,
         **settings: Unpack[Settings],
     ) -> LocalAnswer:
         """Asks about no, one or several images, each read as `ImageFile` says, after the turns of `history`."""
         with services_errors():
-            asked = user(question, images=images, detail=detail, reduced_jpeg=reduced_jpeg)
+            asked = user(question, images=images, detail=detail, reduced_jpeg=reduced_jpeg, map_share=map_share)
         return self.chat([*history, asked], **settings)
 
     def chat(self, turns: Sequence[Turn], **settings: Unpack[Settings]) -> LocalAnswer:

@@ -13,6 +13,7 @@ from focusllava.messages import ImageFile, Settings, Turn
 from focusllava.wire import build_request
 from services.common import wire
 from services.common.errors import FocusError, InvalidInput, TooLarge
+from services.common.ranges import check_map_share
 from services.common.types import GenerateRequest, ImageOptions, ImagePart, PromptTurn, TextPart
 
 
@@ -53,10 +54,13 @@ def read_request(turns: Sequence[Turn], **settings: Unpack[Settings]) -> AskedRe
                 parts.append(TextPart(text=part))
                 continue
             file = part if isinstance(part, ImageFile) else ImageFile(data=part)
-            options = ImageOptions(detail="low" if file.detail == "low" else "high", reduced_jpeg=file.reduced_jpeg)
+            field = f"turns[{index}].parts[{number}].image"
+            sent = message.turns[index].parts[number].image_options
+            options = wire.image_options_from_proto(sent, f"{field}_options")
+            check_map_share(options, samplers.vision_sampler, f"{field}_options")
             parts.append(ImagePart(image=len(images)))
             images.append(AskedImage(data=file.data, vision_sampler=samplers.vision_sampler, options=options))
-            fields.append(f"turns[{index}].parts[{number}].image")
+            fields.append(field)
         read.append(PromptTurn(role=turn.role, parts=tuple(parts)))
     request = GenerateRequest(
         request_id=message.request_id or uuid.uuid4().hex,

@@ -133,6 +133,8 @@ class FocusOptions(Fields):
     """Share of the visual tokens that layers from the prune layer on see, in (0, 1]."""
     reduced_jpeg: bool | None = None
     """Whether large JPEGs may be decoded at reduced scale; unset: the checkpoint's."""
+    map_share: float | None = None
+    """The largest share of a feature map's tokens that the vision-guided sampler leaves, in (0, 1]; unset: its own."""
 
     def prune(self) -> llm_pb2.PruneParams:
         """The text-guided sampler's part."""
@@ -180,6 +182,7 @@ class ChatCompletionRequest(Settings):
             (r"^sampling\.logprobs\b", "top_logprobs"),
             (r"^sampling\.max_tokens\b", max_tokens),
             (r"^prune\.", "focus."),
+            (r"^messages\[\d+\]\.content\[\d+\]\.image_options\.", "focus."),
         )
 
     @property
@@ -208,7 +211,9 @@ class ChatCompletionRequest(Settings):
                 continue
             image = data_url.decode(part.image_url.url, f"{where}.content[{number}].image_url.url")
             options = image_pb2.ImageOptions(
-                detail=_DETAILS[part.image_url.detail], reduced_jpeg=self.focus.reduced_jpeg
+                detail=_DETAILS[part.image_url.detail],
+                reduced_jpeg=self.focus.reduced_jpeg,
+                map_share=self.focus.map_share,
             )
             parts.append(focus_pb2.ChatPart(image=image, image_options=options))
         return focus_pb2.ChatTurn(role=_ROLES[message.role], parts=parts)

@@ -119,6 +119,9 @@ class Writer(abc.ABC):
             "kv_bytes": usage.kv_bytes,
             "kv_unpruned_bytes": usage.kv_unpruned_bytes,
             "time_to_first_token_ms": round(usage.time_to_first_token_ms, 2),
+            "compression_level": usage.compression_level,
+            "load_map_share": round(usage.load_map_share, 4),
+            "load_threshold": round(usage.load_threshold, 4),
         }
 
 

@@ -98,9 +98,9 @@ async def test_one_batch_of_both_details_runs_one_tile_for_the_low_one(config):
 
 
 @pytest.mark.parametrize("detail", ["low", "high"])
-@pytest.mark.parametrize("reduced", [None, True, False])
-def test_options_cross_the_wire(detail, reduced):
-    options = ImageOptions(detail=detail, reduced_jpeg=reduced)
+@pytest.mark.parametrize("reduced, map_share", [(None, None), (True, 0.3), (False, 1.0)])
+def test_options_cross_the_wire(detail, reduced, map_share):
+    options = ImageOptions(detail=detail, reduced_jpeg=reduced, map_share=map_share)
     assert wire.image_options_from_proto(wire.image_options_to_proto(options)) == options
 
 

@@ -48,9 +48,16 @@ def test_each_image_is_read_as_its_part_says():
     request = ask(turn(USER, PNG, PNG, "what?"))
     request.turns[0].parts[1].image_options.detail = image_pb2.IMAGE_DETAIL_LOW
     request.turns[0].parts[1].image_options.reduced_jpeg = False
+    request.turns[0].parts[1].image_options.map_share = 0.3
     request.turns[0].parts[2].image_options.detail = image_pb2.IMAGE_DETAIL_LOW  # words have none
     found = [image.options for image in admitted(request).images]
-    assert found == [ImageOptions(), ImageOptions(detail="low", reduced_jpeg=False)]
+    assert found == [ImageOptions(), ImageOptions(detail="low", reduced_jpeg=False, map_share=0.3)]
+    request.vision_sampler_off = True
+    with pytest.raises(InvalidInput, match=r"^turns\[0\]\.parts\[1\]\.image_options\.map_share: is 0.3 with the"):
+        admitted(request)
+    request.turns[0].parts[1].image_options.map_share = 1.5
+    with pytest.raises(InvalidInput, match=r"^turns\[0\]\.parts\[1\]\.image_options\.map_share: is 1.5, expected"):
+        admitted(request)
     request.turns[0].parts[0].image_options.detail = 9  # type: ignore[assignment]
     with pytest.raises(InvalidInput, match=r"^turns\[0\]\.parts\[0\]\.image_options\.detail: is 9, expected"):
         admitted(request)

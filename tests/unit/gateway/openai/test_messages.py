@@ -29,11 +29,15 @@ HIGH, LOW, UNSET = image_pb2.IMAGE_DETAIL_HIGH, image_pb2.IMAGE_DETAIL_LOW, imag
     ],
 )
 def test_images_as_clients_write_them(part, detail):
-    body = {"model": "m", "messages": [{"role": "user", "content": [part]}], "focus": {"reduced_jpeg": False}}
+    body = {
+        "model": "m",
+        "messages": [{"role": "user", "content": [part]}],
+        "focus": {"reduced_jpeg": False, "map_share": 0.5},
+    }
     request = ChatCompletionRequest.parse(json.dumps(body).encode(), 1000).to_chat_requests("r")[0]
     (found,) = request.turns[0].parts
     assert found.image == PNG
-    assert found.image_options == image_pb2.ImageOptions(detail=detail, reduced_jpeg=False)
+    assert found.image_options == image_pb2.ImageOptions(detail=detail, reduced_jpeg=False, map_share=0.5)
 
 
 ANSWERED = {"role": "assistant", "content": "Seven.", "tool_calls": [], "annotations": [], "refusal": None,

@@ -1,0 +1,155 @@
+"""Compression that follows the load: detail is given up before anybody waits long, and comes back when the load ends.
+
+The load is the gateway's requests without a first token: those that wait for a turn, for the encoder or for the LLM
+stage's prefill, where visual tokens cost. It needs no message from a stage, so it is never stale.
+
+At level 0 a request is as the checkpoint has it. Levels 1 to n go evenly from the gentle end of each bound to the
+tight one. The level rises by one while more than `tighten_above` requests wait, at most once in `tighten_after_s`; it
+falls by one for each `relax_after_s` in which no more than `relax_below` waited. What is between the two changes
+nothing: that gap, and the slow fall, keep it from swinging.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Self
+
+from services.common.settings import Count, Natural, Range, Share, require
+from services.gateway.admission import AdmittedChat
+
+Seconds = Annotated[float, Range(0, above=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadCompression:
+    """How far compression may go under load. Each bound is (gentle, tight); None leaves that sampler alone."""
+
+    map_share: tuple[Share, Share] | None = None
+    """The largest share of a feature map's tokens that the vision-guided sampler leaves."""
+    threshold: tuple[Share, Share] | None = None
+    """gamma of Eq. 9, for the text-guided sampler."""
+    levels: Count = 3
+    """Steps from the gentle end to the tight one. Each is a cache entry of its own for an image."""
+    tighten_above: Count = 16
+    """Requests of this gateway without a first token above which the level rises."""
+    relax_below: Natural = 4
+    """Requests without a first token up to which the level falls."""
+    tighten_after_s: Seconds = 0.5
+    relax_after_s: Seconds = 5.0
+
+    def __post_init__(self) -> None:
+        bounds = {"map_share": self.map_share, "threshold": self.threshold}
+        require(any(bounds.values()), "map_share", None, "[gentle, tight], for it or for threshold")
+        for name, bound in bounds.items():
+            require(bound is None or bound[0] >= bound[1], name, bound, "[gentle, tight], the tight one not larger")
+        require(self.relax_below < self.tighten_above, "relax_below", self.relax_below,
+                f"less than tighten_above, {self.tighten_above}")  # fmt: skip
+
+    def at(self, level: int) -> Compression:
+        """What a level sets, 0 to `levels`."""
+        if level == 0:
+            return Compression()
+        part = (level - 1) / (self.levels - 1) if self.levels > 1 else 1.0
+
+        def between(bound: tuple[float, float] | None) -> float | None:
+            return None if bound is None else round(bound[0] + part * (bound[1] - bound[0]), 4)
+
+        return Compression(level=level, map_share=between(self.map_share), threshold=between(self.threshold))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compression:
+    """What the load sets for a request; None leaves it as the checkpoint has it."""
+
+    level: int = 0
+    map_share: float | None = None
+    threshold: float | None = None
+
+
+class LoadController:
+    """The level of one gateway replica, from how many of its requests wait. One event loop uses it."""
+
+    def __init__(self, settings: LoadCompression | None, clock: Callable[[], float] = time.monotonic):
+        """settings: None keeps the level at 0."""
+        self.settings, self._clock = settings, clock
+        self.waiting = 0
+        """Requests without a first token."""
+        self._level = 0
+        self._calm_since: float | None = clock()
+        """Since when no more than `relax_below` wait, or the level last fell; None while more do."""
+        self._tightened_at = -float("inf")
+
+    @property
+    def level(self) -> int:
+        """The level now."""
+        if self.settings is not None:
+            self._follow(self.settings)
+        return self._level
+
+    def wait(self) -> Waiting:
+        """An admitted request, as an async context around its answer."""
+        return Waiting(self)
+
+    def change(self, by: int) -> None:
+        """Counts requests that begin to wait, or end it."""
+        self.waiting += by
+        if self.settings is not None:
+            self._follow(self.settings)
+
+    def _follow(self, settings: LoadCompression) -> None:
+        now = self._clock()
+        if self._calm_since is not None:  # nothing was called in this calm
+            steps = int((now - self._calm_since) / settings.relax_after_s)
+            self._level = max(0, self._level - steps)
+            self._calm_since += steps * settings.relax_after_s
+        if self.waiting > settings.relax_below:
+            self._calm_since = None
+        elif self._calm_since is None:
+            self._calm_since = now
+        if self.waiting > settings.tighten_above and now - self._tightened_at >= settings.tighten_after_s:
+            self._level = min(settings.levels, self._level + 1)
+            self._tightened_at = now
+
+    def compress(self, admitted: AdmittedChat) -> tuple[AdmittedChat, Compression]:
+        """The request as the load has it, and what was set. One that names a setting of a sampler stays as it is."""
+        level = self.level
+        if not level or self.settings is None or not admitted.images or _names_its_own(admitted):
+            return admitted, Compression()
+        force = self.settings.at(level)
+        images = tuple(
+            dataclasses.replace(image, options=dataclasses.replace(image.options, map_share=force.map_share))
+            for image in admitted.images
+        )
+        samplers = dataclasses.replace(admitted.samplers, threshold=force.threshold)
+        return dataclasses.replace(admitted, images=images, samplers=samplers), force
+
+
+class Waiting:
+    """An admitted request. It waits from the start of the block until `over` is called, or the block ends."""
+
+    def __init__(self, load: LoadController):
+        self._load, self._waits = load, False
+
+    async def __aenter__(self) -> Self:
+        self._waits = True
+        self._load.change(+1)
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self.over()
+
+    def over(self) -> None:
+        """Its first token is there."""
+        if self._waits:
+            self._waits = False
+            self._load.change(-1)
+
+
+def _names_its_own(admitted: AdmittedChat) -> bool:
+    samplers = admitted.samplers
+    switched = not (samplers.vision_sampler and samplers.text_sampler)
+    set_by_request = samplers.threshold is not None or samplers.keep_ratio is not None
+    return switched or set_by_request or any(image.options.map_share is not None for image in admitted.images)
