@@ -54,6 +54,17 @@ class Size(click.ParamType):
     metavar="FILE",
     help="A Serve configuration, as cluster/serve-a100.yaml; the options here go before what it says.",
 )
+@click.option(
+    "--api-keys",
+    type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path),
+    metavar="FILE",
+    help="Answer those alone who bring a key that is in FILE; `focusllava key new NAME --file FILE` makes one.",
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    help="Of the gateway's logs: lines for people, or JSON for machines.  [default: FOCUSLLAVA_LOG_FORMAT, then text]",
+)
 @click.option("--device", metavar="NAME", help="cpu, cuda, or auto: a GPU when there is one.  [default: auto]")
 @click.option(
     "--dtype",
@@ -83,6 +94,8 @@ def serve(
     grpc_port: int,
     http_port: int,
     config: pathlib.Path | None,
+    api_keys: pathlib.Path | None,
+    log_format: str | None,
     dtype: str | None,
     **wishes: Any,
 ) -> None:
@@ -95,8 +108,13 @@ def serve(
     from cluster import local, placing
     from cluster.interrupts import signals_interrupt
     from services.checkpoint.finding import find_checkpoint
+    from services.common.logs import FORMAT
+    from services.gateway.keys import read_keys
 
     folder, file = find_checkpoint(checkpoint), config or local.SERVE_CONFIG
+    if api_keys:
+        names = [key.name for key in read_keys(api_keys)]
+        click.echo(f"answers only who has a key of {api_keys}: {', '.join(names) or 'nobody yet'}")
     wished = placing.Wishes(dtype=DTYPES[dtype] if dtype else None, **wishes)
     placement = placing.place(folder, file, wished)
     for line in placement.lines:
@@ -110,6 +128,8 @@ def serve(
                 grpc_port=grpc_port,
                 http_port=http_port,
                 config=file,
+                api_keys=api_keys,
+                env={FORMAT: log_format} if log_format else {},
                 **placement.cluster_arguments,
             ) as cluster,
         ):

@@ -2,7 +2,8 @@
 
 A request takes one of a replica's places, which HTTP and gRPC share, only once all of it has arrived: half a body would
 hold the place until its sender goes on. A connection that stalls is closed; where connections or bodies are too many,
-those that have waited longest are closed.
+those that have waited longest are closed. What Ray itself refuses, in plain text, becomes an error as OpenAI's clients
+know it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import resource
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any, ClassVar
 
 import uvicorn.config
@@ -29,8 +30,14 @@ MOST_CONNECTIONS = 1000
 MOST_BODY_BYTES = 128 * 2**20
 """Largest body of one request; the gateway's own limit is below it and knows the field's name."""
 MOST_BODIES_BYTES = 1024 * 2**20
-"""Most bytes of all bodies together that have arrived in part."""
+"""Most bytes of all bodies together: those that have arrived in part, and those whose answer has not begun."""
+RETRY_AFTER_S = 1
+"""What a client is told to wait where the server is full."""
 
+FULL = "the server is full; try again later"
+
+Header = tuple[bytes, bytes]
+CLOSE: tuple[Header, ...] = ((b"connection", b"close"),)
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
@@ -53,7 +60,7 @@ class BoundedHttp(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
     waiting: ClassVar[dict[BoundedHttp, None]] = {}
     """Connections that have no whole request yet, the longest wait first."""
     body_bytes: ClassVar[int] = 0
-    """Bytes that have arrived of all bodies that are not whole yet."""
+    """Bytes of all bodies, as MOST_BODIES_BYTES has them."""
 
     def __init__(self, *arguments: Any, **named: Any):
         super().__init__(*arguments, **named)
@@ -61,7 +68,7 @@ class BoundedHttp(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         self._app: Any = self.app  # type: ignore[has-type]
         self.app = self._whole_requests
         self._headers_timer: asyncio.TimerHandle | None = None
-        self._held = 0  # bytes of a body that is not whole yet
+        self._held = 0  # bytes of the body, until its answer begins
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -74,6 +81,7 @@ class BoundedHttp(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
     def connection_lost(self, exc: Exception | None) -> None:
         self.waiting.pop(self, None)
         self._unwatch_headers()
+        self._let_go()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -106,9 +114,9 @@ class BoundedHttp(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
             return await self._app(scope, receive, send)
         body = await self._body(receive, send)
         if body is None:
-            return
+            return self._let_go()
         self.waiting.pop(self, None)
-        answered = False
+        answer = Answer(send, scope["path"])
 
         async def receive_all() -> Message:
             nonlocal body
@@ -118,12 +126,14 @@ class BoundedHttp(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
             return {"type": "http.request", "body": whole, "more_body": False}
 
         async def send_on(message: Message) -> None:
-            nonlocal answered
-            answered = True
-            await send(message)
+            self._let_go()  # a replica has the body
+            await answer.send(message)
 
-        await self._app(scope, receive_all, send_on)
-        if not answered:  # Ray sends nothing where the replica is gone
+        try:
+            await self._app(scope, receive_all, send_on)
+        finally:
+            self._let_go()
+        if not answer.begun:  # Ray sends nothing where the replica is gone
             await _refuse(send, 503, "the gateway's replica that had this request is gone; try again")
 
     async def _body(self, receive: Receive, send: Send) -> bytes | None:
@@ -142,19 +152,59 @@ class BoundedHttp(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
                         return None
                     body += piece
                     self._count_body(len(piece))
-                    while BoundedHttp.body_bytes > MOST_BODIES_BYTES and drop_longest_waiting(but=self):
-                        pass
+                    while BoundedHttp.body_bytes > MOST_BODIES_BYTES:
+                        if not drop_longest_waiting(but=self):
+                            await _refuse(send, 429, FULL)
+                            return None
                     if not message.get("more_body", False):
                         return bytes(body)
         except TimeoutError:
             await _refuse(send, 408, "body: did not come in time")
             return None
-        finally:
-            self._count_body(-self._held)
 
     def _count_body(self, change: int) -> None:
         self._held += change
         BoundedHttp.body_bytes += change
+
+    def _let_go(self) -> None:
+        self._count_body(-self._held)
+
+
+class Answer:
+    """An answer on its way to the client; what Ray wrote in place of one is translated."""
+
+    def __init__(self, send: Send, path: str):
+        self.begun = False
+        self._send, self._rays_own = send, path.startswith("/-/")
+        self._refused: Message | None = None
+        self._text = b""
+
+    async def send(self, message: Message) -> None:
+        self.begun = True
+        if message["type"] == "http.response.start" and self._is_rays(message):
+            self._refused = message
+        elif self._refused is None:
+            await self._send(message)
+        else:
+            self._text += message.get("body", b"")
+            if not message.get("more_body", False):
+                status, said = refusal_of(self._refused["status"], self._text.decode(errors="replace"))
+                kept = [pair for pair in self._refused["headers"] if pair[0].lower() == b"x-request-id"]
+                await _refuse(self._send, status, said, headers=kept)
+
+    def _is_rays(self, start: Message) -> bool:
+        """Whether Ray's proxy made it: the gateway answers in JSON or a stream of events."""
+        content_type = dict(start["headers"]).get(b"content-type", b"")
+        return start["status"] in (408, 429, 503) and content_type.startswith(b"text/plain") and not self._rays_own
+
+
+def refusal_of(status: int, text: str) -> tuple[int, str]:
+    """The status and the line of ours for one of Ray's."""
+    if status == 429 or "backpressure" in text or "max_queued_requests" in text:
+        return 429, FULL
+    if status == 408:
+        return 408, "the answer took longer than this server allows (request_timeout_s)"
+    return 503, "the gateway has no replica that is ready; try again"
 
 
 def drop_longest_waiting(*, but: BoundedHttp | None = None) -> bool:
@@ -163,15 +213,17 @@ def drop_longest_waiting(*, but: BoundedHttp | None = None) -> bool:
     if oldest is None:
         return False
     del BoundedHttp.waiting[oldest]
-    oldest._count_body(-oldest._held)
+    oldest._let_go()
     oldest.transport.abort()
     return True
 
 
-async def _refuse(send: Send, status: int, message: str) -> None:
-    """Sends an error as the gateway does; the connection ends, for the rest of a body may still come."""
-    content = json.dumps(error_object(status, message)).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-    headers += [(b"connection", b"close"), *([(b"retry-after", b"1")] if status == 503 else [])]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
+async def _refuse(send: Send, status: int, message: str, *, headers: Sequence[Header] = CLOSE) -> None:
+    """Sends an error as the gateway does. Without `headers` the connection ends: the rest of a body may still come."""
+    code = "rate_limit_exceeded" if status == 429 else None
+    content = json.dumps(error_object(status, message, code=code)).encode()
+    own = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+    if status in (429, 503):
+        own.append((b"retry-after", str(RETRY_AFTER_S).encode()))
+    await send({"type": "http.response.start", "status": status, "headers": [*own, *headers]})
     await send({"type": "http.response.body", "body": content})

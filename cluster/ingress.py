@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import re
 import resource
 from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import grpc
@@ -23,6 +25,8 @@ import grpc
 from cluster.http_bounds import bound_http
 from focusllava.v1 import encoder_pb2_grpc, focus_pb2_grpc, llm_pb2_grpc
 from services.common.grpc_status import one_line, replica_is_lost
+from services.common.logs import set_up_logs
+from services.common.tracing import join_trace, set_up_traces, span
 
 _log = logging.getLogger("focusllava")
 
@@ -34,6 +38,8 @@ _NO_METHOD = re.compile(r"Tried to call a method '(\w+)' that does not exist")
 def add_services_to_server(servicer: Any, server: Any) -> None:
     """Adds the three services to the gRPC server of Ray's proxy; `servicer` is Ray's placeholder."""
     _raise_file_limit()
+    set_up_logs(os.environ)
+    set_up_traces(os.environ, "proxy")
     bound_http()
     server.service_handler_factory = guarded(server.service_handler_factory)
     for add in (
@@ -51,14 +57,19 @@ def guarded(factory: Callable[..., Any]) -> Callable[..., Any]:
         handler = factory(service_method=service_method, streaming_type=streaming_type)
 
         async def unary_unary(request: Any, context: Any) -> Any:
-            try:
-                response = await handler(request, context)
-            except Exception as error:
-                response = _failed(context, service_method, error)
-            clean_status(context, service_method)
+            with _span(context, service_method):
+                try:
+                    response = await handler(request, context)
+                except Exception as error:
+                    response = _failed(context, service_method, error)
+                clean_status(context, service_method)
             return response
 
         async def unary_stream(request: Any, context: Any) -> None:
+            with _span(context, service_method):
+                await passed_on(request, context)
+
+        async def passed_on(request: Any, context: Any) -> None:
             messages: asyncio.Queue[Any] = asyncio.Queue()
             pump = asyncio.create_task(_pump(handler(request, context), messages))
             pump.add_done_callback(lambda _: messages.put_nowait(None))
@@ -79,6 +90,12 @@ def guarded(factory: Callable[..., Any]) -> Callable[..., Any]:
     return make
 
 
+def _span(context: Any, service_method: str) -> AbstractContextManager[Any]:
+    """A call's span in its caller's trace: at the stages, their part of it."""
+    join_trace({name: value for name, value in context.invocation_metadata() if isinstance(value, str)})
+    return span(service_method.lstrip("/"), application=_application(context))
+
+
 def _failed(context: Any, service_method: str, error: BaseException) -> bytes:
     """Answers where Ray's own handler failed: gRPC would send the client the exception's text."""
     _log.error("%s: the proxy failed", service_method, exc_info=error)
@@ -95,9 +112,12 @@ async def _pump(answer: AsyncIterator[Any], messages: asyncio.Queue[Any]) -> Non
 def clean_status(context: Any, service_method: str) -> None:
     """Replaces a status that Ray wrote from an exception by one of ours."""
     code, details = context.code(), context.details() or ""
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "max_queued_requests" in details:
+        context.set_details(f"the {_application(context)} application is full (max_queued_requests); try again later")
+        return
     if code is not grpc.StatusCode.INTERNAL:  # Ray's other statuses have a fitting code and no internals
         return
-    application = one_line(str(dict(context.invocation_metadata()).get("application", "")))[:60]
+    application = _application(context)
     if missing := _NO_METHOD.search(details):
         code, said = grpc.StatusCode.UNIMPLEMENTED, f"{missing[1]} is not a method of the application {application!r}"
     elif replica_is_lost(details):
@@ -109,6 +129,11 @@ def clean_status(context: Any, service_method: str) -> None:
     _log.warning("%s at %s: %s; Ray says: %s", service_method, application, said, one_line(details))
     context.set_code(code)
     context.set_details(said)
+
+
+def _application(context: Any) -> str:
+    """The application that the caller named, as fit for a line."""
+    return one_line(str(dict(context.invocation_metadata()).get("application", "")))[:60]
 
 
 def _raise_file_limit() -> None:

@@ -42,7 +42,7 @@ def failure_line(application: Mapping[str, Any]) -> str:
 
 
 def answers(address: str) -> bool:
-    """Whether the gateway at host:port describes its model."""
+    """Whether the gateway at host:port describes its model, or wants an API key for that."""
     import grpc
 
     from focusllava.v1 import focus_pb2, focus_pb2_grpc
@@ -51,6 +51,6 @@ def answers(address: str) -> bool:
         stub = focus_pb2_grpc.FocusServiceStub(channel)
         try:
             stub.GetModelInfo(focus_pb2.GetModelInfoRequest(), timeout=5, metadata=(("application", "gateway"),))
-        except grpc.RpcError:
-            return False
+        except grpc.RpcError as error:
+            return bool(error.code() is grpc.StatusCode.UNAUTHENTICATED)
     return True

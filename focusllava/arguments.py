@@ -12,7 +12,7 @@ _HOST_PORT = re.compile(r"(?:\[[^\s/\[\]]+\]|[^\s:/\[\]]+):([0-9]{1,5})")
 _SCHEMES = ("dns:", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "vsock:", "xds:")
 """gRPC's own ways to name a server; what follows is for gRPC to judge."""
 _UNSENDABLE = re.compile(r"[^!-~]")
-"""Characters that no bearer token may have: gRPC refuses line breaks and everything beyond ASCII, HTTP spaces too."""
+"""Characters that no key may have: gRPC refuses line breaks and everything beyond ASCII, HTTP spaces too."""
 
 
 def checked_address(address: str) -> str:
@@ -24,16 +24,16 @@ def checked_address(address: str) -> str:
     raise FocusClientError("INVALID_ARGUMENT", f"address: is {address!r}, expected host:port, such as 127.0.0.1:9000")
 
 
-def checked_token(token: str | None) -> str | None:
-    """The token, or None for an empty one. Raises FocusClientError (INVALID_ARGUMENT), which does not show it."""
-    if token is None or isinstance(token, str):
-        bad = _UNSENDABLE.search(token or "")
+def checked_api_key(api_key: str | None) -> str | None:
+    """The key, or None for an empty one. Raises FocusClientError (INVALID_ARGUMENT), which does not show it."""
+    if api_key is None or isinstance(api_key, str):
+        bad = _UNSENDABLE.search(api_key or "")
         if bad is None:
-            return token or None
+            return api_key or None
         what = f"its character {bad.start() + 1} is a line break, a space or not ASCII"
     else:
-        what = f"is a {type(token).__name__}, expected a str"
-    raise FocusClientError("INVALID_ARGUMENT", f"token: {what} (the token itself is not shown)")
+        what = f"is a {type(api_key).__name__}, expected a str"
+    raise FocusClientError("INVALID_ARGUMENT", f"api_key: {what} (the key itself is not shown)")
 
 
 def checked_timeout(timeout_s: float | None) -> float | None:

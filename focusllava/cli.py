@@ -27,7 +27,7 @@ Exit codes:
   0    done
   1    internal error
   2    wrong usage of the command
-  3    bad input: not an image, a value out of range, a token that a proxy refuses
+  3    bad input: not an image, a value out of range, an API key that is refused
   4    server unreachable, or the service is not deployed there
   5    deadline passed, or cancelled
   6    the server is full, or the request too large for it
@@ -60,11 +60,11 @@ _timeout = click.option(
     show_default=True,
     help="Seconds.",
 )
-_token = click.option(
-    "--token",
-    envvar="FOCUSLLAVA_TOKEN",
+_api_key = click.option(
+    "--api-key",
+    envvar="FOCUSLLAVA_API_KEY",
     show_envvar=True,
-    help="Bearer token for a proxy in front of the gateway that asks for one; the gateway itself checks none.",
+    help="For a server that asks for one, or a proxy in front of it; other users of the machine see the option.",
 )
 _tls = click.option("--tls", is_flag=True, help="Speak TLS, as a proxy in front of the gateway does.")
 _tls_ca = click.option(
@@ -105,12 +105,17 @@ def cli() -> None:
     default=None,
     help="Whether large JPEGs may be decoded at reduced scale; without it, as the served checkpoint says.",
 )
+@click.option(
+    "--map-share",
+    type=float,
+    help="Let the vision-guided sampler leave no more than this share of an image's feature map, in (0, 1].",
+)
 @setting_options(Settings)
 @constraint_options
 @_as_json
 @_address
 @_timeout
-@_token
+@_api_key
 @_tls
 @_tls_ca
 def ask(
@@ -119,10 +124,11 @@ def ask(
     local: str | None,
     detail: str | None,
     reduced_jpeg: bool | None,
+    map_share: float | None,
     as_json: bool,
     address: str,
     timeout: float,
-    token: str | None,
+    api_key: str | None,
     tls: bool,
     tls_ca: pathlib.Path | None,
     **given: Any,
@@ -133,13 +139,13 @@ def ask(
     """
     settings: Settings = {name: value for name, value in given.items() if value not in (None, ())}  # type: ignore[assignment]
     sources: list[ImageSource] = [sys.stdin.buffer if image == "-" else image for image in images]
-    turns = [user(question, images=sources, detail=detail, reduced_jpeg=reduced_jpeg)]
+    turns = [user(question, images=sources, detail=detail, reduced_jpeg=reduced_jpeg, map_share=map_share)]
     if local is not None:
         with extras.load(extras.PARTS, "LocalModel")(local) as model:
             _show(model.stream(turns, **settings), as_json)
         return
     credentials, retry = _credentials(tls, tls_ca), RetryPolicy(on_wait=_say_once())
-    with FocusClient(address, timeout_s=timeout, token=token, credentials=credentials, retry=retry) as client:
+    with FocusClient(address, timeout_s=timeout, api_key=api_key, credentials=credentials, retry=retry) as client:
         _show(client.chat(turns, **settings), as_json)
 
 
@@ -167,7 +173,7 @@ def _show(stream: Any, as_json: bool) -> None:
 @click.option("--verify", is_flag=True, help="Hash the weights of CHECKPOINT again (needs the [serve] extra).")
 @_as_json
 @_address
-@_token
+@_api_key
 @_tls
 @_tls_ca
 def info(
@@ -175,7 +181,7 @@ def info(
     verify: bool,
     as_json: bool,
     address: str,
-    token: str | None,
+    api_key: str | None,
     tls: bool,
     tls_ca: pathlib.Path | None,
 ) -> None:
@@ -186,7 +192,7 @@ def info(
         raise click.UsageError("--verify needs a CHECKPOINT")
     else:
         credentials, retry = _credentials(tls, tls_ca), RetryPolicy(attempts=2)
-        with FocusClient(address, timeout_s=20, token=token, credentials=credentials, retry=retry) as client:
+        with FocusClient(address, timeout_s=20, api_key=api_key, credentials=credentials, retry=retry) as client:
             facts = dataclasses.asdict(client.model_info())
     if as_json:
         click.echo(json.dumps(facts, ensure_ascii=False))

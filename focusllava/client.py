@@ -63,8 +63,8 @@ class FocusClient(Client[AnswerStream]):
     """A connection to the gateway; safe to share between threads.
 
     `timeout_s` is the deadline of each request, from its first iteration on, unless a request brings its own; None
-    waits for ever. `token` is for a proxy in front of the gateway, which itself checks none. `credentials` turn TLS
-    on, which a token needs on any network that is not yours.
+    waits for ever. `api_key` is for a server that asks for one, or a proxy in front of it. `credentials` turn TLS on,
+    which a key needs on any network that is not yours.
     """
 
     _grpc = grpc

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any, ClassVar, Generic, TypeVar, Unpack
 
 import grpc
 
-from focusllava.arguments import checked_address, checked_timeout, checked_token
+from focusllava.arguments import checked_address, checked_api_key, checked_timeout
 from focusllava.errors import FocusClientError, from_rpc_error, is_not_connected
 from focusllava.messages import MAX_IMAGES_BYTES, ImageInfo, Images, Settings, TokenLogprobs, Turn, Usage, user
 from focusllava.v1 import focus_pb2, focus_pb2_grpc
@@ -47,10 +48,21 @@ class RetryPolicy:
         return min(self.first_delay_s * 2 ** min(failed - 1, 30), self.max_delay_s) * random.uniform(0.5, 1.0)
 
 
-def fixed_metadata(application: str, token: str | None) -> tuple[tuple[str, str], ...]:
-    """`application` picks the Ray Serve application behind the port; a token is sent as a bearer token."""
-    authorization = (("authorization", f"Bearer {token}"),) if token else ()
+def fixed_metadata(application: str, api_key: str | None) -> tuple[tuple[str, str], ...]:
+    """`application` picks the Ray Serve application behind the port; a key is sent as a bearer token."""
+    authorization = (("authorization", f"Bearer {api_key}"),) if api_key else ()
     return (("application", application), *authorization)
+
+
+def trace_metadata() -> tuple[tuple[str, str], ...]:
+    """W3C's traceparent of the current span, in a program that uses OpenTelemetry; nothing in any other."""
+    if "opentelemetry.trace" not in sys.modules:
+        return ()
+    from opentelemetry import propagate
+
+    carrier: dict[str, str] = {}
+    propagate.inject(carrier)
+    return tuple(carrier.items())
 
 
 class Attempts:
@@ -68,7 +80,7 @@ class Attempts:
         if self._began is None:
             self._began = time.monotonic()
             self._deadline = None if self._timeout_s is None else self._began + self._timeout_s
-        remaining_s, metadata = self.remaining_s(), self._client._metadata
+        remaining_s, metadata = self.remaining_s(), (*self._client._metadata, *trace_metadata())
         if remaining_s is None:
             return {"timeout": None, "metadata": metadata}
         # Ray Serve hides a call's own deadline from the gateway, so it is said in the metadata too.
@@ -189,7 +201,7 @@ class Client(Generic[Stream]):
         address: str = DEFAULT_ADDRESS,
         *,
         timeout_s: float | None = None,
-        token: str | None = None,
+        api_key: str | None = None,
         application: str = "gateway",
         retry: RetryPolicy | None = None,
         credentials: grpc.ChannelCredentials | None = None,
@@ -197,7 +209,7 @@ class Client(Generic[Stream]):
         self.address = checked_address(address)
         self._timeout_s = checked_timeout(timeout_s)
         self._retry = retry or RetryPolicy()
-        self._metadata = fixed_metadata(application, checked_token(token))
+        self._metadata = fixed_metadata(application, checked_api_key(api_key))
         self._closed = False
         self._reached = False  # whether anything has answered at the address
         self._channel: Any = (
@@ -222,11 +234,12 @@ class Client(Generic[Stream]):
         history: Sequence[Turn] = (),
         detail: str | None = None,
         reduced_jpeg: bool | None = None,
+        map_share: float | None = None,
         timeout_s: float | None = None,
         **settings: Unpack[Settings],
     ) -> Stream:
         """Asks about no, one or several images, each read as `ImageFile` says, after the turns of `history`."""
-        asked = user(question, images=images, detail=detail, reduced_jpeg=reduced_jpeg)
+        asked = user(question, images=images, detail=detail, reduced_jpeg=reduced_jpeg, map_share=map_share)
         return self.chat([*history, asked], timeout_s=timeout_s, **settings)
 
     def chat(self, turns: Sequence[Turn], *, timeout_s: float | None = None, **settings: Unpack[Settings]) -> Stream:

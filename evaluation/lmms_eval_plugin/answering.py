@@ -53,8 +53,8 @@ class InProcess:
 class Served:
     """The public gRPC API at an address; a batch's questions are in flight together."""
 
-    def __init__(self, address: str, samplers: Settings, *, timeout_s: float | None, token: str | None):
-        self._client = FocusClient(address, timeout_s=timeout_s, token=token)
+    def __init__(self, address: str, samplers: Settings, *, timeout_s: float | None, api_key: str | None):
+        self._client = FocusClient(address, timeout_s=timeout_s, api_key=api_key)
         self._samplers = samplers
 
     def answer(self, batch: Sequence[Question]) -> list[Answer]:

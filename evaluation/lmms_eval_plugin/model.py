@@ -46,8 +46,7 @@ class FocusLlava(lmms):
     ):
         """The settings are lmms-eval's `--model_args`, but for the three that have options of their own.
 
-        checkpoint, or address (host:port) of a gateway. FOCUSLLAVA_TOKEN in the environment is sent as bearer token,
-        for a proxy in front of the gateway to check.
+        checkpoint, or address (host:port) of a gateway. FOCUSLLAVA_API_KEY in the environment is sent to it.
         threshold or keep_ratio: of the text-guided sampler; the checkpoint's threshold when both are left out.
         batch_size: questions at a time. max_batch_size is lmms-eval's, for batch_size "auto", and is refused.
         device, dtype ("auto" when left out), kv_cache_mib (MiB of KV cache; as in serving when left out): in
@@ -88,8 +87,8 @@ class FocusLlava(lmms):
             model = _local(str(checkpoint), device or "cpu", dtype, kv_cache_mib, self.batch_size)
             self._answering = InProcess(model, samplers)
         else:
-            token = os.environ.get("FOCUSLLAVA_TOKEN")
-            self._answering = Served(str(address), samplers, timeout_s=timeout_s, token=token)
+            api_key = os.environ.get("FOCUSLLAVA_API_KEY")
+            self._answering = Served(str(address), samplers, timeout_s=timeout_s, api_key=api_key)
 
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """One answer a request, in their order. Raises RequestFailed naming the first that has none."""

@@ -11,9 +11,13 @@ from focusllava.v1 import focus_pb2, llm_pb2
 from services.common import wire
 from services.common.errors import InvalidInput, TooLarge
 from services.common.media import MediaLimits, check_image, content_hash
+from services.common.ranges import check_map_share
 from services.common.settings import require
 from services.common.types import ImageOptions, SamplerSettings
+from services.gateway.turns import Load
 
+CHARS_PER_TOKEN = 4
+"""Characters of a text for which one token is counted before anything is tokenised."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:\-]{0,127}")
 
 
@@ -32,11 +36,30 @@ class AdmissionLimits:
     """Most characters of all turns together, or of a raw prompt; one of token ids may have as many tokens."""
     max_tokens: int = 4_096
     """Most tokens that one request may ask for. One that asks for no number gets no more either."""
+    running: Load = Load(requests=128, tokens=1_000_000, tiles=1_280)
+    """Most that is at the stages at once; what is beyond waits for its turn."""
+    waiting: Load = Load(requests=256, tokens=2_000_000, tiles=2_560)
+    """Most that waits; what is beyond is refused."""
+    held_bytes: int = 2**30
+    """Most bytes of bodies being read and of requests under way, together."""
 
     def __post_init__(self) -> None:
         for limit in fields(self):
             value = getattr(self, limit.name)
-            require(limit.name == "media" or value >= 1, limit.name, value, "1 or more")  # media checks its own
+            if isinstance(value, Load):
+                for part in fields(value):
+                    amount = getattr(value, part.name)
+                    require(amount >= 1, f"{limit.name}.{part.name}", amount, "1 or more")
+            else:
+                require(limit.name == "media" or value >= 1, limit.name, value, "1 or more")  # media checks its own
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSizes:
+    """The most that an image can become with the served checkpoint."""
+
+    tiles: int
+    tile_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +86,21 @@ class AdmittedChat:
     raw_prompt: llm_pb2.RawPrompt | None
     """The prompt that stands in place of turns, if one does."""
 
+    def load(self, sizes: ImageSizes) -> Load:
+        """What the request weighs, at most where its images are concerned: nothing is tokenised or decoded here."""
+        tiles = sum(1 if image.options.detail == "low" else sizes.tiles for image in self.images)
+        chars = sum(len(part.text) for turn in self.turns for part in turn.parts)
+        ids = 0
+        if self.raw_prompt is not None:
+            chars, ids = len(self.raw_prompt.text), len(self.raw_prompt.token_ids.ids)
+        answer = wire.sampling_from_proto(self.sampling).max_tokens
+        return Load(tokens=chars // CHARS_PER_TOKEN + ids + tiles * sizes.tile_tokens + answer, tiles=tiles)
 
-def request_id_of(request: focus_pb2.ChatRequest) -> str:
-    """The caller's id if it is fit for a log line, otherwise a new one."""
-    return request.request_id if _REQUEST_ID.fullmatch(request.request_id) else uuid.uuid4().hex
+
+def request_id_of(request: focus_pb2.ChatRequest, offered: str = "") -> str:
+    """The request's own id, else the one that is offered, if it is fit for a log line; otherwise a new one."""
+    said = request.request_id or offered
+    return said if _REQUEST_ID.fullmatch(said) else uuid.uuid4().hex
 
 
 def admit(request: focus_pb2.ChatRequest, limits: AdmissionLimits, request_id: str) -> AdmittedChat:
@@ -83,6 +117,8 @@ def admit(request: focus_pb2.ChatRequest, limits: AdmissionLimits, request_id: s
     samplers = wire.samplers_from_proto(request.prune, vision_sampler=not request.vision_sampler_off)
     raw_prompt = _raw_prompt(request, limits) if request.HasField("raw_prompt") else None
     turns, images = _turns(request, limits) if raw_prompt is None else ((), ())
+    for image in images:
+        check_map_share(image.options, samplers.vision_sampler, f"{image.field}_options")
     return AdmittedChat(
         request_id=request_id,
         turns=turns,

@@ -17,8 +17,9 @@ from starlette.requests import Request
 
 from services.gateway.admission import AdmissionLimits
 from services.gateway.health import Health
+from services.gateway.keys import Keys
 from services.gateway.openai.http import HttpDoor
-from tests.fakes.stages import KEY, PNG, WORDS, Encoder, LanguageModel, service, serving
+from tests.fakes.stages import KEY, METRICS, PNG, WORDS, Encoder, LanguageModel, service, serving
 
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(PNG).decode()}}
 QUESTION = {"role": "user", "content": [IMAGE, {"type": "text", "text": "What does the card say?"}]}
@@ -56,12 +57,21 @@ class Door:
 
 @contextlib.asynccontextmanager
 async def open_door(model: LanguageModel | None = None, encoder: Encoder | None = None,
-                    limits: AdmissionLimits | None = None, cors_origins: Sequence[str] = ()):  # fmt: skip
+                    limits: AdmissionLimits | None = None, cors_origins: Sequence[str] = (),
+                    keys: Keys | None = None, allowed_hosts: Sequence[str] = ()):  # fmt: skip
     model, encoder = model or LanguageModel(), encoder or Encoder()
     async with serving(model, encoder) as clients:
         chat = service(*clients)
         chat.limits = limits or chat.limits
-        http_door = HttpDoor(chat, "tiny", Health(clients, KEY.model_fingerprint), cors_origins)
+        http_door = HttpDoor(
+            chat,
+            Health(clients, KEY.model_fingerprint),
+            keys or Keys(METRICS),
+            model="tiny",
+            max_model_len=4096,
+            cors_origins=cors_origins,
+            allowed_hosts=allowed_hosts,
+        )
 
         async def app(scope, receive, send):
             response = await http_door.respond(Request(scope, receive))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
-from services.common.errors import Code, FocusError, TooLarge
+from services.common.errors import Code, FocusError, Overloaded, TooLarge, WrongKey
 from services.common.grpc_status import status_of
 from services.gateway.openai.fields import field_of
 
@@ -25,7 +26,7 @@ _RETRY = {429: {"retry-after": "1"}, 503: {"retry-after": "1"}, 504: {"x-should-
 waits for the answer."""
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error",
           405: "invalid_request_error", 408: "invalid_request_error", 413: "invalid_request_error",
-          415: "invalid_request_error", 429: "rate_limit_error"}  # fmt: skip
+          415: "invalid_request_error", 421: "invalid_request_error", 429: "rate_limit_error"}  # fmt: skip
 
 
 class ModelNotFound(FocusError):
@@ -34,11 +35,25 @@ class ModelNotFound(FocusError):
     code = Code.NOT_FOUND
 
 
+_CODES: dict[type[FocusError], str] = {
+    ModelNotFound: "model_not_found",
+    Overloaded: "rate_limit_exceeded",
+    WrongKey: "invalid_api_key",
+}
+"""OpenAI's names of errors, where it has one."""
+
+
 def refusal(error: Exception, request_id: str) -> Response:
     """The answer to a request that ends with `error` before anything is sent."""
     code, message = status_of(error, request_id)
     status = 413 if isinstance(error, TooLarge) else _STATUSES[code]  # 429 would be tried again, in vain
-    return error_response(status, message, code="model_not_found" if isinstance(error, ModelNotFound) else None)
+    headers = {}
+    if isinstance(error, Overloaded):
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+    elif isinstance(error, WrongKey):
+        headers["www-authenticate"] = "Bearer"
+    name = next((name for kind, name in _CODES.items() if isinstance(error, kind)), None)
+    return error_response(status, message, code=name, headers=headers)
 
 
 def error_response(status: int, message: str, *, code: str | None = None,

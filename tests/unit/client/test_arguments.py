@@ -47,10 +47,10 @@ def test_addresses_accepted(address: str) -> None:
         assert client.address == address
 
 
-@pytest.mark.parametrize("token", ["s3cret\n", "s3cret\u00e9", "s3 cret", "\ts3cret", b"s3cret"])
-def test_tokens_refused_without_showing_them(token: Any) -> None:
-    message = refused("INVALID_ARGUMENT", FocusClient, "h:1", token=token)
-    assert message.startswith("token: ") and "cret" not in message
+@pytest.mark.parametrize("api_key", ["s3cret\n", "s3cret\u00e9", "s3 cret", "\ts3cret", b"s3cret"])
+def test_keys_refused_without_showing_them(api_key: Any) -> None:
+    message = refused("INVALID_ARGUMENT", FocusClient, "h:1", api_key=api_key)
+    assert message.startswith("api_key: ") and "cret" not in message
 
 
 @pytest.mark.parametrize("timeout_s", [0, -1, math.inf, math.nan, 1e12, 86400.5, "5"])
@@ -62,7 +62,7 @@ def test_timeouts_refused(client: FocusClient, timeout_s: Any) -> None:
 
 
 async def test_async_client_refuses_the_same() -> None:
-    for arguments in ({"address": "h"}, {"token": "\n"}, {"timeout_s": math.inf}):
+    for arguments in ({"address": "h"}, {"api_key": "\n"}, {"timeout_s": math.inf}):
         refused("INVALID_ARGUMENT", AsyncFocusClient, **arguments)
 
 

@@ -64,7 +64,7 @@ def test_tls_with_an_authority_of_ones_own(image: str, tmp_path: pathlib.Path, c
     gateway = ScriptedGateway(grpc.ssl_server_credentials([(key, certificate)]))
     try:
         served = ["--address", gateway.address]
-        assert main(["ask", image, "What?", *served, "--tls-ca", str(ca), "--token", "secret"]) == 0
+        assert main(["ask", image, "What?", *served, "--tls-ca", str(ca), "--api-key", "secret"]) == 0
         assert capsys.readouterr().out == "a red caf\u00e9\n"
         assert gateway.metadata[0]["authorization"] == "Bearer secret"
         assert main(["info", *served, "--tls-ca", str(ca)]) == 0
@@ -192,7 +192,7 @@ def test_a_server_that_answers_is_not_told_to_be_missing(gateway: ScriptedGatewa
         ("--max-tokens", "-5", 3, "max_tokens: is -5"), ("--logprobs", "-1", 3, "logprobs: is -1"),
         ("--timeout", "inf", 2, "--timeout"), ("--timeout", "1e12", 2, "--timeout"), ("--timeout", "0", 2, "--timeout"),
         ("--timeout", "nan", 3, "timeout_s: is nan"), ("--address", "", 3, "address: is ''"),
-        ("--address", "http://h:1", 3, "address: is 'http://h:1'"), ("--token", "a\nb", 3, "token: "),
+        ("--address", "http://h:1", 3, "address: is 'http://h:1'"), ("--api-key", "a\nb", 3, "api_key: "),
     ],
 )  # fmt: skip
 def test_options_out_of_range_are_named(

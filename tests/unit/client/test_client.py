@@ -138,7 +138,7 @@ def test_messages_larger_than_grpc_s_default_limit_pass(client: FocusClient, gat
 
 
 def test_metadata_names_application_token_and_deadline(gateway: ScriptedGateway) -> None:
-    with FocusClient(gateway.address, token="secret", application="other", timeout_s=9) as client:
+    with FocusClient(gateway.address, api_key="secret", application="other", timeout_s=9) as client:
         client.ask(None, "q").result()
     with FocusClient(gateway.address) as client:
         client.ask(None, "q").result()

@@ -7,8 +7,13 @@ import contextlib
 import json
 import time
 
+import httpx2
+import openai
 import pytest
 import uvicorn
+from ray.serve._private.common import DeploymentID
+from ray.serve._private.http_util import get_http_response_status, send_http_response_on_exception
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from cluster import http_bounds
 from cluster.http_bounds import BoundedHttp, bound_http
@@ -22,12 +27,23 @@ class Application:
     def __init__(self) -> None:
         self.bodies: list[bytes] = []
         self.silent = False
+        self.refusing: Exception | None = None
+        self.go_on = asyncio.Event()
+        self.go_on.set()
 
     async def __call__(self, scope, receive, send) -> None:
         message = await receive()
         assert not message["more_body"], "a request came in parts"
         self.bodies.append(message["body"])
+        await self.go_on.wait()
         if self.silent:
+            return
+        if self.refusing is not None:  # what Ray's proxy sends where it refuses a request
+            status = get_http_response_status(self.refusing, 600, "the-id")
+            for refusal in send_http_response_on_exception(status, response_started=False):
+                if refusal["type"] == "http.response.start":
+                    refusal["headers"].append((b"x-request-id", b"mine"))
+                await send(refusal)
             return
         content = str(len(message["body"])).encode()
         headers = [(b"content-length", str(len(content)).encode())]
@@ -162,6 +178,70 @@ async def test_a_replica_that_is_lost_is_503_with_a_reason(monkeypatch):
         status, body = await read_answer(reader)
         assert status == 503 and json.loads(body)["error"]["type"] == "server_error"
         writer.close()
+
+
+@pytest.mark.parametrize(
+    "refusing, status, kind, says",
+    [
+        (BackPressureError(64, 64), 429, "rate_limit_error", "the server is full; try again later"),
+        (BackPressureError(64, 64, status_code=429), 429, "rate_limit_error", "the server is full; try again later"),
+        (
+            DeploymentUnavailableError(DeploymentID("Gateway", "gateway")),
+            503,
+            "server_error",
+            "no replica that is ready",
+        ),
+        (TimeoutError(), 408, "invalid_request_error", "request_timeout_s"),
+    ],
+)
+async def test_what_ray_refuses_is_an_error_as_openais_clients_know_it(monkeypatch, refusing, status, kind, says):
+    async with serving(monkeypatch) as (application, port):
+        application.refusing = refusing
+        async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+            for _ in range(2):  # on one connection
+                answer = await client.post("/v1/chat/completions", content=b"{}")
+                error = answer.json()["error"]
+                assert (answer.status_code, error["type"]) == (status, kind) and says in error["message"]
+                assert "queued" not in answer.text and "the-id" not in answer.text
+                assert answer.headers["x-request-id"] == "mine"
+                assert answer.headers.get("retry-after") == (None if status == 408 else "1")
+                assert "connection" not in answer.headers
+            rays_own = await client.get("/-/healthz")
+            assert rays_own.headers["content-type"].startswith("text/plain")
+
+
+async def test_a_client_of_openais_asks_a_full_server_again(monkeypatch):
+    async with serving(monkeypatch) as (application, port):
+        application.refusing = BackPressureError(64, 64)
+        client = openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=1)
+        with pytest.raises(openai.RateLimitError) as caught:
+            await client.models.list()
+        assert caught.value.code == "rate_limit_exceeded" and len(application.bodies) == 2
+        await client.close()
+
+
+async def test_bodies_whose_answers_have_not_begun_count_and_what_is_beyond_is_refused(monkeypatch):
+    monkeypatch.setattr(http_bounds, "MOST_BODIES_BYTES", 1_000_000)
+    async with serving(monkeypatch) as (application, port):
+        application.go_on.clear()
+        waiting = []
+        for _ in range(3):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(HEADERS + b"content-length: 300000\r\n\r\n" + b"x" * 300_000)
+            waiting.append((reader, writer))
+        while len(application.bodies) < 3:
+            await asyncio.sleep(0.01)
+        assert BoundedHttp.body_bytes == 900_000
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(HEADERS + b"content-length: 300000\r\n\r\n" + b"x" * 300_000)
+        status, body = await asyncio.wait_for(read_answer(reader), 5)
+        assert (status, json.loads(body)["error"]["code"]) == (429, "rate_limit_exceeded")
+        writer.close()
+        application.go_on.set()
+        for reader, writer in waiting:
+            assert await asyncio.wait_for(read_answer(reader), 5) == (200, b"300000")
+            writer.close()
+        assert BoundedHttp.body_bytes == 0
 
 
 async def test_where_connections_are_too_many_the_longest_wait_makes_room(monkeypatch):

@@ -202,7 +202,7 @@ def gateway():
 
 def test_a_gateway_is_asked_the_same(gateway):
     samplers = {"vision_sampler": False, "keep_ratio": 0.25}
-    served = Served(gateway.address, samplers, timeout_s=10, token="secret")
+    served = Served(gateway.address, samplers, timeout_s=10, api_key="secret")
     replies = served.answer([asked(picture(1), "Which?", until=["\n"]), asked("Two and two?", name="task/test/1")])
     served.close()
     assert [reply.text for reply in replies] == ["a red café"] * 2
@@ -216,7 +216,7 @@ def test_a_gateway_is_asked_the_same(gateway):
 
 def test_a_gateway_s_refusal_is_raised_with_the_request_s_name(gateway):
     gateway.script = gateway.refusing(grpc.StatusCode.RESOURCE_EXHAUSTED, "sampling.max_tokens: is 4096")
-    served = Served(gateway.address, {}, timeout_s=10, token=None)
+    served = Served(gateway.address, {}, timeout_s=10, api_key=None)
     with pytest.raises(RequestFailed, match="task/test/3: RESOURCE_EXHAUSTED: sampling.max_tokens: is 4096"):
         served.answer([asked("What?", name="task/test/3")])
     served.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import types
 
@@ -20,6 +21,16 @@ def test_a_refused_value_of_a_nested_setting_has_its_path_whoever_refuses_it():
         ({"limits": {"media": {"max_bytes": 0}}}, "limits.media.max_bytes: is 0, expected 1 or more"),
         ({"redis_timeout_s": 0}, "redis_timeout_s: is 0, expected more than 0 seconds"),
         ({"redis_put_timeout_s": -1}, "redis_put_timeout_s: is -1, expected more than 0 seconds"),
+        (
+            {"allowed_hosts": ["a.example", "https://b.example"]},
+            "allowed_hosts[1]: is 'https://b.example', expected a name in small letters, without scheme and port",
+        ),
+        ({"limits": {"held_bytes": 0}}, "limits.held_bytes: is 0, expected 1 or more"),
+        ({"limits": {"running": {"requests": 4}}}, "limits.running.tokens: is missing"),
+        (
+            {"limits": {"waiting": {"requests": 4, "tokens": 9, "tiles": 0}}},
+            "limits.waiting.tiles: is 0, expected 1 or more",
+        ),
     ]:
         with pytest.raises(InvalidInput, match=f"^{re.escape(says)}$"):
             build_settings(GatewaySettings, {"checkpoint": "x", **raw})
@@ -31,6 +42,8 @@ def test_user_config_goes_over_the_limits_of_args_and_each_change_starts_from_th
     replica._service = types.SimpleNamespace(limits=replica._limits)
     replica.reconfigure({"max_images": 8, "max_tokens": 1024})
     assert replica._service.limits == AdmissionLimits(max_turns=4, max_images=8, max_tokens=1024)
+    replica.reconfigure({"running": {"requests": 4}})
+    assert replica._service.limits.running == dataclasses.replace(AdmissionLimits().running, requests=4)
     replica.reconfigure({})
     assert replica._service.limits == replica._limits
     with pytest.raises(InvalidInput, match=r"^user_config\.max_turns: is 0"):
