@@ -157,6 +157,38 @@ def encoder(result: dict[str, Any]) -> str:
     return f"{markdown(header, rows)}\n{markdown(('part', 'ms'), parts)}"
 
 
+def served(result: dict[str, Any]) -> str:
+    rows = [
+        [name, f"{m['output_tokens_per_s']:.0f}", f"{m['ttft_p50_ms']:.0f}", f"{m['tpot_p50_ms']:.1f}",
+         f"{median_of(_plain(result['idle'][name]))['ttft_p50_ms']:.1f}"]
+        for name, m in ((name, median_of(_plain(turns))) for name, turns in result["turns"].items())
+    ]  # fmt: skip
+    ratio, turns = result["ratio"], result["turns"]["served"]
+    tokens = result["tokens"] * result["requests"]
+    used = median_of([turn["processor_s"] for turn in turns])
+    costs = [[part, f"{1e3 * seconds / tokens:.3f}"] for part, seconds in used.items()]
+    in_flight = result["in_flight"]
+    header = ("peer", f"tokens/s, {in_flight} in flight", "TTFT p50, ms", "TPOT p50, ms", "TTFT p50 of one, ms")
+    said = (
+        f"Served over engine {ratio['median']:.2f}x ({ratio['least']:.2f} to {ratio['greatest']:.2f}), "
+        f"{tokens / median_of(_plain(turns))['messages']:.1f} tokens a message."
+    )
+    return f"{markdown(header, rows)}\n{said}\n\n{markdown(('processor time of', 'ms a token'), costs)}"
+
+
+def _plain(turns: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+    """The turns' figures that are numbers."""
+    return [{name: value for name, value in turn.items() if not isinstance(value, dict)} for turn in turns]
+
+
+def images(result: dict[str, Any]) -> str:
+    rows = [
+        [name, f"{m['processor_ms']:.1f}", f"{m['clock_ms']:.1f}"]
+        for name, m in ((name, median_of(turns)) for name, turns in result["turns"].items())
+    ]
+    return markdown((f"way of {result['megabytes']:.0f} MB", "processor time, ms", "clock, ms"), rows)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "engine": engine,
     "prefill": prefill,
@@ -165,6 +197,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "arrival": arrival,
     "scaling": scaling,
     "encoder": encoder,
+    "served": served,
+    "images": images,
 }
 
 

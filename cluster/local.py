@@ -53,9 +53,9 @@ class LocalCluster:
     """Starts and stops a local cluster; as a context manager it is stopped at the end of the block.
 
     host: where the public API listens; the rest never leaves the loopback interface. grpc_port 0 takes a free one,
-    http_port 0 the usual 8000 or else a free one. args and options: per application, settings and its deployment's
-    options, laid over those of the Serve configuration (`cluster/placing.py` makes them). timeout_s: longest that a
-    start may take without any progress.
+    http_port 0 the usual 8000 or else a free one. api_keys: a file of keys, which the gateway then asks for. args and
+    options: per application, settings and its deployment's options, laid over those of the Serve configuration
+    (`cluster/placing.py` makes them). timeout_s: longest that a start may take without any progress.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class LocalCluster:
         grpc_port: int = DEFAULT_GRPC_PORT,
         http_port: int = 0,
         config: str | os.PathLike[str] = SERVE_CONFIG,
+        api_keys: str | os.PathLike[str] | None = None,
         args: Mapping[str, Mapping[str, Any]] | None = None,
         options: Mapping[str, Mapping[str, Any]] | None = None,
         env: Mapping[str, str] | None = None,
@@ -73,7 +74,10 @@ class LocalCluster:
     ):
         self._checkpoint, self._config = checkpoint, pathlib.Path(config)
         self._host, self._grpc_port, self._http_port = host, grpc_port, http_port
-        self._args, self._env, self._timeout_s = args or {}, env or {}, timeout_s
+        self._args, self._env, self._timeout_s = dict(args or {}), env or {}, timeout_s
+        if api_keys is not None:
+            keys = {"api_keys": str(pathlib.Path(api_keys).absolute())}
+            self._args["gateway"] = {**keys, **self._args.get("gateway", {})}
         self._options = options or {}
         self._head: subprocess.Popen[bytes] | None = None
         self._state: ClusterState | None = None
@@ -208,8 +212,6 @@ def serve_config(
         settings["checkpoint"] = checkpoint
         if application["name"] == "gateway":
             settings["network"] = "loopback"
-            for stage in ("encoder", "llm"):
-                settings[stage] = {**settings.get(stage, {}), "target": f"{LOOPBACK}:{ports.grpc}"}
         settings.update(args.get(application["name"], {}))
         laid = (options or {}).get(application["name"])
         if laid and not application.get("deployments"):
@@ -260,7 +262,8 @@ def opened(state: ClusterState) -> list[str]:
     ]
     if state.is_open:
         ports = f"ports {state.ports.grpc} (gRPC) and {state.ports.http} (HTTP) of {state.host}"
-        lines.append(f"open to the network: {ports}, without a password or TLS; the rest is on {LOOPBACK}")
+        lines.append(f"open to the network: {ports}, without TLS, and without API keys to everybody")
+        lines.append(f"the rest is on {LOOPBACK}")
     return lines
 
 

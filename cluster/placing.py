@@ -26,7 +26,7 @@ from services.common.settings import build_settings
 from services.compute.dtypes import choose_dtype, dtype_name
 from services.compute.memory import Memory, device_memory
 from services.encoder.settings import EncoderSettings
-from services.gateway.cache import CACHE_BYTES
+from services.gateway.stores import CACHE_BYTES
 from services.llm.settings import LanguageModelSettings
 
 SYSTEM_BYTES = 3 * 2**29

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from cluster.checks import REPOSITORY, ClusterError, Ports
 from cluster.loopback import LOOPBACK, PUBLIC_VARIABLE
+from services.common.shelf import FOLDER_VARIABLE
 
 MARKER = "FOCUSLLAVA_CLUSTER"
 """Environment variable that every process of one cluster inherits; its value is the cluster's temporary folder."""
@@ -55,6 +56,11 @@ class ClusterState:
     @property
     def metrics_url(self) -> str:
         return f"http://127.0.0.1:{self.ports.metrics}/metrics"
+
+    @property
+    def shelf(self) -> pathlib.Path:
+        """Where its stages leave visual tokens for each other."""
+        return pathlib.Path("/dev/shm") / f"{pathlib.Path(self.temp_dir).name}-shelf"
 
     @property
     def is_open(self) -> bool:
@@ -130,6 +136,7 @@ def cluster_environment(state: ClusterState, extra_env: Mapping[str, str]) -> di
         MARKER: state.temp_dir,
         "PYTHONPATH": os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH")))),
         "FOCUSLLAVA_CHECKPOINT": state.checkpoint,
+        FOLDER_VARIABLE: str(state.shelf),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "RAY_AUTH_MODE": "token",  # whoever reaches a port of Ray's runs code otherwise
@@ -139,6 +146,9 @@ def cluster_environment(state: ClusterState, extra_env: Mapping[str, str]) -> di
         "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": "cluster.hooks.set_up_worker",
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # a killed proxy is back in 5 to 10 s, not 31
         "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(2**29),  # one message of Ray's 2 GB would fill a laptop
+        "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",  # from proxy to gateway; Ray's object store costs twice as much a message
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # each message would change threads in the gateway
+        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # or whoever asks Ray for no GPU sees all of them
         "RAY_metrics_report_interval_ms": "2000",
         "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",  # fresh from the disk on a busy machine Ray's 60 are too few
@@ -188,6 +198,7 @@ def stop_head(state: ClusterState, *, keep_logs: bool = False) -> None:
         while state.pids() and time.monotonic() < end:
             time.sleep(0.1)
     _state_file(state.ports.grpc).unlink(missing_ok=True)
+    shutil.rmtree(state.shelf, ignore_errors=True)
     if not keep_logs:
         shutil.rmtree(state.temp_dir, ignore_errors=True)
 

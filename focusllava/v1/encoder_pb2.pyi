@@ -19,16 +19,18 @@ class CheckEncoderResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class EncodeRequest(_message.Message):
-    __slots__ = ("image", "model_fingerprint", "vision_sampler", "options")
+    __slots__ = ("image", "model_fingerprint", "vision_sampler", "options", "shelf")
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     VISION_SAMPLER_FIELD_NUMBER: _ClassVar[int]
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    SHELF_FIELD_NUMBER: _ClassVar[int]
     image: bytes
     model_fingerprint: str
     vision_sampler: bool
     options: _image_pb2.ImageOptions
-    def __init__(self, image: _Optional[bytes] = ..., model_fingerprint: _Optional[str] = ..., vision_sampler: _Optional[bool] = ..., options: _Optional[_Union[_image_pb2.ImageOptions, _Mapping]] = ...) -> None: ...
+    shelf: str
+    def __init__(self, image: _Optional[bytes] = ..., model_fingerprint: _Optional[str] = ..., vision_sampler: _Optional[bool] = ..., options: _Optional[_Union[_image_pb2.ImageOptions, _Mapping]] = ..., shelf: _Optional[str] = ...) -> None: ...
 
 class EncodeResponse(_message.Message):
     __slots__ = ("visual_tokens",)
@@ -37,7 +39,7 @@ class EncodeResponse(_message.Message):
     def __init__(self, visual_tokens: _Optional[_Union[CompressedVisualTokens, _Mapping]] = ...) -> None: ...
 
 class CompressedVisualTokens(_message.Message):
-    __slots__ = ("tokens", "branch_ids", "map_height", "map_width", "uncompressed_tokens", "content_hash", "model_fingerprint", "notes")
+    __slots__ = ("tokens", "branch_ids", "map_height", "map_width", "uncompressed_tokens", "content_hash", "model_fingerprint", "notes", "shelf_name")
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     BRANCH_IDS_FIELD_NUMBER: _ClassVar[int]
     MAP_HEIGHT_FIELD_NUMBER: _ClassVar[int]
@@ -46,6 +48,7 @@ class CompressedVisualTokens(_message.Message):
     CONTENT_HASH_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     NOTES_FIELD_NUMBER: _ClassVar[int]
+    SHELF_NAME_FIELD_NUMBER: _ClassVar[int]
     tokens: _tensor_pb2.Tensor
     branch_ids: bytes
     map_height: int
@@ -54,4 +57,5 @@ class CompressedVisualTokens(_message.Message):
     content_hash: str
     model_fingerprint: str
     notes: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, tokens: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., branch_ids: _Optional[bytes] = ..., map_height: _Optional[int] = ..., map_width: _Optional[int] = ..., uncompressed_tokens: _Optional[int] = ..., content_hash: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., notes: _Optional[_Iterable[str]] = ...) -> None: ...
+    shelf_name: str
+    def __init__(self, tokens: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., branch_ids: _Optional[bytes] = ..., map_height: _Optional[int] = ..., map_width: _Optional[int] = ..., uncompressed_tokens: _Optional[int] = ..., content_hash: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., notes: _Optional[_Iterable[str]] = ..., shelf_name: _Optional[str] = ...) -> None: ...

@@ -53,7 +53,8 @@ class LanguageModelServiceServicer:
 
     def Generate(self, request, context):
         """Generates an answer. A request that is refused ends with a status before any event; a stream that began ends with
-        exactly one finished or error event. Cancelling the call stops generation and frees its KV cache.
+        exactly one finished or error event. Cancelling the call stops generation and frees its KV cache. NOT_FOUND: an
+        image names tokens that are not on this node's shelf; send them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

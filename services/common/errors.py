@@ -11,6 +11,7 @@ class Code(enum.Enum):
     INVALID_ARGUMENT = "INVALID_ARGUMENT"
     FAILED_PRECONDITION = "FAILED_PRECONDITION"
     NOT_FOUND = "NOT_FOUND"
+    UNIMPLEMENTED = "UNIMPLEMENTED"
     RESOURCE_EXHAUSTED = "RESOURCE_EXHAUSTED"
     UNAUTHENTICATED = "UNAUTHENTICATED"
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
@@ -40,6 +41,18 @@ class WrongFingerprint(FocusError):
     code = Code.FAILED_PRECONDITION
 
 
+class NotAMethod(FocusError):
+    """The call is another application's."""
+
+    code = Code.UNIMPLEMENTED
+
+
+class NotOnShelf(FocusError):
+    """The request names visual tokens that are not in this node's shared memory: the caller is to send them."""
+
+    code = Code.NOT_FOUND
+
+
 class TooLarge(FocusError):
     """The request can never fit this server's memory or limits."""
 
@@ -50,6 +63,17 @@ class Overloaded(FocusError):
     """There is no room now; a later try may succeed."""
 
     code = Code.RESOURCE_EXHAUSTED
+
+    def __init__(self, message: str, *, field: str = "", retry_after_s: float = 1.0):
+        super().__init__(message, field=field)
+        self.retry_after_s = retry_after_s
+        """Seconds after which a try may succeed."""
+
+
+class WrongKey(FocusError):
+    """The caller brought no API key, or one that is not known."""
+
+    code = Code.UNAUTHENTICATED
 
 
 class StageUnavailable(FocusError):

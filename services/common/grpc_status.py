@@ -12,8 +12,8 @@ from services.common.errors import Code, FocusError, WrongFingerprint
 
 MAX_MESSAGE_CHARS = 500
 _LOST = re.compile(
-    r"actor died|actor is dead|is temporarily unavailable|ActorDied|ActorUnavailable|worker died|WorkerCrashed"
-    r"|NodeDied|OwnerDied",
+    r"actor died|actor is dead|is temporarily unavailable|actor is unavailable|ActorDied|ActorUnavailable|worker died"
+    r"|WorkerCrashed|NodeDied|OwnerDied",
     re.IGNORECASE,
 )
 

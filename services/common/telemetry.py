@@ -11,8 +11,9 @@ from typing import Any, Literal, Protocol
 Stage = Literal["gateway", "encoder", "llm", "training"]
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+_TOKEN_SECONDS = (0.002, 0.004, 0.006, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5)
 _TILES = (1.0, 2.0, 3.0, 5.0, 8.0, 12.0, 16.0, 24.0, 32.0, 40.0, 64.0)
-_PERCENT = (5.0, 10.0, 15.0, 20.0, 25.0, 30.0, 35.0, 40.0, 45.0, 50.0, 60.0, 70.0, 80.0, 90.0, 100.0)
+_PERCENT = tuple(5.0 * step for step in range(1, 21))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,32 +46,63 @@ def _histogram(stage: Stage, name: str, unit: str, description: str, boundaries:
 
 METRICS: tuple[MetricSpec, ...] = (
     _counter("gateway", "focusllava_requests", "requests",
-             "Chat requests ended. outcome: ok, cancelled, or the name of the gRPC status.", "outcome"),
+             "Chat requests ended. outcome: ok, cancelled, or the name of the gRPC status. key: the holder's name.",
+             "outcome", "key"),
     _gauge("gateway", "focusllava_requests_in_flight", "requests", "Chat requests being answered."),
     _histogram("gateway", "focusllava_request_seconds", "seconds", "Receipt to last event.", _SECONDS),
     _histogram("gateway", "focusllava_time_to_first_token_seconds", "seconds", "Receipt to first token.", _SECONDS),
-    _counter("gateway", "focusllava_output_tokens", "tokens", "Tokens generated."),
+    _histogram("gateway", "focusllava_time_per_output_token_seconds", "seconds",
+               "Mean time of an answer's tokens after the first.", _TOKEN_SECONDS),
+    _counter("gateway", "focusllava_prompt_tokens", "tokens", "Text and visual tokens that entered the first layer."),
+    _gauge("gateway", "focusllava_waiting_at_gateway", "requests", "Chat requests that wait for their turn."),
+    _gauge("gateway", "focusllava_waiting_tokens", "tokens", "Their tokens, estimated, answers included."),
+    _gauge("gateway", "focusllava_waiting_tiles", "tiles", "The tiles of their images, at most."),
+    _gauge("gateway", "focusllava_held_bytes", "bytes", "Bytes of bodies being read and of requests under way."),
+    _counter("gateway", "focusllava_output_tokens", "tokens", "Tokens generated. key: the holder's name.", "key"),
     _counter("gateway", "focusllava_visual_tokens_uncompressed", "tokens", "Visual tokens, both samplers off."),
     _counter("gateway", "focusllava_visual_tokens_sampled", "tokens", "Visual tokens after the vision-guided sampler."),
     _counter("gateway", "focusllava_visual_tokens_kept", "tokens", "Visual tokens after the text-guided sampler."),
+    _histogram("gateway", "focusllava_sampled_share_percent", "percent",
+               "Visual tokens after the vision-guided sampler of the uncompressed count, a request with images.",
+               _PERCENT),
+    _histogram("gateway", "focusllava_kept_share_percent", "percent",
+               "Visual tokens after both samplers of the uncompressed count, a request with images.", _PERCENT),
     _histogram("gateway", "focusllava_converted_share_percent", "percent",
                "Converted remaining tokens of the uncompressed count, a request with images.", _PERCENT),
+    _gauge("gateway", "focusllava_compression_level", "level",
+           "How far the load tightens the samplers, 0 not at all; for requests that name no sampler setting."),
+    _counter("gateway", "focusllava_requests_compressed", "requests",
+             "Chat requests whose samplers the load tightened, by level.", "level"),
     _counter("gateway", "focusllava_cache_lookups", "lookups",
              "Visual-token cache look-ups. result: hit, miss, error (a failing Redis; served as a miss).", "result"),
     _gauge("gateway", "focusllava_cache_bytes", "bytes", "Bytes held by the in-process cache; 0 with Redis."),
+    _counter("gateway", "focusllava_cache_read_bytes", "bytes", "Bytes of visual tokens that the cache gave."),
     _counter("gateway", "focusllava_cache_written_bytes", "bytes", "Bytes of visual tokens stored in the cache."),
     _counter("gateway", "focusllava_stage_retries", "retries", "Calls to a stage tried again.", "stage"),
     _counter("encoder", "focusllava_encode_requests", "requests", "Encode calls ended.", "outcome"),
     _histogram("encoder", "focusllava_encode_seconds", "seconds", "Receipt of an image to its tokens.", _SECONDS),
+    _counter("encoder", "focusllava_encoded_tiles", "tiles", "Tiles that went through the vision tower."),
     _histogram("encoder", "focusllava_tiles_per_batch", "tiles", "Tiles that went through the vision tower together.",
                _TILES),
     _gauge("encoder", "focusllava_encoder_waiting_images", "images", "Images decoded and waiting for a batch."),
+    _gauge("encoder", "focusllava_encoder_waiting_tiles", "tiles",
+           "Tiles of those images; no more are decoded than for two batches."),
+    _counter("encoder", "focusllava_regions", "regions",
+             "Regions of encoded images by the branch chosen, in the order of `vision_sampler.branches`.", "branch"),
+    _counter("encoder", "focusllava_image_bytes_taken", "bytes", "Bytes of image files that the encoder was sent."),
+    _counter("encoder", "focusllava_visual_token_bytes_sent", "bytes", "Bytes of visual tokens that the encoder sent."),
+    _counter("llm", "focusllava_visual_token_bytes_taken", "bytes",
+             "Bytes of visual tokens that the language model was sent."),
+    _gauge("encoder", "focusllava_encoder_calls", "calls", "Calls at the replica's own port that run or wait."),
     _counter("llm", "focusllava_generate_requests", "requests", "Generate calls ended.", "outcome"),
     _histogram("llm", "focusllava_llm_time_to_first_token_seconds", "seconds", "Receipt at the stage to first token.",
                _SECONDS),
     _gauge("llm", "focusllava_running_requests", "requests", "Requests that hold KV cache."),
     _gauge("llm", "focusllava_waiting_requests", "requests", "Requests waiting for KV cache."),
+    _gauge("llm", "focusllava_llm_calls", "calls", "Calls at the replica's own port that run or wait."),
     _gauge("llm", "focusllava_kv_pages_used", "pages", "KV cache pages in use, both groups."),
+    _gauge("llm", "focusllava_kv_pages_cached", "pages",
+           "KV cache pages that no request holds, kept for prompts with the same beginning."),
     _gauge("llm", "focusllava_kv_pages_total", "pages", "KV cache pages, both groups."),
     # Totals as gauges: Ray shows no counter before its first count, and a panel is to say that nothing was preempted.
     _gauge("llm", "focusllava_preemptions", "preemptions",

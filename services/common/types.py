@@ -25,6 +25,8 @@ class ImageOptions:
     """"high" is the base tile and the grid's tiles, "low" the base tile alone."""
     reduced_jpeg: bool | None = None
     """Whether a large JPEG may be decoded at reduced scale; None follows the checkpoint."""
+    map_share: Share | None = None
+    """The largest share of the feature map's tokens that the vision-guided sampler leaves; None is its own choice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +74,9 @@ class CompressedVisualTokens:
     model_fingerprint: str
     notes: tuple[str, ...] = ()
     """What the user should know of how the image was read, such as "animated image: first frame used"."""
+    digest: bytes | None = None
+    """What equal tokens have in common, where a stage of our own vouches for it (`services/common/shelf.py`). None:
+    whoever needs one looks at the tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)

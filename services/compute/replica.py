@@ -10,18 +10,40 @@ import torch
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
+from services.common.foreign_methods import ForeignMethods
+from services.common.port import ONGOING, StagePort
 from services.common.settings import require
 from services.compute.dtypes import Dtype, choose_dtype
 from services.compute.malloc import keep_freed_memory
 
 REPORT_PERIOD_S = 1.0
+LONGEST_DRAIN_S = 3600.0
 
 
-class GrpcOnly:
-    """A deployment with nothing to say over HTTP, where Serve would find an error."""
+class StageDeployment(ForeignMethods):
+    """What both model stages have beside their methods: a port of their own, and nothing to say over HTTP.
+
+    Serve calls all of this: `record_replica_metadata` once, when the replica is ready, and `__del__` when it is to go
+    and the calls through Serve's ingress have ended.
+    """
+
+    port: StagePort
+    host: str
+    """The address of this node that Ray's other nodes know."""
 
     async def __call__(self, request: Request) -> Response:
         return PlainTextResponse("this stage speaks gRPC", 404)
+
+    async def record_replica_metadata(self) -> dict[str, str]:
+        """The port's address and secret, for the gateways."""
+        return await self.port.start(self.host)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        return {ONGOING: self.port.places.taken}
+
+    async def __del__(self) -> None:
+        """Waits for the calls at the port; Serve ends the replica after `graceful_shutdown_timeout_s` at the latest."""
+        await self.port.close(LONGEST_DRAIN_S)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from services.common.media import MediaLimits
-from services.common.settings import require
+from services.common.settings import Natural, require
 from services.compute.replica import ModelSettings
 
 
@@ -22,6 +22,9 @@ class EncoderSettings(ModelSettings):
     """Longest that the first image of a batch waits for others."""
     decode_threads: int = 2
     """Threads that decode and tile images while the model runs."""
+    shelf_bytes: Natural = 2**29
+    """Most bytes of shared memory that a node's encoders leave visual tokens in, for the other stages there; an 8B
+    model's take 24 MB an image. 0: they are always sent."""
     media: MediaLimits = field(default_factory=MediaLimits)
 
     def __post_init__(self) -> None:

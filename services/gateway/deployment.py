@@ -1,12 +1,16 @@
 """The public door as a Ray Serve deployment: FocusService on Serve's gRPC ingress, OpenAI's API on its HTTP one.
 
-client ~ gRPC or HTTP ~> Gateway ~ gRPC ~> encoder application
-                                 ~ gRPC ~> llm application
+client ~ gRPC or HTTP, Serve's proxy ~> Gateway ~ gRPC ~> a replica of the encoder application
+                                                ~ gRPC ~> a replica of the llm application
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import functools
 import importlib.metadata
+import logging
 import os
 import pathlib
 import re
@@ -16,22 +20,40 @@ from typing import Any
 
 import ray.serve.metrics
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.grpc_util import RayServegRPCContext
+from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.responses import Response
 
 from focusllava.v1 import focus_pb2
 from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.store import fingerprint
-from services.common.grpc_status import refuse
+from services.common.errors import StageUnavailable
+from services.common.foreign_methods import ForeignMethods
+from services.common.grpc_status import one_line, refuse
+from services.common.logs import set_up_logs
 from services.common.settings import build_settings, require
+from services.common.shelf import Shelf
 from services.common.telemetry import Metrics
-from services.gateway.admission import AdmissionLimits, request_id_of
-from services.gateway.cache import CACHE_BYTES, VisualTokenCache, open_store
+from services.common.tracing import join_trace, set_up_traces
+from services.gateway.admission import AdmissionLimits, ImageSizes, request_id_of
+from services.gateway.cache import VisualTokenCache
+from services.gateway.callers import Caller
 from services.gateway.chat import ChatService
+from services.gateway.compression import LoadCompression
+from services.gateway.deadline import TIMEOUT_METADATA, Deadline
 from services.gateway.health import Health
+from services.gateway.keys import Keys
 from services.gateway.openai.http import HttpDoor
-from services.gateway.stages import TIMEOUT_METADATA, Deadline, EncoderClient, LanguageModelClient, StageAddress
+from services.gateway.replicas import Replica
+from services.gateway.stages import EncoderClient, LanguageModelClient, StageAddress
+from services.gateway.stores import CACHE_BYTES, open_store
+
+_log = logging.getLogger("focusllava")
+REQUEST_ID_METADATA = "x-request-id"
+"""Metadata with a call's id: of a caller that names none in the request, and of every answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +75,16 @@ class GatewaySettings:
     """Bound of the cache in this process."""
     cors_origins: tuple[str, ...] = ()
     """Sites whose pages may use the HTTP API, as in "https://example.org"; "*" is any. Unset: none."""
+    api_keys: str | None = None
+    """A file of keys, without one of which nobody is answered. Unset: the environment's FOCUSLLAVA_API_KEYS_FILE, or
+    FOCUSLLAVA_API_KEYS with what would stand in it; with none of them, everybody is."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names that HTTP requests may call this server by, beside localhost, as in "focus.example.org". Unset: any, but
+    for what comes over the loopback interface."""
     max_model_len: int | None = None
     """The language model's setting of this name, for what the door says of the model."""
+    load_compression: LoadCompression | None = None
+    """Tightens both samplers while requests wait for the language model; None never does."""
     limits: AdmissionLimits = field(default_factory=AdmissionLimits)
     """The `user_config` of the Serve configuration, where it sets one of them, has the last word."""
 
@@ -63,15 +93,42 @@ class GatewaySettings:
         for index, origin in enumerate(self.cors_origins):
             known = origin == "*" or re.fullmatch(r"https?://[^/*]+", origin)
             require(bool(known), f"cors_origins[{index}]", origin, '"https://HOST", with a port if it has one, or "*"')
+        for index, host in enumerate(self.allowed_hosts):
+            known = re.fullmatch(r"[a-z0-9_.-]+|[0-9a-f:]+", host)
+            require(bool(known), f"allowed_hosts[{index}]", host, "a name in small letters, without scheme and port")
         for name in ("redis_timeout_s", "redis_put_timeout_s"):
             require(getattr(self, name) > 0, name, getattr(self, name), "more than 0 seconds")
 
 
+class ServeReplicas:
+    """The running replicas of a stage, as Serve's controller tells every handle."""
+
+    def __init__(self, deployment: str, application: str):
+        self._deployment, self._application = deployment, application
+        self._handle: DeploymentHandle[Any] | None = None
+
+    async def pick(self) -> Replica:
+        """Raises StageUnavailable where the application is not deployed. Asks nobody: the handle is told of changes."""
+        try:
+            if self._handle is None:
+                find = functools.partial(serve.get_deployment_handle, self._deployment, self._application)
+                self._handle = await asyncio.to_thread(find)
+            # Serve's router alone, without its queue: the replica's port has one (`services/common/port.py`).
+            async with self._handle.choose_replica(_reserve=False) as chosen:
+                return Replica(name=chosen.replica_id, **chosen.replica_metadata)
+        except (RayServeException, DeploymentUnavailableError, RayError) as error:
+            self._handle = None
+            _log.warning("%s of application %s: %s", self._deployment, self._application, one_line(str(error)))
+            raise StageUnavailable(f"the {self._application} stage is not deployed") from None
+
+
 @serve.deployment(name="Gateway")
-class Gateway:
+class Gateway(ForeignMethods):
     """One replica of the public door."""
 
     def __init__(self, settings: GatewaySettings):
+        set_up_logs(os.environ)
+        set_up_traces(os.environ, "gateway")
         metrics = Metrics("gateway", ray.serve.metrics)
         self._config = FocusLlavaConfig.load(settings.checkpoint)
         self._name = pathlib.Path(settings.checkpoint).name
@@ -83,10 +140,15 @@ class Gateway:
             timeout_s=settings.redis_timeout_s,
             put_timeout_s=settings.redis_put_timeout_s,
         )
-        self._cache = VisualTokenCache(store, metrics)
-        encoder = EncoderClient(settings.encoder, self._fingerprint, metrics)
-        language_model = LanguageModelClient(settings.llm, metrics)
-        self._limits, self._max_model_len = settings.limits, settings.max_model_len
+        shelf = Shelf.open()
+        self._cache = VisualTokenCache(store, metrics, shelf)
+        encoders = ServeReplicas("Encoder", settings.encoder.application)
+        models = ServeReplicas("LanguageModel", settings.llm.application)
+        encoder = EncoderClient(settings.encoder, self._fingerprint, metrics, encoders, shelf)
+        language_model = LanguageModelClient(settings.llm, metrics, models, shelf)
+        self._limits = settings.limits
+        self._max_model_len = settings.max_model_len or self._config.text_config.max_position_embeddings
+        self._keys = Keys.configured(settings.api_keys, os.environ, metrics)
         self._service = ChatService(
             model_fingerprint=self._fingerprint,
             encoder=encoder,
@@ -94,13 +156,28 @@ class Gateway:
             cache=self._cache,
             metrics=metrics,
             limits=settings.limits,
+            image_sizes=_image_sizes(self._config),
+            load_compression=settings.load_compression,
         )
         health = Health([encoder, language_model], self._fingerprint)
-        self._http = HttpDoor(self._service, self._name, health, settings.cors_origins)
+        self._http = HttpDoor(
+            self._service,
+            health,
+            self._keys,
+            model=self._name,
+            max_model_len=self._max_model_len,
+            cors_origins=settings.cors_origins,
+            allowed_hosts=settings.allowed_hosts,
+        )
 
     async def __call__(self, request: Request) -> Response:
         """Any HTTP request. When the client goes, Serve cancels this, and with it the answer."""
         return await self._http.respond(request)
+
+    def check_health(self) -> None:
+        """Called by Serve every few seconds: the moment to set gauges, of which Ray forgets what nobody sets."""
+        self._service.report()
+        self._cache.report()
 
     def reconfigure(self, user_config: Mapping[str, Any]) -> None:
         """`user_config` of the Serve configuration: limits over those of `args.limits`, changed without a restart."""
@@ -110,24 +187,30 @@ class Gateway:
         self, request: focus_pb2.ChatRequest, grpc_context: RayServegRPCContext
     ) -> AsyncGenerator[focus_pb2.ChatResponse, None]:
         """FocusService.Chat."""
-        request_id = request_id_of(request)
-        events = self._service.chat(request, request_id, _deadline(grpc_context))
+        join_trace(_metadata(grpc_context))
+        request_id = request_id_of(request, _said(grpc_context, REQUEST_ID_METADATA))
+        grpc_context.set_trailing_metadata([(REQUEST_ID_METADATA, request_id)])
         try:
-            async for event in events:
-                yield event
+            caller = self._caller(grpc_context)
+            events = self._service.chat(request, request_id, _deadline(grpc_context), caller)
+            async with contextlib.aclosing(events):
+                async for event in events:
+                    yield event
         except Exception as error:
             raise refuse(grpc_context, error, request_id) from None
-        finally:
-            await events.aclose()
 
     async def GetModelInfo(
         self, request: focus_pb2.GetModelInfoRequest, grpc_context: RayServegRPCContext
     ) -> focus_pb2.GetModelInfoResponse:
         """FocusService.GetModelInfo."""
         try:
+            self._caller(grpc_context)
             return self._model_info()
         except Exception as error:
             raise refuse(grpc_context, error) from None
+
+    def _caller(self, context: RayServegRPCContext) -> Caller:
+        return self._keys.caller(_said(context, "authorization"))
 
     def _model_info(self) -> focus_pb2.GetModelInfoResponse:
         config, text, limits = self._config, self._config.text_config, self._service.limits
@@ -140,15 +223,30 @@ class Gateway:
             prune_threshold=config.text_sampler.threshold,
             tile_px=config.tile_px,
             region_window=config.vision_sampler.window,
-            max_context_tokens=self._max_model_len or text.max_position_embeddings,
+            max_context_tokens=self._max_model_len,
             max_image_bytes=limits.media.max_bytes,
             max_images=limits.max_images,
             server_version=_version(),
         )
 
 
+def _image_sizes(config: FocusLlavaConfig) -> ImageSizes:
+    """One tile of the whole image, and those of the largest grid."""
+    grid = max(height * width for height, width in config.image_grid_pinpoints) // config.tile_px**2
+    return ImageSizes(tiles=1 + grid, tile_tokens=config.patches_per_side**2)
+
+
 def _deadline(context: RayServegRPCContext) -> Deadline:
-    return Deadline.said(dict(context.invocation_metadata()).get(TIMEOUT_METADATA))
+    return Deadline.said(_said(context, TIMEOUT_METADATA) or None)
+
+
+def _said(context: RayServegRPCContext, name: str) -> str:
+    """The caller's metadata of this name; empty where there is none."""
+    return _metadata(context).get(name, "")
+
+
+def _metadata(context: RayServegRPCContext) -> dict[str, str]:
+    return {name: value for name, value in context.invocation_metadata() if isinstance(value, str)}
 
 
 def _version() -> str:

@@ -1,4 +1,4 @@
-"""Clients of the two stages: gRPC through Serve's ingress, with deadlines, and retries that never repeat text."""
+"""Clients of the two stages: gRPC with deadlines, and retries that never repeat text."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import grpc
 import grpc.aio
@@ -21,6 +20,7 @@ from services.common.errors import (
     FocusError,
     InternalError,
     InvalidInput,
+    NotOnShelf,
     Overloaded,
     StageUnavailable,
     TooLarge,
@@ -28,27 +28,24 @@ from services.common.errors import (
 )
 from services.common.grpc_status import replica_is_lost
 from services.common.settings import require
+from services.common.shelf import Shelf
 from services.common.telemetry import Metrics
 from services.common.types import ImageOptions
+from services.gateway.deadline import Deadline
+from services.gateway.known_names import KnownNames
 from services.gateway.replay import Replay
+from services.gateway.replicas import IngressWay, Line, Replicas, ReplicaWay, Way
 
 _log = logging.getLogger("focusllava")
-
-MAX_MESSAGE_BYTES = 512 * 2**20
-CHANNEL_OPTIONS = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_reconnect_backoff_ms", 1000),  # gRPC's default of two minutes outlives any restart
-    # No keepalive: a gRPC server that gets more than one ping in five minutes without data ends the connection
-    # (too_many_pings), so a call that waits quietly would be lost. The proxy is on this node: if it dies, TCP says so.
-]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageAddress:
-    """The place where a stage answers: host:port of a Serve gRPC ingress, and its Serve application."""
+    """The Serve application of a stage, and the way to it."""
 
-    target: str = "127.0.0.1:9000"
+    target: str | None = None
+    """Unset: straight to the application's replicas in this cluster. "HOST:PORT": through this Serve gRPC ingress, to a
+    stage of another cluster."""
     application: str = ""
     attempts: int = 5
     """Tries of one call, the first included."""
@@ -58,37 +55,10 @@ class StageAddress:
     """Longest that one call may take when the caller set no shorter deadline."""
 
     def __post_init__(self) -> None:
-        require(":" in self.target, "target", self.target, "host:port")
+        require(self.target is None or ":" in self.target, "target", self.target, "host:port")
         require(self.attempts >= 1, "attempts", self.attempts, "1 or more")
         require(self.backoff_s >= 0, "backoff_s", self.backoff_s, "0 or more seconds")
         require(self.timeout_s > 0, "timeout_s", self.timeout_s, "more than 0 seconds")
-
-
-TIMEOUT_METADATA = "focusllava-timeout-ms"
-"""Ray Serve hides a call's own deadline from the replica; a client may say it here. Its cancellation arrives anyway."""
-
-
-class Deadline:
-    """The moment by which a request must be done; None means that only the stages' own limits apply."""
-
-    def __init__(self, seconds: float | None = None):
-        self._end = None if seconds is None else time.monotonic() + seconds
-
-    @classmethod
-    def said(cls, milliseconds: str | None) -> Deadline:
-        """The deadline in a caller's TIMEOUT_METADATA; what is not a number counts as none."""
-        try:
-            seconds = float(milliseconds) / 1000 if milliseconds is not None else math.inf
-        except (TypeError, ValueError):
-            seconds = math.inf
-        return cls(seconds if math.isfinite(seconds) else None)
-
-    def remaining_s(self, at_most: float) -> float:
-        """Seconds that remain, no more than `at_most`. Raises DeadlineExceeded when none do."""
-        left = at_most if self._end is None else min(at_most, self._end - time.monotonic())
-        if left <= 0:
-            raise DeadlineExceeded("the request took longer than its deadline")
-        return left
 
 
 class UnusableVisualTokens(InternalError):
@@ -96,25 +66,44 @@ class UnusableVisualTokens(InternalError):
 
 
 class _Stage:
-    """One channel and the retry rule."""
+    """The way to a stage and the retry rule."""
 
-    def __init__(self, name: str, address: StageAddress, metrics: Metrics):
-        self.name, self.address, self._metrics = name, address, metrics
-        self._channel = grpc.aio.insecure_channel(address.target, options=CHANNEL_OPTIONS)
-        self._metadata = (("application", address.application or name),)
+    def __init__(
+        self,
+        name: str,
+        address: StageAddress,
+        metrics: Metrics,
+        replicas: Replicas | None = None,
+        shelf: Shelf | None = None,
+    ):
+        """replicas: knows the stage's replicas, where the address has no target; shelf: this node's, if it has one."""
+        self.name, self.address, self._metrics, self._shelf = name, address, metrics, shelf
+        self._way: Way
+        if address.target is not None:
+            self._way = IngressWay(address.target, address.application or name)
+        else:
+            assert replicas is not None, "a stage without a target needs its replicas"
+            self._way = ReplicaWay(name, replicas)
         self.heard_at = -math.inf
         """The moment of the stage's last answer, as time.monotonic() has it."""
 
     async def close(self) -> None:
-        await self._channel.close(grace=None)
+        await self._way.close()
 
-    async def _answered(self, call: Awaitable[Any]) -> None:
-        """Waits for a call of which only success counts. Raises FocusError."""
-        try:
-            await call
-        except grpc.aio.AioRpcError as error:
-            raise self._error_of(error) from error
-        self.heard_at = time.monotonic()
+    @contextlib.asynccontextmanager
+    async def _line(self, timeout_s: float) -> AsyncIterator[Line]:
+        """A line for one try. A status that ends the call is raised as a FocusError; a lost replica is remembered."""
+        async with self._way.line(timeout_s) as line:
+            try:
+                yield line
+            except grpc.aio.AioRpcError as error:
+                failure = stage_error(self.name, error.code(), error.details() or "")
+                if isinstance(failure, StageUnavailable):
+                    line.lost_at = time.monotonic()
+                raise failure from error
+            except StageUnavailable:
+                line.lost_at = time.monotonic()
+                raise
 
     async def _pause(self, attempt: int, error: FocusError, deadline: Deadline) -> None:
         """Waits before the next try, or raises `error` when there is none."""
@@ -127,17 +116,17 @@ class _Stage:
         _log.warning("%s stage: try %d failed (%s); trying again", self.name, attempt + 1, error)
         await asyncio.sleep(pause_s)
 
-    def _error_of(self, error: grpc.aio.AioRpcError) -> FocusError:
-        return stage_error(self.name, error.code(), error.details() or "")
-
 
 def stage_error(stage: str, code: grpc.StatusCode, details: str) -> FocusError:
     """A stage's status as the error that the gateway raises. Only our own stages' messages pass through."""
     if replica_is_lost(details) or code in (
         grpc.StatusCode.UNAVAILABLE,
         grpc.StatusCode.CANCELLED,  # we did not cancel: the replica or its proxy went away
+        grpc.StatusCode.UNAUTHENTICATED,  # a new replica listens where a lost one did
     ):
         return StageUnavailable(f"the {stage} stage is restarting or cannot be reached; try again")
+    if code is grpc.StatusCode.NOT_FOUND and details.startswith("images["):
+        return NotOnShelf(details)
     if code is grpc.StatusCode.NOT_FOUND:
         return StageUnavailable(f"the {stage} stage is not deployed")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
@@ -160,15 +149,24 @@ def stage_error(stage: str, code: grpc.StatusCode, details: str) -> FocusError:
 class EncoderClient(_Stage):
     """Stage 1."""
 
-    def __init__(self, address: StageAddress, model_fingerprint: str, metrics: Metrics):
-        super().__init__("encoder", address, metrics)
+    def __init__(
+        self,
+        address: StageAddress,
+        model_fingerprint: str,
+        metrics: Metrics,
+        replicas: Replicas | None = None,
+        shelf: Shelf | None = None,
+    ):
+        super().__init__("encoder", address, metrics, replicas, shelf)
         self._fingerprint = model_fingerprint
-        self._stub = encoder_pb2_grpc.EncoderServiceStub(self._channel)  # type: ignore[no-untyped-call]
 
     async def check(self, model_fingerprint: str, timeout_s: float) -> None:
         """Raises FocusError unless a replica that serves this checkpoint answers within `timeout_s`."""
         request = encoder_pb2.CheckEncoderRequest(model_fingerprint=model_fingerprint)
-        await self._answered(self._stub.CheckEncoder(request, timeout=timeout_s, metadata=self._metadata))
+        async with self._line(timeout_s) as line:
+            stub = line.stub(encoder_pb2_grpc.EncoderServiceStub)
+            await stub.CheckEncoder(request, timeout=timeout_s, metadata=line.metadata)
+        self.heard_at = time.monotonic()
 
     async def encode(
         self, image: bytes, vision_sampler: bool, options: ImageOptions, deadline: Deadline
@@ -179,88 +177,152 @@ class EncoderClient(_Stage):
             model_fingerprint=self._fingerprint,
             vision_sampler=vision_sampler,
             options=wire.image_options_to_proto(options),
+            # What proves that this is the same node stays in this cluster.
+            shelf=self._shelf.identity if self._shelf and self.address.target is None else "",
         )
         for attempt in range(self.address.attempts):
             timeout_s = deadline.remaining_s(self.address.timeout_s)
             try:
-                response = await self._stub.Encode(request, timeout=timeout_s, metadata=self._metadata)
+                async with self._line(timeout_s) as line:
+                    stub = line.stub(encoder_pb2_grpc.EncoderServiceStub)
+                    response = await stub.Encode(request, timeout=timeout_s, metadata=line.metadata)
                 self.heard_at = time.monotonic()
-                return response.visual_tokens
-            except grpc.aio.AioRpcError as error:
-                failure = self._error_of(error)
-                if not isinstance(failure, StageUnavailable):
-                    raise failure from error
-                await self._pause(attempt, failure, deadline)
+                tokens = response.visual_tokens
+                if not tokens.shelf_name or (self._shelf and self._shelf.get(tokens.shelf_name)):
+                    return tokens
+                request.shelf, failure = "", StageUnavailable("an image's visual tokens are gone; try again")
+            except StageUnavailable as lost:
+                failure = lost
+            await self._pause(attempt, failure, deadline)
         raise AssertionError("the last try raises")
 
 
 class LanguageModelClient(_Stage):
     """Stage 2."""
 
-    def __init__(self, address: StageAddress, metrics: Metrics):
-        super().__init__("llm", address, metrics)
-        self._stub = llm_pb2_grpc.LanguageModelServiceStub(self._channel)  # type: ignore[no-untyped-call]
+    def __init__(
+        self,
+        address: StageAddress,
+        metrics: Metrics,
+        replicas: Replicas | None = None,
+        shelf: Shelf | None = None,
+    ):
+        super().__init__("llm", address, metrics, replicas, shelf)
+        self._known = KnownNames()
 
     async def check(self, model_fingerprint: str, timeout_s: float) -> None:
         """Raises FocusError unless a replica that serves this checkpoint answers within `timeout_s`."""
         request = llm_pb2.CheckLanguageModelRequest(model_fingerprint=model_fingerprint)
-        await self._answered(self._stub.CheckLanguageModel(request, timeout=timeout_s, metadata=self._metadata))
+        async with self._line(timeout_s) as line:
+            stub = line.stub(llm_pb2_grpc.LanguageModelServiceStub)
+            await stub.CheckLanguageModel(request, timeout=timeout_s, metadata=line.metadata)
+        self.heard_at = time.monotonic()
 
     async def generate(
-        self, request: llm_pb2.GenerateRequest, deadline: Deadline
+        self, request: llm_pb2.GenerateRequest, deadline: Deadline, keys: Sequence[str] = ()
     ) -> AsyncGenerator[llm_pb2.GenerateResponse, None]:
         """The stage's events; closing the iterator cancels the call and so the generation.
 
         A stage lost before the first token is called again. After it, too, when the draws are repeatable (greedy, or a
         seed): the new stream's text and tokens must begin with what was sent, and only the rest is passed on.
+        keys: what each image's visual tokens are known by here, so that a node is sent them once.
         """
         repeatable = request.sampling.temperature == 0 or request.sampling.HasField("seed")
-        answer = Replay()
-        for attempt in range(self.address.attempts):
-            try:
-                async with contextlib.aclosing(self._attempt(request, attempt, answer, deadline)) as events:
-                    async for event in events:
-                        yield event
-                return
-            except grpc.aio.AioRpcError as error:
-                failure = self._error_of(error)
-                if not isinstance(failure, StageUnavailable) or (answer.begun and not repeatable):
-                    raise failure from error
-            except StageUnavailable as lost:
-                failure = lost
-                if answer.begun and not repeatable:
-                    raise
-            await self._pause(attempt, failure, deadline)
+        answer, attempt = Replay(), 0
+        # These stay until the end, should their files leave the shelf meanwhile.
+        held = [self._shelf.get(image.shelf_name) for image in request.images if self._shelf and image.shelf_name]
+        try:
+            while True:
+                try:
+                    events = self._attempt(request, attempt, answer, deadline, keys)
+                    async with contextlib.aclosing(events):
+                        async for event in events:
+                            yield event
+                    return
+                except NotOnShelf:  # nothing has come yet; sent whole, the request needs no shelf
+                    self._known.forget(keys)
+                    request = await asyncio.to_thread(self._whole, request)
+                    continue
+                except StageUnavailable as lost:
+                    failure = lost
+                    if answer.begun and not repeatable:
+                        raise
+                await self._pause(attempt, failure, deadline)
+                attempt += 1
+        finally:
+            del held
 
     async def _attempt(
-        self, request: llm_pb2.GenerateRequest, attempt: int, answer: Replay, deadline: Deadline
+        self,
+        request: llm_pb2.GenerateRequest,
+        attempt: int,
+        answer: Replay,
+        deadline: Deadline,
+        keys: Sequence[str],
     ) -> AsyncGenerator[llm_pb2.GenerateResponse, None]:
-        if attempt:  # the lost try may still be in flight under its own id
-            again = llm_pb2.GenerateRequest()
-            again.CopyFrom(request)
-            again.request_id = f"{request.request_id}.{attempt}"
-            request = again
         answer.start_over()
         timeout_s = deadline.remaining_s(self.address.timeout_s)
-        call = self._stub.Generate(request, timeout=timeout_s, metadata=self._metadata)
-        ended = False
-        try:
-            async for event in call:
-                self.heard_at = time.monotonic()
-                kind = event.WhichOneof("event")
-                if kind == "token":
-                    fresh = answer.take(event.token)
-                    if fresh is not None:
-                        yield llm_pb2.GenerateResponse(token=fresh)
-                    continue
-                if kind == "error" and event.error.code == "UNAVAILABLE":
-                    raise StageUnavailable(event.error.message)
-                ended = True
-                if kind == "finished":
-                    answer.check_end()
-                yield event
-                return
-        finally:
-            if not ended:
-                call.cancel()
-        raise StageUnavailable(f"the {self.name} stage ended its stream early; try again")
+        async with self._line(timeout_s) as line:
+            sent = await self._for_node(request, line.shelf, keys)
+            if attempt:  # the lost try may still be in flight under its own id
+                sent = _copy(sent)
+                sent.request_id = f"{request.request_id}.{attempt}"
+            stub = line.stub(llm_pb2_grpc.LanguageModelServiceStub)
+            call = stub.Generate(sent, timeout=timeout_s, metadata=line.metadata)
+            ended = False
+            try:
+                async for event in call:
+                    self.heard_at = time.monotonic()
+                    kind = event.WhichOneof("event")
+                    if kind == "token":
+                        fresh = answer.take(event.token)
+                        if fresh is not None:
+                            yield llm_pb2.GenerateResponse(token=fresh)
+                        continue
+                    if kind == "error" and event.error.code == "UNAVAILABLE":
+                        raise StageUnavailable(event.error.message)
+                    ended = True
+                    if kind == "finished":
+                        answer.check_end()
+                        if keys and line.shelf:
+                            self._known.learn(line.shelf, keys, await call.trailing_metadata())
+                    yield event
+                    return
+            finally:
+                if not ended:
+                    call.cancel()
+            raise StageUnavailable(f"the {self.name} stage ended its stream early; try again")
+
+    async def _for_node(
+        self, request: llm_pb2.GenerateRequest, shelf: str, keys: Sequence[str]
+    ) -> llm_pb2.GenerateRequest:
+        """The request as a replica that sees this shelf takes it: what lies there is named."""
+        near = self._shelf is not None and shelf == self._shelf.identity
+        names = [self._known.name(shelf, key) for key in keys] if shelf and not near else []
+        if names and all(names):
+            named = _without_images(request)
+            named.images.extend(encoder_pb2.CompressedVisualTokens(shelf_name=name) for name in names)
+            return named
+        if near or not any(image.shelf_name for image in request.images):
+            return request
+        return await asyncio.to_thread(self._whole, request)
+
+    def _whole(self, request: llm_pb2.GenerateRequest) -> llm_pb2.GenerateRequest:
+        """The request with all visual tokens in it. Raises UnusableVisualTokens where they are gone."""
+        whole = _copy(request)
+        for image in whole.images:
+            if not wire.unshelve(image, self._shelf):
+                raise UnusableVisualTokens("an image's visual tokens are gone; try again")
+        return whole
+
+
+def _copy(request: llm_pb2.GenerateRequest) -> llm_pb2.GenerateRequest:
+    copy = llm_pb2.GenerateRequest()
+    copy.CopyFrom(request)
+    return copy
+
+
+def _without_images(request: llm_pb2.GenerateRequest) -> llm_pb2.GenerateRequest:
+    """A copy of all but the images, which may have 24 MB each."""
+    fields = {field.name: value for field, value in request.ListFields() if field.name != "images"}
+    return llm_pb2.GenerateRequest(**fields)

@@ -12,9 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
 from services.common.errors import FocusError, InternalError, Overloaded, StageUnavailable
-from services.common.types import Constraint, FinishedEvent, GenerateRequest
+from services.common.types import Constraint, GenerateRequest
 from services.llm.engine import Engine
 from services.llm.engine_stats import EngineStats, Event, StepFailed
+from services.llm.event_stream import EventStream, gathering_s, is_last
 from services.llm.sequence import Sequence
 
 MOST_FAILED_STEPS = 3
@@ -33,24 +34,17 @@ Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
 
 
-class _Stream:
-    """Events on their way from the engine's thread to one `generate` call."""
-
-    def __init__(self) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.events: asyncio.Queue[Event | FocusError] = asyncio.Queue()
-
-
 class AsyncEngine:
     """Owns the engine: nobody else may call it (but for `prepare` and `stats`).
 
     The thread outlives every failure: a request whose end is not told would wait for ever.
     """
 
-    def __init__(self, engine: Engine):
-        self.engine = engine
+    def __init__(self, engine: Engine, *, gather_s: float = 0.0):
+        """gather_s: longest that a token waits for those after it (`services/llm/event_stream.py`)."""
+        self.engine, self._gather_s = engine, gather_s
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._streams: dict[str, _Stream] = {}  # touched by the engine's thread only
+        self._streams: dict[str, EventStream] = {}  # touched by the engine's thread only
         # On a thread of its own: what takes long to compile must not hold the threads that all requests need.
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="llm-constraints")
         self._compiling = 0
@@ -61,7 +55,7 @@ class AsyncEngine:
         self._thread.start()
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event]:
-        """Token events, then one finished event. Closing or cancelling the iterator aborts the request.
+        """Events of one or more tokens, then one finished event. Closing or cancelling the iterator aborts the request.
 
         Raises before the first event what `Engine.submit` raises; after it InternalError when a pass failed, or
         StageUnavailable when the engine is closed.
@@ -69,18 +63,18 @@ class AsyncEngine:
         if request.sampling.constraint is not None:
             await self._compile(request.sampling.constraint)
         sequence = await self.take_in(self.engine.prepare, request)
-        stream = _Stream()
+        stream = EventStream()
         self._post(lambda: self._enqueue(sequence, stream))
         ended = False
         try:
             while not ended:
-                event = await stream.events.get()
-                if isinstance(event, FocusError):
-                    ended = True
-                    raise event
-                ended = isinstance(event, FinishedEvent)
-                yield event
+                for event in await stream.take():
+                    ended = is_last(event)
+                    if isinstance(event, FocusError):
+                        raise event
+                    yield event
         finally:
+            stream.close()
             if not ended:
                 self._inbox.put(lambda: self._abort(request.request_id, stream))
 
@@ -169,7 +163,7 @@ class AsyncEngine:
             logger.exception("a step failed; requests %s end with an error", ", ".join(error.request_ids))
             self._deliver([*error.events, *((request_id, error) for request_id in error.request_ids)])
 
-    def _enqueue(self, sequence: Sequence, stream: _Stream) -> None:
+    def _enqueue(self, sequence: Sequence, stream: EventStream) -> None:
         try:
             self.engine.enqueue(sequence)
         except FocusError as error:
@@ -180,7 +174,7 @@ class AsyncEngine:
         else:
             self._streams[sequence.request_id] = stream
 
-    def _abort(self, request_id: str, stream: _Stream) -> None:
+    def _abort(self, request_id: str, stream: EventStream) -> None:
         # Another request may bear this id by now, or may have been refused for bearing it.
         if self._streams.get(request_id) is stream:
             del self._streams[request_id]
@@ -201,23 +195,24 @@ class AsyncEngine:
             logger.exception("the engine could not clean up after a request")
 
     def _deliver(self, events: Iterable[tuple[str, Event | FocusError]]) -> None:
-        by_stream: dict[_Stream, list[Event | FocusError]] = {}
+        by_stream: dict[EventStream, list[Event | FocusError]] = {}
         for request_id, event in events:
             stream = self._streams.get(request_id)
             if stream is not None:
                 by_stream.setdefault(stream, []).append(event)
-                if isinstance(event, FinishedEvent | FocusError):
+                if is_last(event):
                     del self._streams[request_id]
         self._send(by_stream)
 
-    def _send(self, by_stream: dict[_Stream, list[Event | FocusError]]) -> None:
+    def _send(self, by_stream: dict[EventStream, list[Event | FocusError]]) -> None:
         """One wake-up of each event loop for all that a pass brought."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, Event | FocusError]]] = {}
+        gather_s = gathering_s(self._gather_s, len(self._streams))
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[EventStream, Event | FocusError]]] = {}
         for stream, events in by_stream.items():
             by_loop.setdefault(stream.loop, []).extend((stream, event) for event in events)
         for loop, batch in by_loop.items():
             try:
-                loop.call_soon_threadsafe(_put_all, batch)
+                loop.call_soon_threadsafe(_put_all, batch, gather_s)
             except RuntimeError:  # the loop is closed: nobody listens any more
                 for request_id in [r for r, s in self._streams.items() if s.loop is loop]:
                     del self._streams[request_id]
@@ -232,6 +227,6 @@ def _shutting_down() -> StageUnavailable:
     return StageUnavailable("the language model is shutting down")
 
 
-def _put_all(batch: list[tuple[_Stream, Event | FocusError]]) -> None:
+def _put_all(batch: list[tuple[EventStream, Event | FocusError]], gather_s: float) -> None:
     for stream, event in batch:
-        stream.events.put_nowait(event)
+        stream.put(event, gather_s)

@@ -1,9 +1,10 @@
-"""Stage 2 as a Ray Serve deployment: LanguageModelService over Serve's gRPC ingress, around the asynchronous engine."""
+"""Stage 2 as a Ray Serve deployment: LanguageModelService at its own port and Serve's ingress, around the engine."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import AsyncGenerator
 
@@ -13,14 +14,19 @@ from ray import serve
 from ray.serve.grpc_util import RayServegRPCContext
 
 from focusllava.sizes import size_text
-from focusllava.v1 import error_pb2, llm_pb2
+from focusllava.v1 import error_pb2, llm_pb2, llm_pb2_grpc
 from services.common import wire
+from services.common.errors import FocusError
 from services.common.grpc_status import check_fingerprint, refuse, status_of
+from services.common.port import SHELF_NAMES_METADATA, StagePort
+from services.common.shelf import Shelf
 from services.common.telemetry import Metrics
-from services.common.types import FinishedEvent
-from services.compute.replica import GrpcOnly, Reporter, gpu_part
+from services.common.tracing import set_up_traces
+from services.common.types import FinishedEvent, GenerateRequest
+from services.compute.replica import Reporter, StageDeployment, gpu_part
 from services.llm.async_engine import AsyncEngine
 from services.llm.engine import Engine
+from services.llm.received import Received
 from services.llm.settings import LanguageModelSettings
 from services.text.token_texts import TokenTexts
 
@@ -33,23 +39,31 @@ def request_sizes(engine: Engine) -> wire.RequestSizes:
 
 
 @serve.deployment(name="LanguageModel")
-class LanguageModel(GrpcOnly):
+class LanguageModel(StageDeployment):
     """One replica of stage 2; takes no encoder weight into memory."""
 
     def __init__(self, settings: LanguageModelSettings):
+        set_up_traces(os.environ, "llm")
         device, dtype = settings.place()
         part = gpu_part(device, lambda: ray.get_runtime_context().get_assigned_resources())
         sizes = settings.replica_sizes(device, dtype, part)
         logger.info(f"KV cache of {size_text(sizes.kv_cache_bytes)}: {sizes.full_images} requests of a full image")
         self._model = Engine.from_checkpoint(settings.checkpoint, settings.sized(sizes), dtype=dtype, device=device)
         self._model.warm_up()
-        self._engine = AsyncEngine(self._model)
+        self._engine = AsyncEngine(self._model, gather_s=settings.gather_s)
         self._metrics = Metrics("llm", ray.serve.metrics)
         self._stall_s = settings.stall_s
         self._progress = (0, time.monotonic())  # passes so far, and when that last changed or there was nothing to do
         self._token_texts = TokenTexts(self._model.renderer.tokenizer, self._model.grammars.token_bytes)
-        self._sizes = request_sizes(self._model)
+        self._received = Received(request_sizes(self._model), Shelf.open(), settings.shelf_bytes)
         self._reporter = Reporter(self._report)
+        self.host = ray.util.get_node_ip_address()
+        self.port = StagePort(
+            self,
+            llm_pb2_grpc.add_LanguageModelServiceServicer_to_server,
+            lambda: serve.get_replica_context()._deployment_config,
+            unlimited=("CheckLanguageModel",),
+        )
 
     async def Generate(
         self, request: llm_pb2.GenerateRequest, grpc_context: RayServegRPCContext
@@ -58,8 +72,10 @@ class LanguageModel(GrpcOnly):
         received, outcome, started = time.monotonic(), "cancelled", False
         try:
             check_fingerprint(request.model_fingerprint, self._model.fingerprint)
-            self._sizes.check(request)
-            asked = await self._engine.take_in(wire.generate_request_from_proto, request)  # copies megabytes
+            asked = await self._engine.take_in(self._received.read, request)  # copies megabytes
+            taken = zip(asked.images, request.images, strict=True)
+            sent = sum(image.tokens_ND.nbytes for image, message in taken if not message.shelf_name)
+            self._metrics.count("focusllava_visual_token_bytes_taken", sent)
             async with contextlib.aclosing(self._engine.generate(asked)) as events:
                 async for event in events:
                     if not started:
@@ -67,6 +83,7 @@ class LanguageModel(GrpcOnly):
                         self._metrics.observe("focusllava_llm_time_to_first_token_seconds", time.monotonic() - received)
                     if isinstance(event, FinishedEvent):
                         outcome = "ok"
+                        await self._tell_names(asked, request, grpc_context)
                     yield wire.event_to_proto(self._token_texts.filled_in(event))
         except Exception as error:
             if not started:
@@ -78,6 +95,20 @@ class LanguageModel(GrpcOnly):
             yield llm_pb2.GenerateResponse(error=error_pb2.StreamError(code=code.value, message=message))
         finally:
             self._metrics.count("focusllava_generate_requests", outcome=outcome)
+
+    async def _tell_names(
+        self, asked: GenerateRequest, request: llm_pb2.GenerateRequest, context: RayServegRPCContext
+    ) -> None:
+        """Leaves images that came as bytes on the shelf, and tells the caller their names."""
+        if any(not image.shelf_name for image in request.images):
+            with contextlib.suppress(FocusError):  # the engine is closed; the answer is there all the same
+                names = await self._engine.take_in(self._received.names, asked)
+                context.set_trailing_metadata([(SHELF_NAMES_METADATA, ",".join(names))])
+
+    async def record_replica_metadata(self) -> dict[str, str]:
+        """The port's address and secret, and the shelf of this node, for the gateways."""
+        shelf = self._received.shelf
+        return {**await super().record_replica_metadata(), "shelf": shelf.identity if shelf else ""}
 
     async def CheckLanguageModel(
         self, request: llm_pb2.CheckLanguageModelRequest, grpc_context: RayServegRPCContext
@@ -102,9 +133,11 @@ class LanguageModel(GrpcOnly):
         passes = stats.prefill_passes + stats.decode_passes
         if passes != self._progress[0] or not (stats.running or stats.waiting):
             self._progress = (passes, time.monotonic())
+        self._metrics.set("focusllava_llm_calls", self.port.places.taken)
         self._metrics.set("focusllava_running_requests", stats.running)
         self._metrics.set("focusllava_waiting_requests", stats.waiting)
         self._metrics.set("focusllava_kv_pages_used", stats.kv_pages_used)
+        self._metrics.set("focusllava_kv_pages_cached", stats.kv_pages_cached)
         self._metrics.set("focusllava_kv_pages_total", stats.kv_pages_total)
         self._metrics.set("focusllava_preemptions", stats.preemptions)
         self._metrics.set("focusllava_prompt_tokens_reused", stats.prompt_tokens_reused)

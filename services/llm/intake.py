@@ -6,6 +6,7 @@ Legend: N visual tokens, D width.
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from dataclasses import dataclass
 
@@ -27,6 +28,22 @@ from services.text.detokenizer import Detokenizer
 from services.text.prompt import Prompt, PromptRenderer
 
 
+class RecentSet:
+    """The latest of what was added, so many at most. Thread-safe."""
+
+    def __init__(self, most: int = 4096):
+        self._most, self._found, self._lock = most, dict[bytes, None](), threading.Lock()
+
+    def __contains__(self, item: bytes | None) -> bool:
+        return item in self._found
+
+    def add(self, item: bytes) -> None:
+        with self._lock:
+            self._found[item] = None
+            if len(self._found) > self._most:
+                del self._found[next(iter(self._found))]
+
+
 @dataclass(frozen=True)
 class Intake:
     """Checks requests for one engine and changes nothing of it. Thread-safe."""
@@ -37,6 +54,8 @@ class Intake:
     fingerprint: str
     cache: KVCache
     grammars: Grammars
+    known_finite: RecentSet = dataclasses.field(default_factory=RecentSet, init=False)
+    """Digests of visual tokens that were looked at: 24 MB of a known image need not be read again."""
 
     def sequence(self, request: GenerateRequest) -> Sequence:
         """Raises InvalidInput naming the field, WrongFingerprint for another checkpoint's tokens, or TooLarge."""
@@ -114,10 +133,14 @@ class Intake:
                     f"is {tokens.dtype} {list(tokens.shape)}, expected floating point [1 or more, {width}]", field=field
                 )
             parts.append(tokens.to(self.decoder.dtype))
+            if image.digest in self.known_finite:
+                continue
             if not all_finite(parts[-1]):
                 raise InvalidInput(
                     f"holds NaN, infinity, or values beyond the range of {dtype_name(self.decoder.dtype)}", field=field
                 )
+            if image.digest is not None:
+                self.known_finite.add(image.digest)
         if not parts:
             return None
         visual_ND = torch.cat(parts) if len(parts) > 1 else parts[0]

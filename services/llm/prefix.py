@@ -21,7 +21,7 @@ def block_keys(prompt: Prompt, images: Sequence[CompressedVisualTokens], block_s
     content = array("q", prompt.input_ids)
     for first, last in prompt.visual_spans:
         content[first:last] = array("q", range(-1, first - last - 1, -1))  # no text token has a negative id
-    digests = [_image_digest(image) for image in images]
+    digests = [image.digest or image_digest(image) for image in images]
     keys: list[bytes] = []
     key = b""
     for start in range(0, len(content) - block_size + 1, block_size):
@@ -35,7 +35,7 @@ def block_keys(prompt: Prompt, images: Sequence[CompressedVisualTokens], block_s
     return tuple(keys)
 
 
-def _image_digest(image: CompressedVisualTokens) -> bytes:
+def image_digest(image: CompressedVisualTokens) -> bytes:
     """The visual tokens themselves, and what they claim to come of: image, model, the vision-guided sampler's choices.
 
     The claims alone would not do: whoever sends other tokens under an image's hash would change everybody's answers.
@@ -44,6 +44,6 @@ def _image_digest(image: CompressedVisualTokens) -> bytes:
     tokens_ND = image.tokens_ND.cpu()
     kind = (str(tokens_ND.dtype), tuple(tokens_ND.shape))  # equal bytes of another dtype are other numbers
     claims = (image.content_hash, image.model_fingerprint, image.map_hw, kind, branches)
-    digest = hashlib.blake2b(repr(claims).encode(), digest_size=32)
+    digest = hashlib.sha256(repr(claims).encode())  # processors have instructions for it, which blake2b lacks
     digest.update(tokens_ND.reshape(-1).view(torch.uint8).numpy().data)  # as bytes: numpy has no bfloat16
     return digest.digest()

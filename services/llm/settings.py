@@ -9,7 +9,7 @@ import torch
 from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.sizing import LlmSizes, check_kv_cache
 from services.checkpoint.supported import check_servable
-from services.common.settings import Amount
+from services.common.settings import Amount, Natural
 from services.compute.replica import ModelSettings
 from services.llm.engine_config import EngineConfig
 
@@ -20,6 +20,12 @@ class LanguageModelSettings(ModelSettings, EngineConfig):
 
     stall_s: Amount = 300.0
     """Seconds: a replica whose requests made no progress for this long is replaced."""
+    shelf_bytes: Natural = 2**29
+    """Most bytes of shared memory that visual tokens from other nodes are left in, so that they are sent once; the
+    encoders of this node may leave as many. 0: they are sent each time."""
+    gather_s: Amount = 0.05
+    """Seconds: longest that a token waits for those of its answer after it, where 8 answers run or more; with fewer it
+    waits less, and with one not at all. The first token of an answer never waits. 0: none does."""
 
     def __post_init__(self) -> None:
         ModelSettings.__post_init__(self)

@@ -14,11 +14,13 @@ from PIL import Image
 from focusllava.v1 import encoder_pb2, encoder_pb2_grpc, llm_pb2, llm_pb2_grpc
 from services.common import wire
 from services.common.telemetry import Metrics
+from services.common.tracing import server_interceptors
 from services.common.types import CompressedVisualTokens
-from services.gateway.admission import AdmissionLimits
-from services.gateway.cache import CacheKey, InProcessStore, VisualTokenCache
+from services.gateway.admission import AdmissionLimits, ImageSizes
+from services.gateway.cache import CacheKey, VisualTokenCache
 from services.gateway.chat import ChatService
 from services.gateway.stages import EncoderClient, LanguageModelClient, StageAddress
+from services.gateway.stores import InProcessStore
 
 KEY = CacheKey(content_hash="a" * 64, model_fingerprint="b" * 64, vision_sampler=True)
 DIED = "The actor died unexpectedly before finishing this task"
@@ -112,7 +114,7 @@ class Encoder(encoder_pb2_grpc.EncoderServiceServicer):
 
 @contextlib.asynccontextmanager
 async def serving(model: LanguageModel | None = None, encoder: Encoder | None = None):
-    server = grpc.aio.server()
+    server = grpc.aio.server(interceptors=server_interceptors())
     llm_pb2_grpc.add_LanguageModelServiceServicer_to_server(model or LanguageModel(), server)
     encoder_pb2_grpc.add_EncoderServiceServicer_to_server(encoder or Encoder(), server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -141,4 +143,5 @@ def service(encoder: EncoderClient, model: LanguageModelClient) -> ChatService:
         cache=VisualTokenCache(InProcessStore(10**6), METRICS),
         metrics=METRICS,
         limits=AdmissionLimits(),
+        image_sizes=ImageSizes(tiles=5, tile_tokens=4),
     )

@@ -3,6 +3,7 @@
 from services.common.wire.events import Event, event_from_proto, event_to_proto, usage_from_proto, usage_to_proto
 from services.common.wire.images import image_options_from_proto, image_options_to_proto
 from services.common.wire.requests import (
+    GenerateMessage,
     generate_request_from_proto,
     generate_request_to_proto,
     raw_prompt_from_proto,
@@ -15,11 +16,23 @@ from services.common.wire.requests import (
     turns_to_proto,
 )
 from services.common.wire.sizes import RequestSizes
-from services.common.wire.tensors import tensor_from_proto, tensor_to_proto, tokens_from_proto, tokens_to_proto
+from services.common.wire.tensors import (
+    check_tokens,
+    described,
+    shelve,
+    tensor_from_proto,
+    tensor_to_proto,
+    tokens_from_proto,
+    tokens_to_proto,
+    unshelve,
+)
 
 __all__ = [
     "Event",
+    "GenerateMessage",
     "RequestSizes",
+    "check_tokens",
+    "described",
     "event_from_proto",
     "event_to_proto",
     "generate_request_from_proto",
@@ -32,12 +45,14 @@ __all__ = [
     "raw_prompt_to_proto",
     "sampling_from_proto",
     "sampling_to_proto",
+    "shelve",
     "tensor_from_proto",
     "tensor_to_proto",
     "tokens_from_proto",
     "tokens_to_proto",
     "turns_from_proto",
     "turns_to_proto",
+    "unshelve",
     "usage_from_proto",
     "usage_to_proto",
 ]

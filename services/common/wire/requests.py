@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-import numpy as np
 
 from focusllava.v1 import llm_pb2
 from services.common.errors import InvalidInput, WrongFingerprint
 from services.common.ranges import check_samplers, check_sampling
+from services.common.shelf import Shelf
 from services.common.types import (
     Constraint,
     GenerateRequest,
@@ -19,7 +17,11 @@ from services.common.types import (
     SamplingParams,
     TextPart,
 )
+from services.common.wire.scalars import scalars, shortest
 from services.common.wire.tensors import check_sha256, tokens_from_proto, tokens_to_proto
+
+GenerateMessage = llm_pb2.GenerateRequest
+"""The message, for those that only pass it on."""
 
 _ROLES = {llm_pb2.ROLE_SYSTEM: "system", llm_pb2.ROLE_USER: "user", llm_pb2.ROLE_ASSISTANT: "assistant"}
 _ROLE_VALUES = {role: value for value, role in _ROLES.items()}
@@ -35,10 +37,10 @@ def sampling_to_proto(sampling: SamplingParams) -> llm_pb2.SamplingParams:
 def sampling_from_proto(message: llm_pb2.SamplingParams, field: str = "sampling") -> SamplingParams:
     """Unset fields take the defaults. Raises InvalidInput for a value out of its range."""
     params = SamplingParams(
-        **_scalars(message),
+        **scalars(message),
         stop=tuple(message.stop),
         stop_token_ids=tuple(message.stop_token_ids),
-        logit_bias=tuple((token, _shortest(bias)) for token, bias in sorted(message.logit_bias.items())),
+        logit_bias=tuple((token, shortest(bias)) for token, bias in sorted(message.logit_bias.items())),
         constraint=_constraint_from_proto(message.constraint, field) if message.HasField("constraint") else None,
     )
     check_sampling(params, field)
@@ -77,26 +79,11 @@ def samplers_from_proto(
     message: llm_pb2.PruneParams, field: str = "prune", *, vision_sampler: bool = True
 ) -> SamplerSettings:
     """Raises InvalidInput for a threshold or a ratio outside (0, 1], or both at once."""
-    fields = _scalars(message)
+    fields = scalars(message)
     off = fields.pop("off", False)
     settings = SamplerSettings(vision_sampler=vision_sampler, text_sampler=not off, **fields)
     check_samplers(settings, field)
     return settings
-
-
-def _scalars(message: llm_pb2.SamplingParams | llm_pb2.PruneParams) -> dict[str, Any]:
-    """The singular scalar fields that are set, by name."""
-    given = {
-        field.name: value
-        for field, value in message.ListFields()
-        if not field.is_repeated and field.message_type is None
-    }
-    return {name: _shortest(v) if isinstance(v, float) else v for name, v in given.items()}
-
-
-def _shortest(value: float) -> float:
-    """The shortest decimal that is this float32: 0.85, not 0.8500000238."""
-    return float(str(np.float32(value)))
 
 
 def turns_to_proto(turns: Sequence[PromptTurn]) -> list[llm_pb2.PromptTurn]:
@@ -172,12 +159,16 @@ def raw_prompt_from_proto(message: llm_pb2.RawPrompt, field: str = "raw_prompt")
     return tuple(message.token_ids.ids)
 
 
-def generate_request_from_proto(message: llm_pb2.GenerateRequest) -> GenerateRequest:
-    """Raises InvalidInput naming the field, WrongFingerprint for an image of another checkpoint than the request's."""
+def generate_request_from_proto(message: llm_pb2.GenerateRequest, shelf: Shelf | None = None) -> GenerateRequest:
+    """A request whose images are in the message or on the shelf.
+
+    Raises InvalidInput naming the field, WrongFingerprint for an image of another checkpoint than the request's, and
+    NotOnShelf.
+    """
     if not message.request_id:
         raise InvalidInput("is empty", field="request_id")
     check_sha256(message.model_fingerprint, "model_fingerprint")
-    images = tuple(tokens_from_proto(image, f"images[{index}]") for index, image in enumerate(message.images))
+    images = tuple(tokens_from_proto(image, f"images[{index}]", shelf) for index, image in enumerate(message.images))
     for index, image in enumerate(images):
         if image.model_fingerprint != message.model_fingerprint:
             raise WrongFingerprint(

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from focusllava.v1 import encoder_pb2, tensor_pb2
-from services.common.errors import InvalidInput
+from services.common.errors import InvalidInput, NotOnShelf
+from services.common.shelf import Shelf
 from services.common.types import CompressedVisualTokens
 
 assert sys.byteorder == "little", "tensors are little-endian on the wire"
@@ -29,14 +30,18 @@ def tensor_to_proto(tensor: torch.Tensor, into: tensor_pb2.Tensor | None = None)
 
     into: an empty message to fill. A message that becomes a field of another is copied, and this one may have 24 MB.
     """
+    message = tensor_pb2.Tensor() if into is None else into
+    _describe(tensor, message)
+    # numpy has no bfloat16: the bytes are read through a view.
+    message.data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return message
+
+
+def _describe(tensor: torch.Tensor, message: tensor_pb2.Tensor) -> None:
     assert tensor.dtype in _DATA_TYPES, f"{tensor.dtype} has no type on the wire"
     assert 1 <= tensor.ndim <= MAX_DIMENSIONS and tensor.numel(), f"shape {tuple(tensor.shape)} cannot cross the wire"
-    # numpy has no bfloat16: the bytes are read through a view.
-    data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-    message = tensor_pb2.Tensor() if into is None else into
-    message.data_type, message.data = _DATA_TYPES[tensor.dtype], data
+    message.data_type = _DATA_TYPES[tensor.dtype]
     message.shape.extend(tensor.shape)
-    return message
 
 
 def tensor_from_proto(message: tensor_pb2.Tensor, field: str = "tensor") -> torch.Tensor:
@@ -44,6 +49,14 @@ def tensor_from_proto(message: tensor_pb2.Tensor, field: str = "tensor") -> torc
 
     NaN and infinity pass: the engine's intake looks for them once, in the dtype that the model computes in.
     """
+    data = message.data
+    dtype, shape = _checked(message, len(data), field)
+    # One copy: torch wants memory that may be written, and bytes may not.
+    return torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
+
+
+def _checked(message: tensor_pb2.Tensor, size: int, field: str) -> tuple[torch.dtype, tuple[int, ...]]:
+    """Type and shape of a tensor whose data has `size` bytes. Raises InvalidInput."""
     dtype = _DTYPES.get(message.data_type)
     if dtype is None:
         known = ", ".join(tensor_pb2.DataType.Name(value) for value in _DTYPES)
@@ -53,13 +66,11 @@ def tensor_from_proto(message: tensor_pb2.Tensor, field: str = "tensor") -> torc
         raise InvalidInput(f"has {len(shape)} dimensions, expected 1 to {MAX_DIMENSIONS}", field=f"{field}.shape")
     if any(size < 1 for size in shape):
         raise InvalidInput(f"is {list(shape)}, expected sizes of at least 1", field=f"{field}.shape")
-    data = message.data
     expected = math.prod(shape) * dtype.itemsize  # Python's integers cannot overflow
-    if len(data) != expected:
-        found = f"has {len(data)} bytes, expected {expected} for shape {list(shape)} of {dtype}"
+    if size != expected:
+        found = f"has {size} bytes, expected {expected} for shape {list(shape)} of {dtype}"
         raise InvalidInput(found, field=f"{field}.data")
-    # One copy: torch wants memory that may be written, and bytes may not.
-    return torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
+    return dtype, shape
 
 
 def tokens_to_proto(
@@ -68,23 +79,102 @@ def tokens_to_proto(
     """Visual tokens as a message; into: an empty one to fill, as in `tensor_to_proto`."""
     message = encoder_pb2.CompressedVisualTokens() if into is None else into
     tensor_to_proto(tokens.tokens_ND, message.tokens)
+    _describe_tokens(tokens, message)
+    return message
+
+
+def shelve(tokens: CompressedVisualTokens, shelf: Shelf, name: str, max_bytes: int) -> bool:
+    """Leaves visual tokens on the shelf; False where they find no room there."""
+    return shelf.put(
+        name, described(tokens).SerializeToString(), tokens.tokens_ND.detach().cpu().contiguous(), max_bytes
+    )
+
+
+def described(tokens: CompressedVisualTokens) -> encoder_pb2.CompressedVisualTokens:
+    """All of the message but the tokens' data."""
+    message = encoder_pb2.CompressedVisualTokens()
+    _describe(tokens.tokens_ND, message.tokens)
+    _describe_tokens(tokens, message)
+    return message
+
+
+def unshelve(message: encoder_pb2.CompressedVisualTokens, shelf: Shelf | None) -> bool:
+    """Puts the tokens' data into a message that names them; False where they are no more on the shelf."""
+    if not message.shelf_name:
+        return True
+    found = shelf.get(message.shelf_name) if shelf else None
+    if found is None:
+        return False
+    message.ParseFromString(found.header)
+    message.tokens.data = bytes(found.data)
+    return True
+
+
+def _describe_tokens(tokens: CompressedVisualTokens, message: encoder_pb2.CompressedVisualTokens) -> None:
     message.branch_ids = tokens.branch_ids_M.cpu().numpy().astype(np.uint8).tobytes()
     message.map_height, message.map_width = tokens.map_hw
     message.uncompressed_tokens = tokens.uncompressed_tokens
     message.content_hash, message.model_fingerprint = tokens.content_hash, tokens.model_fingerprint
     message.notes.extend(tokens.notes)
-    return message
 
 
 def tokens_from_proto(
-    message: encoder_pb2.CompressedVisualTokens, field: str = "visual_tokens"
+    message: encoder_pb2.CompressedVisualTokens, field: str = "visual_tokens", shelf: Shelf | None = None
 ) -> CompressedVisualTokens:
-    """Raises InvalidInput for a bad tensor, counts that contradict each other, or a hash that is not SHA-256."""
-    tokens_ND = tensor_from_proto(message.tokens, f"{field}.tokens")
-    if tokens_ND.ndim != 2 or not tokens_ND.is_floating_point():
+    """Visual tokens of a message, or of the shelf where the message names them; these are mapped and not copied.
+
+    Raises InvalidInput for a bad tensor, counts that contradict each other, or a hash that is not SHA-256, and
+    NotOnShelf.
+    """
+    digest: bytes | None = None
+    data: memoryview | bytearray
+    if name := message.shelf_name:
+        message, data = _shelved(message, field, shelf)
+        digest = bytes.fromhex(name)
+    else:
+        data = bytearray(message.tokens.data)  # one copy: torch wants memory that may be written
+    dtype, shape = _checked_tokens(message, len(data), field)
+    return CompressedVisualTokens(
+        tokens_ND=torch.frombuffer(data, dtype=dtype).view(shape),
+        branch_ids_M=torch.from_numpy(np.frombuffer(message.branch_ids, np.uint8).copy()),
+        map_hw=(message.map_height, message.map_width),
+        uncompressed_tokens=message.uncompressed_tokens,
+        content_hash=message.content_hash,
+        model_fingerprint=message.model_fingerprint,
+        notes=tuple(message.notes),
+        digest=digest,
+    )
+
+
+def check_tokens(
+    message: encoder_pb2.CompressedVisualTokens, field: str = "visual_tokens", shelf: Shelf | None = None
+) -> None:
+    """Raises what `tokens_from_proto` raises, and makes no tensor."""
+    if message.shelf_name:
+        message, data = _shelved(message, field, shelf)
+        _checked_tokens(message, len(data), field)
+    else:
+        _checked_tokens(message, len(message.tokens.data), field)
+
+
+def _shelved(
+    message: encoder_pb2.CompressedVisualTokens, field: str, shelf: Shelf | None
+) -> tuple[encoder_pb2.CompressedVisualTokens, memoryview]:
+    """The message and the data that lie under a message's name."""
+    found = shelf.get(message.shelf_name) if shelf else None
+    if found is None:
+        raise NotOnShelf("names nothing that is on the shelf of this node", field=f"{field}.shelf_name")
+    return encoder_pb2.CompressedVisualTokens.FromString(found.header), found.data
+
+
+def _checked_tokens(
+    message: encoder_pb2.CompressedVisualTokens, size: int, field: str
+) -> tuple[torch.dtype, tuple[int, ...]]:
+    """Type and shape of the tokens, whose data has `size` bytes; checks all that the message says beside them."""
+    dtype, shape = _checked(message.tokens, size, f"{field}.tokens")
+    if len(shape) != 2 or not dtype.is_floating_point:
         raise InvalidInput(
-            f"is {tokens_ND.dtype} of shape {list(tokens_ND.shape)}, expected floats of shape [N, D]",
-            field=f"{field}.tokens",
+            f"is {dtype} of shape {list(shape)}, expected floats of shape [N, D]", field=f"{field}.tokens"
         )
     height, width = message.map_height, message.map_width
     if message.uncompressed_tokens < max(1, height * (width + 1)):
@@ -98,15 +188,7 @@ def tokens_from_proto(
         )
     for name in ("content_hash", "model_fingerprint"):
         check_sha256(getattr(message, name), f"{field}.{name}")
-    return CompressedVisualTokens(
-        tokens_ND=tokens_ND,
-        branch_ids_M=torch.from_numpy(np.frombuffer(message.branch_ids, np.uint8).copy()),
-        map_hw=(height, width),
-        uncompressed_tokens=message.uncompressed_tokens,
-        content_hash=message.content_hash,
-        model_fingerprint=message.model_fingerprint,
-        notes=tuple(message.notes),
-    )
+    return dtype, shape
 
 
 def check_sha256(value: str, field: str) -> None:

@@ -17,17 +17,22 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from focusllava.v1 import focus_pb2, llm_pb2
-from services.common.errors import FocusError, InvalidInput, TooLarge
+from services.common.errors import FocusError, InvalidInput, Overloaded, TooLarge
+from services.common.tracing import join_trace
 from services.gateway.admission import AdmissionLimits, request_id_of
+from services.gateway.callers import Caller
 from services.gateway.chat import ChatService
+from services.gateway.deadline import TIMEOUT_METADATA, Deadline
 from services.gateway.health import Health
+from services.gateway.held_bytes import Holding
+from services.gateway.keys import Keys
 from services.gateway.openai.completion import CompletionRequest
 from services.gateway.openai.errors import ModelNotFound, error_object, error_response, refusal, status_of_event
+from services.gateway.openai.hosts import wrong_host
 from services.gateway.openai.merged import merged
 from services.gateway.openai.request import ChatCompletionRequest
 from services.gateway.openai.response import ChatWriter, Collected, TextWriter, Writer, whole
 from services.gateway.openai.settings import Asked, Settings
-from services.gateway.stages import TIMEOUT_METADATA, Deadline
 
 REQUEST_ID_HEADER = "x-request-id"
 """The header with a request's id; Ray Serve makes one where there is none, and has it in the answer."""
@@ -35,9 +40,15 @@ _COMPLETIONS: dict[str, tuple[type[Settings], type[Writer]]] = {
     "/v1/chat/completions": (ChatCompletionRequest, ChatWriter),
     "/v1/completions": (CompletionRequest, TextWriter),
 }
-_ROUTES = {**dict.fromkeys(_COMPLETIONS, "POST"), "/v1/models": "GET", "/health": "GET"}
+_OPEN = ("/health", "/ready")
+"""Paths that ask for no key: probes have none."""
+_ROUTES = {**dict.fromkeys(_COMPLETIONS, "POST"), "/v1/models": "GET", **dict.fromkeys(_OPEN, "GET")}
 _MODEL_PATH = "/v1/models/"
 _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+READERS = 4
+"""Most bodies that are read and decoded at once: one takes up to 3.5 times its bytes meanwhile, as text, base64 and
+image."""
 
 IndexedEvent = tuple[int, focus_pb2.ChatResponse]
 """The number of a prompt, and an event of the answer to it."""
@@ -47,10 +58,23 @@ Events = AsyncGenerator[IndexedEvent, None]
 class HttpDoor:
     """Answers HTTP requests with what `service` answers gRPC calls with; knows nothing of Ray."""
 
-    def __init__(self, service: ChatService, model: str, health: Health, cors_origins: Sequence[str] = ()):
-        """cors_origins: the sites whose pages may ask, as in "https://example.org"; "*" is any."""
-        self._service, self._model, self._health = service, model, health
-        self._created, self._cors_origins = int(time.time()), tuple(cors_origins)
+    def __init__(
+        self,
+        service: ChatService,
+        health: Health,
+        keys: Keys,
+        *,
+        model: str,
+        max_model_len: int,
+        cors_origins: Sequence[str] = (),
+        allowed_hosts: Sequence[str] = (),
+    ):
+        """max_model_len: most tokens of prompt and answer together. cors_origins: the sites whose pages may ask, as in
+        "https://example.org"; "*" is any. allowed_hosts: as `wrong_host` has it."""
+        self._service, self._health, self._keys = service, health, keys
+        self._model, self._max_model_len, self._created = model, max_model_len, int(time.time())
+        self._cors_origins, self._allowed_hosts = tuple(cors_origins), tuple(allowed_hosts)
+        self._readers = asyncio.Semaphore(READERS)
 
     async def respond(self, request: Request) -> Response:
         """Never raises but when the client has gone."""
@@ -58,6 +82,7 @@ class HttpDoor:
         return _ForOtherSites(response, self._cors_origins) if self._cors_origins else response
 
     async def _respond(self, request: Request) -> Response:
+        join_trace(request.headers)
         path = request.url.path.rstrip("/")
         request_id = request.headers.get(REQUEST_ID_HEADER) or uuid.uuid4().hex
         method = "GET" if path.startswith(_MODEL_PATH) else _ROUTES.get(path)
@@ -70,10 +95,13 @@ class HttpDoor:
             if request.method not in allowed:
                 message = f"{path} takes {method}, this is {request.method}"
                 return error_response(405, message, headers={"allow": ", ".join(allowed)})
-            if path in _COMPLETIONS:
-                return await self._complete(request, request_id, *_COMPLETIONS[path])
-            if path == "/health":
+            if path in _OPEN:
                 return await self._state()
+            if wrong := wrong_host(request, self._allowed_hosts):
+                return error_response(421, wrong)
+            caller = self._keys.caller(request.headers.get("authorization"))
+            if path in _COMPLETIONS:
+                return await self._complete(request, request_id, caller, *_COMPLETIONS[path])
             if path == "/v1/models":
                 return JSONResponse({"object": "list", "data": [self._description()]})
             self._check_model(path.removeprefix(_MODEL_PATH))
@@ -84,21 +112,26 @@ class HttpDoor:
             return refusal(error, request_id)
 
     async def _complete(
-        self, request: Request, request_id: str, kind: type[Settings], writer_type: type[Writer]
+        self, request: Request, request_id: str, caller: Caller, kind: type[Settings], writer_type: type[Writer]
     ) -> Response:
         media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media_type != "application/json":  # which no page of another site can send without being asked first
             return error_response(415, f"content-type: is {media_type[:60]!r}, expected 'application/json'")
-        body = await _read(request, _most_bytes(self._service.limits))
-        asked, chats = await asyncio.to_thread(self._read_chats, kind, body, request_id)  # decodes megabytes
-        del body
+        caller.check()  # before megabytes are read
+        with self._service.held.holding(caller) as holding:
+            async with self._readers:
+                body = await _read(request, _most_bytes(self._service.limits), holding)
+                asked, chats = await asyncio.to_thread(self._read_chats, kind, body, request_id)  # decodes megabytes
+                del body
         deadline = Deadline.said(request.headers.get(TIMEOUT_METADATA))
-        events = merged([self._service.chat(chat, request_id_of(chat), deadline) for chat in chats])
+        events = merged([self._service.chat(chat, request_id_of(chat), deadline, caller) for chat in chats])
         try:
             first = await anext(events)  # or what refuses it
             new_writer = functools.partial(writer_type, self._model, asked)
             if not asked.stream:
                 return await _whole(_again(first, events), new_writer, asked)
+        except Overloaded:  # of no field, and it knows when to try again
+            raise
         except FocusError as error:
             raise type(error)(asked.renamed(str(error))) from None
         except BaseException:
@@ -121,7 +154,23 @@ class HttpDoor:
             raise ModelNotFound(f"is {name[:60]!r}, this server has {self._model!r}", field="model")
 
     def _description(self) -> dict[str, Any]:
-        return {"id": self._model, "object": "model", "created": self._created, "owned_by": "focusllava"}
+        """The model as OpenAI has it, vLLM's max_model_len, and the door's limits."""
+        limits = self._service.limits
+        return {
+            "id": self._model,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "focusllava",
+            "max_model_len": self._max_model_len,
+            "focus": {
+                "max_tokens": limits.max_tokens,
+                "max_images": limits.max_images,
+                "max_image_bytes": limits.media.max_bytes,
+                "max_image_bytes_total": limits.max_image_bytes_total,
+                "max_image_pixels": limits.media.max_pixels,
+                "max_text_chars": limits.max_text_chars,
+            },
+        }
 
     async def _state(self) -> Response:
         failures = await self._health.failures()
@@ -152,12 +201,17 @@ def _most_bytes(limits: AdmissionLimits) -> int:
     return limits.max_image_bytes_total * 4 // 3 + 12 * limits.max_text_chars + 2**20
 
 
-async def _read(request: Request, limit: int) -> bytes:
+async def _read(request: Request, limit: int, holding: Holding) -> bytes:
+    """The body, whose bytes are held from before the first. Raises TooLarge, InvalidInput, Overloaded."""
+    said = request.headers.get("content-length", "")
+    if said.isdecimal() and len(said) < 16:
+        holding.add(min(int(said), limit))
     body = bytearray()
     async for piece in request.stream():
         if len(body) + len(piece) > limit:
             raise TooLarge(f"has more than {limit} bytes", field="body")
         body += piece
+        holding.add(max(0, len(body) - holding.amount))
     if not body:
         raise InvalidInput("is empty, expected JSON", field="body")
     return bytes(body)

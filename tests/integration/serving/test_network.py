@@ -16,6 +16,7 @@ from ray.core.generated import ray_client_pb2
 from ray.serve.generated import serve_pb2
 
 from cluster.listeners import listeners
+from services.common.port import SECRET_METADATA
 from tests.serving_client import until
 
 REFUSED = {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNIMPLEMENTED}
@@ -126,6 +127,20 @@ def test_a_replica_unpickles_nothing_from_who_has_no_token(listening, token, tmp
         request = serve_pb2.ASGIRequest(pickled_request_metadata=pickle.dumps(Touch(ran))).SerializeToString()
         call(port, method, request, token)
     assert ran.exists()
+
+
+@pytest.mark.parametrize("method", ["EncoderService/CheckEncoder", "LanguageModelService/CheckLanguageModel"])
+def test_a_stages_own_port_asks_for_its_secret(listening, token, method):
+    """It is no secret of Ray's: the token does not open it either."""
+    asked = [(SECRET_METADATA, secret) for secret in ("", "0" * 64, token)]
+    refused = 0
+    for port in ports_of(listening, "ray::ServeReplica"):
+        for metadata in asked:
+            with grpc.insecure_channel(f"127.0.0.1:{port}") as channel, pytest.raises(grpc.RpcError) as caught:
+                channel.unary_unary(f"/focusllava.v1.{method}")(b"", timeout=10, metadata=(metadata,))
+            assert caught.value.code() in REFUSED, caught.value
+            refused += SECRET_METADATA in caught.value.details()
+    assert refused == len(asked), "one stage has this method"
 
 
 @pytest.mark.parametrize(

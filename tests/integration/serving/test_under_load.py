@@ -7,6 +7,8 @@ import concurrent.futures
 import contextlib
 import os
 import signal
+import threading
+from typing import Any
 
 import grpc
 import pytest
@@ -31,14 +33,19 @@ def redis_server(tmp_path_factory):
 def deployed_again(cluster, redis_server):
     """Does what `serve deploy` of a file does, and of the file changed: the gateway is replaced, the stages go on."""
     assert until(lambda: llm_replicas(cluster) == 1)
+    deploy(cluster, serve_config(SERVE_CONFIG, cluster.state.ports, cluster.state.checkpoint, FP32))
+    kept = set(replica_pids(cluster, "encoder"))
+    deploy(cluster, configuration(cluster, redis_server))
+    assert kept & set(replica_pids(cluster, "encoder"))
+
+
+def configuration(cluster, redis_server) -> dict[str, Any]:
+    """A gateway with Redis, and a language model that takes one request as a reason for another replica."""
     config = serve_config(SERVE_CONFIG, cluster.state.ports, cluster.state.checkpoint, FP32)
-    deploy(cluster, config)
     gateway, _, llm = (application["deployments"][0] for application in config["applications"])
     gateway["ray_actor_options"]["runtime_env"] = {"env_vars": {"REDIS_URL": redis_server.url}}
     llm["autoscaling_config"] |= {"target_ongoing_requests": 1, "upscale_delay_s": 1, "downscale_delay_s": 600}
-    kept = set(replica_pids(cluster, "encoder"))
-    deploy(cluster, config)
-    assert kept & set(replica_pids(cluster, "encoder"))
+    return config
 
 
 def deploy(cluster, config) -> None:
@@ -79,6 +86,39 @@ def test_load_brings_a_second_llm_replica_and_both_answer(cluster, channel):
     assert all(answer == alone for answer in answers)
     assert len(replica_pids(cluster, "llm")) == 2
     check_listeners(cluster.state)  # the new one's ports are closed too
+
+
+def test_replicas_that_are_replaced_finish_their_answers_and_the_new_ones_are_found(cluster, channel, redis_server):
+    """A rolling deployment of both stages under load: every answer comes whole."""
+    request = question(picture(1), sampling=llm_pb2.SamplingParams(max_tokens=200, ignore_eos=True))
+    alone = ids_of(chat(channel, request))
+    old = set(replica_pids(cluster, "llm")) | set(replica_pids(cluster, "encoder"))
+    config = configuration(cluster, redis_server)
+    for application in config["applications"][1:]:
+        application["deployments"][0]["ray_actor_options"]["runtime_env"] = {"env_vars": {"FOCUSLLAVA_TEST": "new"}}
+    request_json(cluster.state, "/api/serve/applications/", config, timeout_s=60)
+
+    def replaced() -> bool:
+        return not old & {*replica_pids(cluster, "llm"), *replica_pids(cluster, "encoder")}
+
+    done = threading.Event()
+
+    def keep_asking(seed: int) -> int:
+        answers = 0
+        while not done.is_set():
+            assert ids_of(chat(channel, request)) == alone
+            assert chat(channel, question(picture(1000 * seed + answers)))[-1].HasField("finished")
+            answers += 1
+        return answers
+
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        asking = [pool.submit(keep_asking, seed) for seed in range(1, 4)]
+        try:
+            assert until(lambda: replaced() or any(each.done() for each in asking), 240)
+        finally:
+            done.set()
+        assert all(each.result() for each in asking)
+    assert replaced()
 
 
 def test_a_new_gateway_finds_the_visual_tokens_in_redis(cluster, channel, redis_server):

@@ -8,11 +8,14 @@ import contextlib
 import grpc
 import grpc.aio
 import pytest
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from ray.serve._private.grpc_util import gRPCGenericServer
 from ray.serve._private.proxy_request_response import gRPCStreamingType
+from ray.serve.exceptions import BackPressureError
 
 from cluster.ingress import add_services_to_server
 from focusllava.v1 import encoder_pb2, encoder_pb2_grpc, focus_pb2, focus_pb2_grpc, llm_pb2, llm_pb2_grpc
+from services.common import tracing
 from tests.serving_client import LEAKS
 
 DIED = """The actor died unexpectedly before finishing this task.
@@ -86,17 +89,28 @@ async def serving(ray: Ray):
 @pytest.fixture(autouse=True)
 def other_servers_stay_as_they_are(monkeypatch):
     monkeypatch.setattr("cluster.ingress.bound_http", lambda: None)
+    monkeypatch.setattr("cluster.ingress.set_up_logs", lambda environment: None)
 
 
 @pytest.mark.parametrize(
     "status, code, says",
     [
+        (
+            (grpc.StatusCode.INTERNAL, "The actor 66 is unavailable: Actor is unavailable.. The task may"),
+            "UNAVAILABLE",
+            "the llm replica that had this request is gone; try again",
+        ),
         ((grpc.StatusCode.INTERNAL, DIED), "UNAVAILABLE", "the llm replica that had this request is gone; try again"),
         ((grpc.StatusCode.INTERNAL, NO_METHOD), "UNIMPLEMENTED", "Encode is not a method of the application 'llm'"),
         ((grpc.StatusCode.INTERNAL, "ray::f() (pid=3)\nTraceback"), "INTERNAL", "internal error"),
         ((grpc.StatusCode.INTERNAL, "internal error, request id 7"), "INTERNAL", "internal error, request id 7"),
         ((grpc.StatusCode.INVALID_ARGUMENT, "turns: is empty"), "INVALID_ARGUMENT", "turns: is empty"),
-        ((grpc.StatusCode.RESOURCE_EXHAUSTED, "max_queued_requests"), "RESOURCE_EXHAUSTED", "max_queued_requests"),
+        (
+            (grpc.StatusCode.RESOURCE_EXHAUSTED, BackPressureError(9, 8).message),
+            "RESOURCE_EXHAUSTED",
+            "the llm application is full (max_queued_requests); try again later",
+        ),
+        ((grpc.StatusCode.RESOURCE_EXHAUSTED, "image: too large"), "RESOURCE_EXHAUSTED", "image: too large"),
     ],
 )
 async def test_a_status_tells_what_to_do_and_no_internals(status, code, says):
@@ -153,3 +167,23 @@ async def test_a_call_cancelled_at_any_moment_is_cancelled_at_the_replica():
             call.cancel()
             await asyncio.wait_for(ray.ended.wait(), 5)
             assert ray.cancelled == 1
+
+
+async def test_a_call_of_a_stage_is_a_span_of_its_callers_trace():
+    exporter = InMemorySpanExporter()
+    tracing.set_up_traces({}, "test", exporter)
+    try:
+        traced = (*APPLICATION, ("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"))
+        async with serving(Ray()) as channel:
+            model = llm_pb2_grpc.LanguageModelServiceStub(channel)
+            assert len([event async for event in model.Generate(llm_pb2.GenerateRequest(), metadata=traced)]) == 3
+            await encoder_pb2_grpc.EncoderServiceStub(channel).Encode(encoder_pb2.EncodeRequest(), metadata=traced)
+    finally:
+        tracing._tracer = None
+    spans = exporter.get_finished_spans()
+    assert [span.name.rpartition(".")[2] for span in spans] == [
+        "LanguageModelService/Generate",
+        "EncoderService/Encode",
+    ]
+    for span in spans:
+        assert span.parent.span_id == 0xB7AD6B7169203331 and span.attributes == {"focusllava.application": "llm"}

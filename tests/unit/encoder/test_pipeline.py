@@ -15,7 +15,7 @@ from services.common import wire
 from services.common.errors import InternalError, InvalidInput
 from services.common.settings import build_settings
 from services.common.types import CompressedVisualTokens, ProjectedFeatureMap
-from services.encoder.deployment import EncoderSettings, encode_response
+from services.encoder.deployment import Delivery, EncoderSettings, encode_response
 from services.encoder.model import EncoderModel
 from services.encoder.pipeline import EncoderPipeline
 from services.encoder.vision_tower import build_vision_tower, feature_depth, patch_features
@@ -121,10 +121,11 @@ def visual_tokens(tokens_ND: torch.Tensor) -> CompressedVisualTokens:
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
 def test_visual_tokens_are_sent_in_the_wire_s_dtype(dtype):
-    sent = wire.tokens_from_proto(encode_response(visual_tokens(torch.ones(3, 4)), getattr(torch, dtype)).visual_tokens)
+    delivery = Delivery(dtype=getattr(torch, dtype))
+    sent = wire.tokens_from_proto(encode_response(visual_tokens(torch.ones(3, 4)), delivery).visual_tokens)
     assert sent.tokens_ND.dtype == getattr(torch, dtype) and sent.tokens_ND.tolist() == [[1.0] * 4] * 3
     with pytest.raises(InternalError, match="visual tokens: none is left"):
-        encode_response(visual_tokens(torch.ones(0, 4)), getattr(torch, dtype))
+        encode_response(visual_tokens(torch.ones(0, 4)), delivery)
 
 
 def test_a_device_that_torch_does_not_know_is_refused_by_name():

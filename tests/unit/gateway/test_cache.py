@@ -12,15 +12,8 @@ import pytest
 from services.common.errors import InvalidInput
 from services.common.telemetry import Metrics
 from services.common.types import ImageOptions
-from services.gateway.cache import (
-    CacheKey,
-    InProcessStore,
-    RedisStore,
-    StoreFailed,
-    VisualTokenCache,
-    open_store,
-    verified,
-)
+from services.gateway.cache import CacheKey, VisualTokenCache, verified
+from services.gateway.stores import InProcessStore, RedisStore, StoreFailed, open_store
 from tests.fakes.stages import KEY, message_for
 from tests.redis_server import RedisServer
 
@@ -221,8 +214,10 @@ def test_every_part_of_the_key_matters():
         dataclasses.replace(KEY, options=ImageOptions(detail="low")),
         dataclasses.replace(KEY, options=ImageOptions(reduced_jpeg=True)),
         dataclasses.replace(KEY, options=ImageOptions(reduced_jpeg=False)),
+        dataclasses.replace(KEY, options=ImageOptions(map_share=0.5)),
+        dataclasses.replace(KEY, options=ImageOptions(map_share=0.25)),
     ]
-    assert len({str(key) for key in (KEY, *others)}) == len({KEY, *others}) == 7
+    assert len({str(key) for key in (KEY, *others)}) == len({KEY, *others}) == 9
 
 
 async def test_at_the_same_time_encodes_once():

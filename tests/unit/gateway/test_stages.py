@@ -20,13 +20,11 @@ from services.common.errors import (
     TooLarge,
 )
 from services.common.types import ImageOptions
+from services.gateway.callers import Caller
 from services.gateway.chat import ChatService
-from services.gateway.stages import (
-    CHANNEL_OPTIONS,
-    Deadline,
-    LanguageModelClient,
-    stage_error,
-)
+from services.gateway.deadline import Deadline
+from services.gateway.replicas import CHANNEL_OPTIONS
+from services.gateway.stages import LanguageModelClient, stage_error
 from tests.fakes.stages import DIED, WORDS, Encoder, LanguageModel, logprobs, service, serving
 from tests.unit.gateway.test_admission import PNG, USER, ask, turn
 from tests.unit.gateway.test_cache import KEY, message_for
@@ -202,7 +200,7 @@ def test_a_stage_status_becomes_our_error(code, details, error, says):
 
 
 async def chat(service: ChatService, request: focus_pb2.ChatRequest) -> list[focus_pb2.ChatResponse]:
-    return [event async for event in service.chat(request, "r1", Deadline())]
+    return [event async for event in service.chat(request, "r1", Deadline(), Caller())]
 
 
 def kinds(events) -> list[str]:
@@ -255,7 +253,7 @@ async def test_a_deadline_that_has_passed_starts_nothing():
         late, begun = service(*clients), []
         late._cache.get_or_encode = lambda *args: begun.append(args)  # a coroutine made here would never be awaited
         with pytest.raises(DeadlineExceeded):
-            await anext(late.chat(ask(turn(USER, PNG, "what?")), "r1", Deadline(0.0)))
+            await anext(late.chat(ask(turn(USER, PNG, "what?")), "r1", Deadline(0.0), Caller()))
     assert begun == []
 
 

@@ -280,14 +280,14 @@ async def test_cancel_storm() -> None:
             request = tiny_llm.request(engine.engine, f"r{index}", images=(index % 30 + 1,), max_tokens=40)
             count = 0
             async with contextlib.aclosing(engine.generate(request)) as events:
-                async for _ in events:
-                    count += 1
+                async for event in events:
+                    count += len(event.token_ids)
                     if count > index % 7:
                         break
             return count
 
         counts = await asyncio.gather(*(impatient(index) for index in range(60)))
-        assert counts == [index % 7 + 1 for index in range(60)]
+        assert all(count > index % 7 for index, count in enumerate(counts))  # a slow reader gets several at once
         await until_idle(engine)
 
 
