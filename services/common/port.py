@@ -90,7 +90,8 @@ class Places:
                 self._running -= 1
                 self._give()
             else:
-                self._waiting.remove(place)
+                with contextlib.suppress(ValueError):  # a place that was given up is passed over, perhaps just now
+                    self._waiting.remove(place)
             raise
 
     def _give(self) -> None:

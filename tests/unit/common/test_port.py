@@ -193,3 +193,22 @@ async def test_a_limit_that_is_raised_holds_from_the_next_end_on():
         limits.max_ongoing_requests = 2
         async with places.one():
             assert places.taken == 2
+
+
+async def test_a_caller_that_leaves_as_a_place_comes_free_is_passed_over():
+    places = Places(lambda: Limits(max_ongoing_requests=1, max_queued_requests=-1))
+
+    async def call(leave: asyncio.Event):
+        async with places.one():
+            await leave.wait()
+
+    first_leaves, never = asyncio.Event(), asyncio.Event()
+    first = asyncio.create_task(call(first_leaves))
+    await asyncio.sleep(0)
+    second = asyncio.create_task(call(never))
+    await asyncio.sleep(0)
+    first_leaves.set()
+    second.cancel()  # its place is given up, and passed over by the first call's end before the second sees it
+    ends = await asyncio.gather(first, second, return_exceptions=True)
+    assert ends[0] is None and isinstance(ends[1], asyncio.CancelledError), ends
+    assert places.taken == 0
