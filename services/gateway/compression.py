@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Self
 
+from services.checkpoint.config import FocusLlavaConfig
 from services.common.settings import Count, Natural, Range, Share, require
 from services.gateway.admission import AdmittedChat
 
@@ -47,6 +48,16 @@ class LoadCompression:
             require(bound is None or bound[0] >= bound[1], name, bound, "[gentle, tight], the tight one not larger")
         require(self.relax_below < self.tighten_above, "relax_below", self.relax_below,
                 f"less than tighten_above, {self.tighten_above}")  # fmt: skip
+
+    def check(self, config: FocusLlavaConfig) -> None:
+        """Raises InvalidInput for a sampler that the checkpoint has off, or a threshold above its own."""
+        for name, sampler in (("map_share", config.vision_sampler), ("threshold", config.text_sampler)):
+            bound = getattr(self, name)
+            require(bound is None or sampler.enabled, f"load_compression.{name}", bound,
+                    "none: the checkpoint has this sampler off")  # fmt: skip
+        own = config.text_sampler.threshold
+        require(self.threshold is None or self.threshold[0] <= own, "load_compression.threshold", self.threshold,
+                f"at most {own}, which the checkpoint has")  # fmt: skip
 
     def at(self, level: int) -> Compression:
         """What a level sets, 0 to `levels`."""

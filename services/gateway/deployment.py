@@ -131,6 +131,8 @@ class Gateway(ForeignMethods):
         set_up_traces(os.environ, "gateway")
         metrics = Metrics("gateway", ray.serve.metrics)
         self._config = FocusLlavaConfig.load(settings.checkpoint)
+        if settings.load_compression is not None:
+            settings.load_compression.check(self._config)
         self._name = pathlib.Path(settings.checkpoint).name
         self._fingerprint = fingerprint(settings.checkpoint)
         redis_url = settings.redis_url or os.environ.get("REDIS_URL")

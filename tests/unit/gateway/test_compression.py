@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 
 import pytest
 
 from focusllava.v1 import llm_pb2
+from services.checkpoint.config import FocusLlavaConfig
 from services.common.errors import InvalidInput
 from services.common.settings import build_settings
 from services.common.types import ImageOptions
@@ -105,6 +107,17 @@ def test_levels_go_evenly_between_the_bounds():
 def test_settings_that_cannot_be_are_refused(raw, says):
     with pytest.raises(InvalidInput, match=says):
         build_settings(GatewaySettings, {"checkpoint": "x", "load_compression": raw})
+
+
+def test_it_only_tightens_what_the_checkpoint_has_on():
+    config = FocusLlavaConfig.load("checkpoints/focusllava-tiny")
+    LoadCompression(map_share=(0.5, 0.2), threshold=(config.text_sampler.threshold, 0.9)).check(config)
+    with pytest.raises(InvalidInput, match=r"^load_compression\.threshold: is \(1\.0, 0\.9\), expected at most 0\.99"):
+        LoadCompression(threshold=(1.0, 0.9)).check(config)
+    for name, sampler in (("map_share", "vision_sampler"), ("threshold", "text_sampler")):
+        off = dataclasses.replace(config, **{sampler: dataclasses.replace(getattr(config, sampler), enabled=False)})
+        with pytest.raises(InvalidInput, match=rf"^load_compression\.{name}: is \(0\.5, 0\.2\), expected none"):
+            LoadCompression(**{name: (0.5, 0.2)}).check(off)
 
 
 def test_what_the_load_sets_and_for_whom():
