@@ -21,6 +21,7 @@ from services.encoder.anyres import normalise
 from services.encoder.vision_tower import build_vision_tower, patch_features
 from training.config import RunConfig
 from training.data.tiles import IGNORE, LABEL_CLASSES, tile_batch
+from training.task import Task
 
 MEAN = STD = (0.5, 0.5, 0.5)
 TOWER = "vision_tower."
@@ -119,7 +120,7 @@ def replace_tower(source: pathlib.Path, folder: pathlib.Path, tower: dict[str, t
     )
 
 
-class DenseTask:
+class DenseTask(Task):
     """Task of `training/vision_pretrain.py`.
 
     With `init_from`, a checkpoint's own tower learns more, and that checkpoint is exported with it.
@@ -161,17 +162,3 @@ class DenseTask:
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {k: v.float().contiguous() for k, v in self.module.state_dict().items()}
         save_tensors(tensors, folder / "vision.safetensors")
-
-    def state(self) -> dict[str, Any]:
-        """Nothing is counted."""
-        return {}
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Nothing was counted."""
-
-    def close(self) -> None:
-        """Nothing was begun."""
-
-    def validate(self, step: int) -> dict[str, float]:
-        """Nothing is held out."""
-        return {}

@@ -26,12 +26,13 @@ from training.dense_labels import labelled_batch
 from training.initial_weights import initialise_decoder, load_model, load_vision, standardise_projector
 from training.question_module import Batch, QuestionModule
 from training.question_settings import QuestionStage
+from training.task import Task
 
 SHARE_BATCHES = 8
 """Batches that a held selector is set on when it is exported."""
 
 
-class QuestionTask:
+class QuestionTask(Task):
     """A stage on one worker. `training.experiments.task` adds what the paper does not have."""
 
     stage_type: type[QuestionStage] = QuestionStage
@@ -107,20 +108,6 @@ class QuestionTask:
             llm_tensors={f"language_model.{k}": v for k, v in model.language_model.state_dict().items()},
             tokenizer=self.tokenizer,
         )
-
-    def state(self) -> dict[str, Any]:
-        """Nothing is counted."""
-        return {}
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Nothing was counted."""
-
-    def close(self) -> None:
-        """Nothing was begun."""
-
-    def validate(self, step: int) -> dict[str, float]:
-        """Nothing: `evaluation.score` asks the held-out splits."""
-        return {}
 
     @torch.no_grad()
     def _set_share(self, share: float) -> None:

@@ -1,6 +1,7 @@
 """The training loop on one worker: micro-batches to a step, DeepSpeed's ZeRO shards, checkpoints, the log.
 
-A stage supplies a Task; this file knows nothing of images or language. `training/launch.py` places the workers.
+A stage supplies a Task (`training/task.py`); this file knows nothing of images or language. `training/launch.py` places
+the workers.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import os
 import pathlib
 import time
-from typing import Any, Protocol
+from typing import Any
 
 import ray.train
 import ray.util.metrics
@@ -30,45 +31,8 @@ from training.config import REFUSED, STOPPED, ClusterConfig, RunConfig, run_fold
 from training.global_batch import Totals, accumulation, mean_over_workers, sum_counts, to_device
 from training.optimizer import deepspeed_config, parameter_groups, set_rates
 from training.running import begin_worker
+from training.task import Task
 from training.watching import LossGuard, Watch
-
-
-class Task(Protocol):
-    """One stage of training, on one worker."""
-
-    module: nn.Module
-    """Called with a micro-batch, the step, and where `count` counts, the Totals of the global batch; returns the loss
-    and metrics to print. With totals the loss is the micro-batch's part, as `Totals` says."""
-
-    def batch(self, step: int, place: int, places: int) -> Any:
-        """The micro-batch at a place of a step's global batch; the same arguments give the same one, so a resumed run
-        repeats nothing. All places together are the same samples however many places there are."""
-
-    def count(self, batch: Any, step: int) -> torch.Tensor | None:
-        """float64 [n]: what the loss of the global batch divides by, this micro-batch's part of it; None where the
-        loss is a mean of its own."""
-
-    def identity(self) -> str:
-        """A hash of the data and its order; a resumed run with another is refused."""
-
-    def epoch(self) -> int:
-        """Steps in which each entry of the data comes once; 0 where its data has no end."""
-
-    def export(self, folder: pathlib.Path) -> None:
-        """Writes the trained weights."""
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps besides weights, the same on all workers. Called by all workers at once."""
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Goes on from a checkpoint's state."""
-
-    def close(self) -> None:
-        """Ends what the task has begun. Called by all workers at once."""
-
-    def validate(self, step: int) -> dict[str, float]:
-        """What is measured on held-out data, "validation_loss" among it; nothing where there is none. Called by all
-        workers at once."""
 
 
 def agreed_dtype(cluster: ClusterConfig) -> torch.dtype:
