@@ -39,9 +39,11 @@ class Task(Protocol):
 
     def load(self, state: dict[str, Any]) -> None:
         """Goes on from a checkpoint's state."""
+        return None
 
     def close(self) -> None:
         """Ends what the task has begun. Called by all workers at once."""
+        return None
 
     def validate(self, step: int) -> dict[str, float]:
         """What is measured on held-out data, "validation_loss" among it; nothing where there is none. Called by all
