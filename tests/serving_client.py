@@ -13,7 +13,10 @@ import numpy as np
 from PIL import Image
 
 from focusllava.v1 import encoder_pb2, encoder_pb2_grpc, focus_pb2, focus_pb2_grpc, llm_pb2, llm_pb2_grpc
+from services.common.stage_secret import SECRET_METADATA
 
+SECRET = "stages-of-tests-answer-who-says-this"
+"""What the tests' clusters share, so that a test may call a stage itself."""
 OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 FP32 = {stage: {"dtype": "float32"} for stage in ("encoder", "llm")}
 """Settings of the stages, whose answers are compared with fp32."""
@@ -66,10 +69,14 @@ def until(condition, seconds: float = 30.0) -> bool:
     return False
 
 
+def stage_metadata(application: str, secret: str = SECRET) -> tuple[tuple[str, str], ...]:
+    return ("application", application), (SECRET_METADATA, secret)
+
+
 def encoded(channel, fingerprint: str, image: bytes) -> encoder_pb2.CompressedVisualTokens:
     stub = encoder_pb2_grpc.EncoderServiceStub(channel)
     request = encoder_pb2.EncodeRequest(image=image, model_fingerprint=fingerprint, vision_sampler=True)
-    return stub.Encode(request, timeout=60, metadata=(("application", "encoder"),)).visual_tokens
+    return stub.Encode(request, timeout=60, metadata=stage_metadata("encoder")).visual_tokens
 
 
 def generated(channel, fingerprint: str, *images, parts=()) -> list[llm_pb2.GenerateResponse]:
@@ -82,7 +89,7 @@ def generated(channel, fingerprint: str, *images, parts=()) -> list[llm_pb2.Gene
         images=images,
         sampling=llm_pb2.SamplingParams(max_tokens=2),
     )
-    return list(stub.Generate(request, timeout=60, metadata=(("application", "llm"),)))
+    return list(stub.Generate(request, timeout=60, metadata=stage_metadata("llm")))
 
 
 def replica_pids(cluster, application: str) -> list[int]:

@@ -76,6 +76,12 @@ class WrongKey(FocusError):
     code = Code.UNAUTHENTICATED
 
 
+class WrongSecret(FocusError):
+    """The caller of a stage does not bear a secret that the stage accepts."""
+
+    code = Code.UNAUTHENTICATED
+
+
 class StageUnavailable(FocusError):
     """A stage could not be reached."""
 

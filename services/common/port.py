@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import inspect
+import os
 import secrets
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection
@@ -20,12 +20,11 @@ from typing import Any, Protocol
 import grpc
 import grpc.aio
 
-from services.common.errors import Overloaded
+from services.common.errors import Overloaded, WrongSecret
 from services.common.grpc_status import Refused, status_of
+from services.common.stage_secret import check_secret, shared_secret
 from services.common.tracing import server_interceptors
 
-SECRET_METADATA = "focusllava-stage-secret"
-"""A call bears the replica's secret here. Serve's controller tells it to those who may talk to Ray."""
 SHELF_NAMES_METADATA = "focusllava-shelf-names"
 """The LLM stage ends a call with it: under which names the request's images lie on its node's shelf, comma between."""
 MAX_MESSAGE_BYTES = 512 * 2**20
@@ -119,7 +118,8 @@ class StagePort:
         """
         self.places = Places(limits)
         self._stage, self._add_to_server, self._unlimited = stage, add_to_server, frozenset(unlimited)
-        self._secret = secrets.token_hex(32)
+        self._secret = secrets.token_hex(32)  # Serve's controller tells it to those who may talk to Ray
+        self._accepted = self._secret, shared_secret(os.environ)
         self._server: grpc.aio.Server | None = None
         self.is_closing = False
 
@@ -137,6 +137,13 @@ class StagePort:
         self.is_closing = True
         if self._server is not None:
             await self._server.stop(grace_s)
+
+    def admit(self, context: Any) -> None:
+        """Raises WrongSecret unless the call bears this replica's secret or the one that clusters share.
+
+        A stage's methods ask it themselves: Serve's public port leads to them too, past this one.
+        """
+        check_secret(context, self._accepted)
 
     def handler(self, name: str) -> Callable[[Any, grpc.aio.ServicerContext], Any]:
         """What gRPC calls for the method of this name."""
@@ -156,15 +163,13 @@ class StagePort:
 
     @contextlib.asynccontextmanager
     async def _admitted(self, context: grpc.aio.ServicerContext, limited: bool) -> AsyncIterator[None]:
-        said = dict(context.invocation_metadata() or ()).get(SECRET_METADATA, "")
-        if not hmac.compare_digest(str(said).encode(), self._secret.encode()):
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, f"{SECRET_METADATA}: is not this replica's")
         try:
+            self.admit(context)  # before it takes a place
             async with self.places.one() if limited else contextlib.nullcontext():
                 yield
         except Refused as refused:
             await _abort(context, refused.code.value, refused.args[1])
-        except Overloaded as error:
+        except (Overloaded, WrongSecret) as error:
             code, message = status_of(error)
             await _abort(context, code.value, message)
 

@@ -112,6 +112,7 @@ class Encoder(StageDeployment):
         """EncoderService.Encode."""
         received, outcome = time.monotonic(), "cancelled"
         try:
+            self.port.admit(grpc_context)
             check_fingerprint(request.model_fingerprint, self._pipeline.fingerprint)
             options = wire.image_options_from_proto(request.options)
             tokens = await self._batcher.encode(request.image, request.vision_sampler, options)
@@ -139,6 +140,7 @@ class Encoder(StageDeployment):
     ) -> encoder_pb2.CheckEncoderResponse:
         """EncoderService.CheckEncoder."""
         try:
+            self.port.admit(grpc_context)
             check_fingerprint(request.model_fingerprint, self._pipeline.fingerprint)
             self.check_health()
             return encoder_pb2.CheckEncoderResponse()

@@ -36,6 +36,7 @@ from services.common.grpc_status import one_line, refuse
 from services.common.logs import set_up_logs
 from services.common.settings import build_settings, require
 from services.common.shelf import Shelf
+from services.common.stage_secret import SECRET_VARIABLE, shared_secret
 from services.common.telemetry import Metrics
 from services.common.tracing import join_trace, set_up_traces
 from services.gateway.admission import AdmissionLimits, ImageSizes, request_id_of
@@ -130,6 +131,9 @@ class Gateway(ForeignMethods):
         set_up_logs(os.environ)
         set_up_traces(os.environ, "gateway")
         metrics = Metrics("gateway", ray.serve.metrics)
+        for name, address in (("encoder", settings.encoder), ("llm", settings.llm)):
+            known = address.target is None or shared_secret(os.environ)
+            require(bool(known), f"{name}.target", address.target, f"{SECRET_VARIABLE} to be set here as it is there")
         self._config = FocusLlavaConfig.load(settings.checkpoint)
         if settings.load_compression is not None:
             settings.load_compression.check(self._config)

@@ -12,7 +12,8 @@ from typing import Any, Protocol, TypeVar
 import grpc.aio
 
 from services.common.errors import StageUnavailable
-from services.common.port import MAX_MESSAGE_BYTES, SECRET_METADATA
+from services.common.port import MAX_MESSAGE_BYTES
+from services.common.stage_secret import SECRET_METADATA
 from services.common.tracing import channel_interceptors
 
 Stub = TypeVar("Stub")
@@ -97,8 +98,9 @@ class Way(Protocol):
 class IngressWay:
     """Through Ray Serve's gRPC ingress, of this cluster or another."""
 
-    def __init__(self, target: str, application: str):
-        self._line = Line(target, (("application", application),), CHANNEL_OPTIONS)
+    def __init__(self, target: str, application: str, secret: str):
+        """secret: what the clusters share."""
+        self._line = Line(target, (("application", application), (SECRET_METADATA, secret)), CHANNEL_OPTIONS)
 
     @contextlib.asynccontextmanager
     async def line(self, timeout_s: float) -> AsyncIterator[Line]:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from services.common.errors import (
 from services.common.grpc_status import replica_is_lost
 from services.common.settings import require
 from services.common.shelf import Shelf
+from services.common.stage_secret import SECRET_VARIABLE, shared_secret
 from services.common.telemetry import Metrics
 from services.common.types import ImageOptions
 from services.gateway.deadline import Deadline
@@ -80,7 +82,7 @@ class _Stage:
         self.name, self.address, self._metrics, self._shelf = name, address, metrics, shelf
         self._way: Way
         if address.target is not None:
-            self._way = IngressWay(address.target, address.application or name)
+            self._way = IngressWay(address.target, address.application or name, shared_secret(os.environ))
         else:
             assert replicas is not None, "a stage without a target needs its replicas"
             self._way = ReplicaWay(name, replicas)
@@ -97,6 +99,9 @@ class _Stage:
             try:
                 yield line
             except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.UNAUTHENTICATED and self.address.target is not None:
+                    _log.error("%s stage: refuses this cluster's %s", self.name, SECRET_VARIABLE)
+                    raise FocusError(f"the {self.name} stage refuses this gateway") from error
                 failure = stage_error(self.name, error.code(), error.details() or "")
                 if isinstance(failure, StageUnavailable):
                     line.lost_at = time.monotonic()

@@ -71,6 +71,7 @@ class LanguageModel(StageDeployment):
         """LanguageModelService.Generate. A cancelled call aborts the generation and frees its KV cache."""
         received, outcome, started = time.monotonic(), "cancelled", False
         try:
+            self.port.admit(grpc_context)
             check_fingerprint(request.model_fingerprint, self._model.fingerprint)
             asked = await self._engine.take_in(self._received.read, request)  # copies megabytes
             taken = zip(asked.images, request.images, strict=True)
@@ -115,6 +116,7 @@ class LanguageModel(StageDeployment):
     ) -> llm_pb2.CheckLanguageModelResponse:
         """LanguageModelService.CheckLanguageModel."""
         try:
+            self.port.admit(grpc_context)
             check_fingerprint(request.model_fingerprint, self._model.fingerprint)
             self.check_health()
             return llm_pb2.CheckLanguageModelResponse()

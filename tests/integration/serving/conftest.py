@@ -17,7 +17,8 @@ import pytest
 
 from cluster.local import LocalCluster
 from services.checkpoint.store import fingerprint
-from tests.serving_client import FP32, OPTIONS, pid_of
+from services.common.stage_secret import SECRET_VARIABLE
+from tests.serving_client import FP32, OPTIONS, SECRET, pid_of
 from tests.tiny_training import train_imported
 
 
@@ -35,7 +36,8 @@ ALONE = {stage: {"autoscaling_config": {"min_replicas": 1, "max_replicas": 1}} f
 def cluster(checkpoint):
     said: list[str] = []
     killed: list[int] = []
-    with LocalCluster(checkpoint=checkpoint[0], grpc_port=0, timeout_s=400, args=FP32, options=ALONE) as local:
+    env = {SECRET_VARIABLE: SECRET}
+    with LocalCluster(checkpoint=checkpoint[0], grpc_port=0, timeout_s=400, args=FP32, options=ALONE, env=env) as local:
         killer = threading.Thread(target=kill_first_raylet, args=(local, killed), daemon=True)
         killer.start()
         local.start(progress=said.append)

@@ -16,7 +16,7 @@ from ray.core.generated import ray_client_pb2
 from ray.serve.generated import serve_pb2
 
 from cluster.listeners import listeners
-from services.common.port import SECRET_METADATA
+from services.common.stage_secret import SECRET_METADATA
 from tests.serving_client import until
 
 REFUSED = {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNIMPLEMENTED}

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from focusllava import FocusClient
-from focusllava.v1 import encoder_pb2, focus_pb2, focus_pb2_grpc, llm_pb2
+from focusllava.v1 import encoder_pb2, encoder_pb2_grpc, focus_pb2, focus_pb2_grpc, llm_pb2, llm_pb2_grpc
 from services.common import wire
+from services.common.stage_secret import SECRET_METADATA
 from services.common.types import (
     GenerateRequest,
     ImageOptions,
@@ -23,7 +24,18 @@ from services.common.types import (
 from services.encoder.pipeline import EncoderPipeline
 from services.llm.engine import Engine
 from services.local.model import LocalModel
-from tests.serving_client import LEAKS, chat, encoded, generated, ids_of, picture, question, text_of
+from tests.serving_client import (
+    LEAKS,
+    SECRET,
+    chat,
+    encoded,
+    generated,
+    ids_of,
+    picture,
+    question,
+    stage_metadata,
+    text_of,
+)
 
 
 def test_split_over_grpc_equals_one_process(channel, checkpoint):
@@ -108,6 +120,28 @@ def test_each_stage_refuses_another_fingerprint(channel, checkpoint, wrong):
         assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
         assert "fingerprint" in caught.value.details() and not LEAKS.search(caught.value.details())
     assert generated(channel, right, tokens)[-1].WhichOneof("event") == "finished"
+
+
+@pytest.mark.parametrize("secret", ["", "0" * 64, SECRET[:-1], SECRET.upper()])
+def test_no_stage_answers_who_comes_by_the_public_port_without_the_secret(channel, checkpoint, secret):
+    """The port that everybody may reach leads to the stages too: it is no way past the gateway's keys and limits."""
+    encoder, model = encoder_pb2_grpc.EncoderServiceStub(channel), llm_pb2_grpc.LanguageModelServiceStub(channel)
+    calls = {
+        "encoder": [
+            lambda said: encoder.Encode(encoder_pb2.EncodeRequest(model_fingerprint=checkpoint[1]), metadata=said),
+            lambda said: encoder.CheckEncoder(encoder_pb2.CheckEncoderRequest(), metadata=said),
+        ],
+        "llm": [
+            lambda said: list(model.Generate(llm_pb2.GenerateRequest(model_fingerprint=checkpoint[1]), metadata=said)),
+            lambda said: model.CheckLanguageModel(llm_pb2.CheckLanguageModelRequest(), metadata=said),
+        ],
+    }
+    for application, methods in calls.items():
+        for call in methods:
+            with pytest.raises(grpc.RpcError) as caught:
+                call(stage_metadata(application, secret))
+            assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+            assert SECRET_METADATA in caught.value.details() and not LEAKS.search(caught.value.details())
 
 
 def test_the_llm_stage_refuses_broken_tensors_and_indices(channel, checkpoint):

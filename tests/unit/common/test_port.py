@@ -13,7 +13,8 @@ import pytest
 from focusllava.v1 import encoder_pb2, encoder_pb2_grpc, llm_pb2, llm_pb2_grpc
 from services.common.errors import InternalError, Overloaded
 from services.common.grpc_status import refuse
-from services.common.port import SECRET_METADATA, Places, StagePort
+from services.common.port import Places, StagePort
+from services.common.stage_secret import SECRET_METADATA
 
 TIMEOUT_S = 30
 

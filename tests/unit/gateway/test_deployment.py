@@ -10,6 +10,7 @@ import pytest
 
 from services.common.errors import InvalidInput
 from services.common.settings import build_settings
+from services.common.stage_secret import SECRET_VARIABLE
 from services.gateway.admission import AdmissionLimits
 from services.gateway.deployment import Gateway, GatewaySettings
 
@@ -34,6 +35,13 @@ def test_a_refused_value_of_a_nested_setting_has_its_path_whoever_refuses_it():
     ]:
         with pytest.raises(InvalidInput, match=f"^{re.escape(says)}$"):
             build_settings(GatewaySettings, {"checkpoint": "x", **raw})
+
+
+def test_a_gateway_of_another_clusters_stages_needs_the_shared_secret(monkeypatch):
+    monkeypatch.delenv(SECRET_VARIABLE, raising=False)
+    settings = build_settings(GatewaySettings, {"checkpoint": "x", "llm": {"target": "far:9000"}})
+    with pytest.raises(InvalidInput, match=f"^llm.target: is 'far:9000', expected {SECRET_VARIABLE}"):
+        Gateway.func_or_class(settings)
 
 
 def test_user_config_goes_over_the_limits_of_args_and_each_change_starts_from_them():

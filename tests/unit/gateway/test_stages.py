@@ -19,6 +19,7 @@ from services.common.errors import (
     StageUnavailable,
     TooLarge,
 )
+from services.common.stage_secret import SECRET_METADATA, SECRET_VARIABLE
 from services.common.types import ImageOptions
 from services.gateway.callers import Caller
 from services.gateway.chat import ChatService
@@ -42,11 +43,20 @@ async def answer(client: LanguageModelClient, asked: llm_pb2.GenerateRequest) ->
     return text, ids
 
 
-async def test_the_application_is_named_in_the_metadata():
+async def test_the_metadata_name_the_application_and_bear_the_clusters_secret(monkeypatch):
+    monkeypatch.setenv(SECRET_VARIABLE, "f" * 64)
     model = LanguageModel()
     async with serving(model) as (_, client):
         await answer(client, request())
-    assert model.metadata[0]["application"] == "llm"
+    assert model.metadata[0]["application"] == "llm" and model.metadata[0][SECRET_METADATA] == "f" * 64
+
+
+async def test_a_refused_secret_is_told_at_once_and_in_the_log(caplog):
+    model = LanguageModel(*[(0, grpc.StatusCode.UNAUTHENTICATED, "no")] * 3)
+    async with serving(model) as (_, client):
+        with pytest.raises(FocusError, match="the llm stage refuses this gateway"):
+            await answer(client, request())
+    assert len(model.requests) == 1 and SECRET_VARIABLE in caplog.text
 
 
 @pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED])
