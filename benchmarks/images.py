@@ -45,6 +45,7 @@ from services.llm.intake import RecentSet
 from services.llm.received import Received
 
 FINGERPRINT = "f" * 64
+CACHE_BYTES = 2**29
 WAYS = [f"{way}, {image}" for way in ("shelf", "grpc") for image in ("new image", "known image")]
 
 
@@ -57,9 +58,9 @@ class Unlimited:
 class Encoder:
     """Stage 1 without its model: the same tokens for every image."""
 
-    def __init__(self, tokens: CompressedVisualTokens, shelf: Shelf | None, shelf_bytes: int):
+    def __init__(self, tokens: CompressedVisualTokens, shelf: Shelf | None, shelf_bytes: int, dtype: torch.dtype):
         self._tokens = tokens
-        self._delivery = Delivery(dtype=tokens.tokens_ND.dtype, shelf=shelf, shelf_bytes=shelf_bytes)
+        self._delivery = Delivery(dtype=dtype, shelf=shelf, shelf_bytes=shelf_bytes)
 
     async def Encode(self, request: encoder_pb2.EncodeRequest, _: Any) -> encoder_pb2.EncodeResponse:
         tokens = dataclasses.replace(self._tokens, content_hash=request.image.decode())
@@ -93,7 +94,7 @@ class LanguageModel:
         request = self._received.read(message)
         (image,) = request.images
         if image.digest not in self._known_finite:
-            assert all_finite(image.tokens_ND) and image.digest is not None
+            assert all_finite(image.values_ND(torch.bfloat16)) and image.digest is not None
             self._known_finite.add(image.digest)
         return request
 
@@ -114,23 +115,23 @@ class One:
 class Way:
     """Both stages and a gateway's clients."""
 
-    def __init__(self, tokens: CompressedVisualTokens, shelf: Shelf | None, models: Shelf | None, cache_bytes: int):
-        """shelf: that of the encoder and the gateway; models: that of the language model."""
-        self._tokens, self._shelf, self._models, self._cache_bytes = tokens, shelf, models, cache_bytes
+    def __init__(self, tokens: CompressedVisualTokens, shelf: Shelf | None, models: Shelf | None, dtype: torch.dtype):
+        """shelf: that of the encoder and the gateway; models: that of the language model; dtype: on the wire."""
+        self._tokens, self._shelf, self._models, self._dtype = tokens, shelf, models, dtype
         self._stack = contextlib.AsyncExitStack()
 
     async def start(self) -> None:
         self._encoder = await self._port(
-            Encoder(self._tokens, self._shelf, self._cache_bytes),
+            Encoder(self._tokens, self._shelf, CACHE_BYTES, self._dtype),
             encoder_pb2_grpc.add_EncoderServiceServicer_to_server,
             functools.partial(EncoderClient, StageAddress(), FINGERPRINT),
         )
         self._model = await self._port(
-            LanguageModel(self._models, self._cache_bytes),
+            LanguageModel(self._models, CACHE_BYTES),
             llm_pb2_grpc.add_LanguageModelServiceServicer_to_server,
             functools.partial(LanguageModelClient, StageAddress()),
         )
-        self._cache = VisualTokenCache(InProcessStore(self._cache_bytes), Metrics("gateway"), self._shelf)
+        self._cache = VisualTokenCache(InProcessStore(CACHE_BYTES), Metrics("gateway"), self._shelf)
 
     async def _port(self, stage: object, add_to_server: Any, client: Any) -> Any:
         port = StagePort(stage, add_to_server, Unlimited)
@@ -180,6 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=2928, help="visual tokens of an image")
     parser.add_argument("--width", type=int, default=4096)
+    parser.add_argument("--wire-dtype", choices=("bfloat16", "int8"), default="bfloat16")
     parser.add_argument("--images", type=int, default=8, help="of one turn")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS / "images.json")
@@ -193,7 +195,8 @@ def main() -> None:
         content_hash="0" * 64,
         model_fingerprint=FINGERPRINT,
     )
-    megabytes = tokens.tokens_ND.nbytes / 1e6
+    dtype = getattr(torch, options.wire_dtype)
+    megabytes = wire.data_bytes((options.tokens, options.width), dtype) / 1e6
     numbers = itertools.count()
 
     def fresh() -> list[str]:
@@ -202,7 +205,7 @@ def main() -> None:
     known = ["e" * 64] * options.images
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder, asyncio.Runner() as runner:
         ours, theirs = (_shelf(pathlib.Path(folder) / name) for name in ("ours", "theirs"))
-        ways = {"shelf": Way(tokens, ours, ours, 2**29), "grpc": Way(tokens, None, theirs, 2**29)}
+        ways = {"shelf": Way(tokens, ours, ours, dtype), "grpc": Way(tokens, None, theirs, dtype)}
         for way in ways.values():
             runner.run(way.start())
 
@@ -220,7 +223,7 @@ def main() -> None:
          for name, mine in turns.items()],
     )  # fmt: skip
     content = {
-        "checkpoint": "8b",
+        "checkpoint": f"8b, {options.wire_dtype}",
         "machine": machine(range(2)),
         "megabytes": megabytes,
         "images": options.images,

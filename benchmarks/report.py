@@ -189,6 +189,21 @@ def images(result: dict[str, Any]) -> str:
     return markdown((f"way of {result['megabytes']:.0f} MB", "processor time, ms", "clock, ms"), rows)
 
 
+def wire_dtypes(result: dict[str, Any]) -> str:
+    rows = [
+        [
+            name,
+            f"{row['kilobytes_an_image']:.1f}",
+            f"{row['relative_error_percent']:.2f} %",
+            f"{row['exact_percent']:.1f} %",
+            f"{row['as_float32_percent']:.1f} %",
+        ]
+        for name, row in result["rows"].items()
+    ]
+    header = ("`wire_dtype`", "kB an image", "error of the values", "answers right", "answers as with float32")
+    return markdown(header, rows)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "engine": engine,
     "prefill": prefill,
@@ -199,6 +214,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "encoder": encoder,
     "served": served,
     "images": images,
+    "wire_dtypes": wire_dtypes,
 }
 
 

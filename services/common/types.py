@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import torch
 
+from services.common.int8 import from_int8
 from services.common.settings import Count, Natural, Range, Share
 
 Detail = Literal["low", "high"]
@@ -62,7 +63,7 @@ class CompressedVisualTokens:
     tokens_ND: torch.Tensor
     """Base-tile tokens, then those of the map with a newline embedding closing each row: of regions in the vision
     sampler's `token_order` "region", of the map in "row" and with the sampler off. With low detail: the base tile's and
-    one newline embedding."""
+    one newline embedding. Floating point, or int8 with `scales_NG`."""
     branch_ids_M: torch.Tensor
     """uint8 [M]: the branch that each region chose, regions in raster order; empty with the vision sampler off."""
     map_hw: tuple[int, int]
@@ -74,9 +75,18 @@ class CompressedVisualTokens:
     model_fingerprint: str
     notes: tuple[str, ...] = ()
     """What the user should know of how the image was read, such as "animated image: first frame used"."""
+    scales_NG: torch.Tensor | None = None
+    """float32 [N, D / 64]: what multiplies each 64 values of int8 tokens (`services/common/int8.py`); None with any
+    other dtype."""
     digest: bytes | None = None
     """What equal tokens have in common, where a stage of our own vouches for it (`services/common/shelf.py`). None:
     whoever needs one looks at the tokens."""
+
+    def values_ND(self, dtype: torch.dtype) -> torch.Tensor:
+        """The tokens in a floating dtype; no copy where they have it."""
+        if self.scales_NG is None:
+            return self.tokens_ND.to(dtype)
+        return from_int8(self.tokens_ND, self.scales_NG, dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from services.checkpoint.sizing import default_tiles
 from services.common import wire
 from services.common.errors import InternalError
 from services.common.grpc_status import check_fingerprint, refuse
+from services.common.int8 import check_width, to_int8
 from services.common.port import StagePort
 from services.common.shelf import Shelf
 from services.common.telemetry import Metrics
@@ -36,7 +37,7 @@ class Delivery:
     """How a replica hands visual tokens over."""
 
     dtype: torch.dtype
-    """The dtype that they are sent in."""
+    """The dtype that they are sent in; torch.int8 is with scales."""
     shelf: Shelf | None = None
     shelf_bytes: int = 0
 
@@ -58,7 +59,7 @@ def encode_response(
     if not tokens.tokens_ND.numel():
         raise InternalError("none is left of this image by the vision-guided sampler", field="visual tokens")
     response = encoder_pb2.EncodeResponse()
-    sent = dataclasses.replace(tokens, tokens_ND=tokens.tokens_ND.to(delivery.dtype))
+    sent = _in_dtype(tokens, delivery.dtype)
     if claims is not None and delivery.shelf is not None:
         name = delivery.shelf.name(claims)
         if wire.shelve(sent, delivery.shelf, name, delivery.shelf_bytes):
@@ -67,6 +68,13 @@ def encode_response(
             return response
     wire.tokens_to_proto(sent, response.visual_tokens)
     return response
+
+
+def _in_dtype(tokens: CompressedVisualTokens, dtype: torch.dtype) -> CompressedVisualTokens:
+    if dtype is not torch.int8:
+        return dataclasses.replace(tokens, tokens_ND=tokens.tokens_ND.to(dtype))
+    tokens_ND, scales_NG = to_int8(tokens.tokens_ND)
+    return dataclasses.replace(tokens, tokens_ND=tokens_ND, scales_NG=scales_NG)
 
 
 @serve.deployment(name="Encoder")
@@ -83,6 +91,8 @@ class Encoder(StageDeployment):
             device=device,
             limits=settings.media,
         )
+        if settings.wire_dtype == "int8":
+            check_width(self._pipeline.config.text_config.hidden_size)
         self._computes_in = dtype
         self._delivery = Delivery(
             dtype=getattr(torch, settings.wire_dtype),
@@ -163,7 +173,7 @@ class Encoder(StageDeployment):
     ) -> None:
         self._metrics.count("focusllava_image_bytes_taken", len(request.image))
         if not response.visual_tokens.shelf_name:
-            sent = tokens.tokens_ND.numel() * self._delivery.dtype.itemsize
+            sent = wire.data_bytes(tuple(tokens.tokens_ND.shape), self._delivery.dtype)
             self._metrics.count("focusllava_visual_token_bytes_sent", sent)
         for branch, regions in enumerate(tokens.branch_ids_M.bincount().tolist()):
             self._metrics.count("focusllava_regions", regions, branch=str(branch))

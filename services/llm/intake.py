@@ -15,7 +15,7 @@ import torch
 from services.checkpoint.config import FocusLlavaConfig
 from services.common.errors import InvalidInput, TooLarge, WrongFingerprint
 from services.common.ranges import check_samplers, check_sampling
-from services.common.types import GenerateRequest, SamplerSettings
+from services.common.types import CompressedVisualTokens, GenerateRequest, SamplerSettings
 from services.compute.dtypes import all_finite, dtype_name
 from services.grammar.grammars import Grammars
 from services.llm.kernels.sampling import new_generator
@@ -128,11 +128,10 @@ class Intake:
                     field=f"images[{index}].model_fingerprint",
                 )
             tokens, field = image.tokens_ND, f"images[{index}].tokens"
-            if tokens.ndim != 2 or tokens.shape[1] != width or not len(tokens) or not tokens.is_floating_point():
-                raise InvalidInput(
-                    f"is {tokens.dtype} {list(tokens.shape)}, expected floating point [1 or more, {width}]", field=field
-                )
-            parts.append(tokens.to(self.decoder.dtype))
+            if tokens.ndim != 2 or tokens.shape[1] != width or not len(tokens) or not _has_values(image):
+                found = f"is {tokens.dtype} {list(tokens.shape)}"
+                raise InvalidInput(f"{found}, expected floating point or scaled int8 [1 or more, {width}]", field=field)
+            parts.append(image.values_ND(self.decoder.dtype))
             if image.digest in self.known_finite:
                 continue
             if not all_finite(parts[-1]):
@@ -146,3 +145,7 @@ class Intake:
         visual_ND = torch.cat(parts) if len(parts) > 1 else parts[0]
         # Pinned here, on any thread, the engine's own need not wait for the copy to a GPU.
         return visual_ND.pin_memory() if self.decoder.device.type == "cuda" else visual_ND
+
+
+def _has_values(image: CompressedVisualTokens) -> bool:
+    return image.tokens_ND.is_floating_point() or (image.tokens_ND.dtype is torch.int8 and image.scales_NG is not None)

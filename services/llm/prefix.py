@@ -46,4 +46,6 @@ def image_digest(image: CompressedVisualTokens) -> bytes:
     claims = (image.content_hash, image.model_fingerprint, image.map_hw, kind, branches)
     digest = hashlib.sha256(repr(claims).encode())  # processors have instructions for it, which blake2b lacks
     digest.update(tokens_ND.reshape(-1).view(torch.uint8).numpy().data)  # as bytes: numpy has no bfloat16
+    if image.scales_NG is not None:
+        digest.update(image.scales_NG.cpu().numpy().tobytes())
     return digest.digest()

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from services.common.errors import InvalidInput, TooLarge, WrongFingerprint
+from services.common.int8 import from_int8, to_int8
 from services.common.types import GenerateRequest
+from services.llm.prefix import image_digest
 from tests import tiny_llm
 
 
@@ -57,6 +59,12 @@ def test_stop_string_ends_the_answer_before_it() -> None:
         ({"tokens_ND": torch.randn(0, 64)}, InvalidInput, r"\[0, 64\]"),
         ({"tokens_ND": torch.randn(64)}, InvalidInput, r"\[64\]"),
         ({"tokens_ND": torch.ones(3, 64, dtype=torch.int64)}, InvalidInput, "int64"),
+        ({"tokens_ND": torch.ones(3, 64, dtype=torch.int8)}, InvalidInput, "int8"),
+        (
+            {"tokens_ND": torch.ones(3, 64, dtype=torch.int8), "scales_NG": torch.full((3, 1), float("nan"))},
+            InvalidInput,
+            "NaN",
+        ),
         ({"tokens_ND": torch.full((3, 64), float("nan"))}, InvalidInput, "NaN"),
         ({"tokens_ND": torch.full((3, 64), float("inf"), dtype=torch.bfloat16)}, InvalidInput, "infinity"),
     ],
@@ -68,6 +76,21 @@ def test_visual_tokens_that_are_refused(changes: dict[str, Any], error: type[Exc
     with pytest.raises(error, match=message):
         engine.submit(GenerateRequest(**{**vars(asked), "images": (asked.images[0], bad)}))
     assert not engine.has_work()
+
+
+def test_int8_tokens_are_answered_as_their_values_are() -> None:
+    engine = tiny_llm.engine()
+    asked = tiny_llm.request(engine, images=(20,), max_tokens=12)
+    tokens_ND, scales_NG = to_int8(torch.randn(20, 64, generator=torch.Generator().manual_seed(3)))
+    small = tiny_llm.image(engine.fingerprint, 20, tokens_ND=tokens_ND, scales_NG=scales_NG)
+    whole = tiny_llm.image(engine.fingerprint, 20, tokens_ND=from_int8(tokens_ND, scales_NG, torch.float32))
+    doubled = tiny_llm.image(engine.fingerprint, 20, tokens_ND=tokens_ND, scales_NG=2 * scales_NG)
+    answers = [
+        tiny_llm.run(engine, [GenerateRequest(**{**vars(asked), "images": (image,)})])["r"][0]
+        for image in (small, whole, doubled)
+    ]
+    assert answers[0] == answers[1]
+    assert len({image_digest(image) for image in (small, whole, doubled)}) == 3, "no prefix is shared by mistake"
 
 
 def test_a_value_that_overflows_the_models_dtype_is_refused() -> None:

@@ -18,10 +18,9 @@ from services.common.wire.requests import (
 from services.common.wire.sizes import RequestSizes
 from services.common.wire.tensors import (
     check_tokens,
+    data_bytes,
     described,
     shelve,
-    tensor_from_proto,
-    tensor_to_proto,
     tokens_from_proto,
     tokens_to_proto,
     unshelve,
@@ -32,6 +31,7 @@ __all__ = [
     "GenerateMessage",
     "RequestSizes",
     "check_tokens",
+    "data_bytes",
     "described",
     "event_from_proto",
     "event_to_proto",
@@ -46,8 +46,6 @@ __all__ = [
     "sampling_from_proto",
     "sampling_to_proto",
     "shelve",
-    "tensor_from_proto",
-    "tensor_to_proto",
     "tokens_from_proto",
     "tokens_to_proto",
     "turns_from_proto",

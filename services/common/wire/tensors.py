@@ -10,6 +10,7 @@ import torch
 
 from focusllava.v1 import encoder_pb2, tensor_pb2
 from services.common.errors import InvalidInput, NotOnShelf
+from services.common.int8 import GROUP
 from services.common.shelf import Shelf
 from services.common.types import CompressedVisualTokens
 
@@ -20,21 +21,9 @@ _DTYPES = {
     tensor_pb2.DATA_TYPE_FLOAT32: torch.float32,
     tensor_pb2.DATA_TYPE_FLOAT16: torch.float16,
     tensor_pb2.DATA_TYPE_BFLOAT16: torch.bfloat16,
-    tensor_pb2.DATA_TYPE_UINT8: torch.uint8,
+    tensor_pb2.DATA_TYPE_SCALED_INT8: torch.int8,
 }
 _DATA_TYPES = {dtype: data_type for data_type, dtype in _DTYPES.items()}
-
-
-def tensor_to_proto(tensor: torch.Tensor, into: tensor_pb2.Tensor | None = None) -> tensor_pb2.Tensor:
-    """A tensor of 1 to 8 dimensions, none of them 0; float32, float16, bfloat16 or uint8, on any device.
-
-    into: an empty message to fill. A message that becomes a field of another is copied, and this one may have 24 MB.
-    """
-    message = tensor_pb2.Tensor() if into is None else into
-    _describe(tensor, message)
-    # numpy has no bfloat16: the bytes are read through a view.
-    message.data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-    return message
 
 
 def _describe(tensor: torch.Tensor, message: tensor_pb2.Tensor) -> None:
@@ -44,15 +33,10 @@ def _describe(tensor: torch.Tensor, message: tensor_pb2.Tensor) -> None:
     message.shape.extend(tensor.shape)
 
 
-def tensor_from_proto(message: tensor_pb2.Tensor, field: str = "tensor") -> torch.Tensor:
-    """Raises InvalidInput: unknown type, a shape that is not 1 to 8 positive sizes or does not match the bytes.
-
-    NaN and infinity pass: the engine's intake looks for them once, in the dtype that the model computes in.
-    """
-    data = message.data
-    dtype, shape = _checked(message, len(data), field)
-    # One copy: torch wants memory that may be written, and bytes may not.
-    return torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
+def data_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Length of a tensor's data on the wire; int8 has its scales there too."""
+    values = math.prod(shape)  # Python's integers cannot overflow
+    return values * dtype.itemsize + (4 * (values // GROUP) if dtype is torch.int8 else 0)
 
 
 def _checked(message: tensor_pb2.Tensor, size: int, field: str) -> tuple[torch.dtype, tuple[int, ...]]:
@@ -66,7 +50,9 @@ def _checked(message: tensor_pb2.Tensor, size: int, field: str) -> tuple[torch.d
         raise InvalidInput(f"has {len(shape)} dimensions, expected 1 to {MAX_DIMENSIONS}", field=f"{field}.shape")
     if any(size < 1 for size in shape):
         raise InvalidInput(f"is {list(shape)}, expected sizes of at least 1", field=f"{field}.shape")
-    expected = math.prod(shape) * dtype.itemsize  # Python's integers cannot overflow
+    if dtype is torch.int8 and shape[-1] % GROUP:
+        raise InvalidInput(f"is {list(shape)}, the last size must be a multiple of {GROUP}", field=f"{field}.shape")
+    expected = data_bytes(shape, dtype)
     if size != expected:
         found = f"has {size} bytes, expected {expected} for shape {list(shape)} of {dtype}"
         raise InvalidInput(found, field=f"{field}.data")
@@ -76,18 +62,28 @@ def _checked(message: tensor_pb2.Tensor, size: int, field: str) -> tuple[torch.d
 def tokens_to_proto(
     tokens: CompressedVisualTokens, into: encoder_pb2.CompressedVisualTokens | None = None
 ) -> encoder_pb2.CompressedVisualTokens:
-    """Visual tokens as a message; into: an empty one to fill, as in `tensor_to_proto`."""
+    """Visual tokens as a message.
+
+    into: an empty message to fill. One that becomes a field of another is copied, and this one may have 24 MB.
+    """
     message = encoder_pb2.CompressedVisualTokens() if into is None else into
-    tensor_to_proto(tokens.tokens_ND, message.tokens)
+    _describe(tokens.tokens_ND, message.tokens)
+    message.tokens.data = _bytes_of(tokens).numpy().tobytes()
     _describe_tokens(tokens, message)
     return message
 
 
 def shelve(tokens: CompressedVisualTokens, shelf: Shelf, name: str, max_bytes: int) -> bool:
     """Leaves visual tokens on the shelf; False where they find no room there."""
-    return shelf.put(
-        name, described(tokens).SerializeToString(), tokens.tokens_ND.detach().cpu().contiguous(), max_bytes
-    )
+    return shelf.put(name, described(tokens).SerializeToString(), _bytes_of(tokens), max_bytes)
+
+
+def _bytes_of(tokens: CompressedVisualTokens) -> torch.Tensor:
+    """uint8 [bytes]: the tensor's data on the wire, on the CPU; bytes, since numpy has no bfloat16."""
+    data = tokens.tokens_ND.detach().cpu().contiguous().view(torch.uint8).view(-1)
+    if tokens.scales_NG is None:
+        return data
+    return torch.cat([tokens.scales_NG.detach().cpu().contiguous().view(torch.uint8).view(-1), data])
 
 
 def described(tokens: CompressedVisualTokens) -> encoder_pb2.CompressedVisualTokens:
@@ -134,8 +130,13 @@ def tokens_from_proto(
     else:
         data = bytearray(message.tokens.data)  # one copy: torch wants memory that may be written
     dtype, shape = _checked_tokens(message, len(data), field)
+    scales_NG, start = None, 0
+    if dtype is torch.int8:
+        scales_NG = torch.frombuffer(data, dtype=torch.float32, count=math.prod(shape) // GROUP).view(shape[0], -1)
+        start = scales_NG.nbytes
     return CompressedVisualTokens(
-        tokens_ND=torch.frombuffer(data, dtype=dtype).view(shape),
+        tokens_ND=torch.frombuffer(data, dtype=dtype, offset=start).view(shape),
+        scales_NG=scales_NG,
         branch_ids_M=torch.from_numpy(np.frombuffer(message.branch_ids, np.uint8).copy()),
         map_hw=(message.map_height, message.map_width),
         uncompressed_tokens=message.uncompressed_tokens,
@@ -172,10 +173,8 @@ def _checked_tokens(
 ) -> tuple[torch.dtype, tuple[int, ...]]:
     """Type and shape of the tokens, whose data has `size` bytes; checks all that the message says beside them."""
     dtype, shape = _checked(message.tokens, size, f"{field}.tokens")
-    if len(shape) != 2 or not dtype.is_floating_point:
-        raise InvalidInput(
-            f"is {dtype} of shape {list(shape)}, expected floats of shape [N, D]", field=f"{field}.tokens"
-        )
+    if len(shape) != 2:
+        raise InvalidInput(f"has the shape {list(shape)}, expected [N, D]", field=f"{field}.tokens")
     height, width = message.map_height, message.map_width
     if message.uncompressed_tokens < max(1, height * (width + 1)):
         raise InvalidInput(

@@ -10,6 +10,7 @@ import torch
 from focusllava.v1 import encoder_pb2, tensor_pb2
 from services.common import wire
 from services.common.errors import InvalidInput
+from services.common.int8 import to_int8
 from services.common.types import CompressedVisualTokens
 
 FINGERPRINT = "ab" * 32
@@ -38,26 +39,40 @@ def same_tokens(left: CompressedVisualTokens, right: CompressedVisualTokens) -> 
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.uint8])
-@pytest.mark.parametrize("shape", [(1,), (3, 5), (2, 1, 3, 4)])
-def test_tensor_round_trip_is_exact(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    tensor = (torch.rand(shape) * 200).to(dtype)
-    message = tensor_pb2.Tensor.FromString(wire.tensor_to_proto(tensor).SerializeToString())
-    back = wire.tensor_from_proto(message)
-    assert back.dtype == dtype and torch.equal(back, tensor)
-    back.zero_()  # the result is its own memory
-    assert torch.equal(wire.tensor_from_proto(message), tensor)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_visual_tokens_round_trip_is_exact(dtype: torch.dtype) -> None:
+    tokens = visual_tokens(dtype)
+    message = encoder_pb2.CompressedVisualTokens.FromString(wire.tokens_to_proto(tokens).SerializeToString())
+    back = wire.tokens_from_proto(message)
+    assert same_tokens(back, tokens)
+    back.tokens_ND.zero_()  # the result is its own memory
+    assert same_tokens(wire.tokens_from_proto(message), tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_tokens_come_back_with_their_scales(dtype: torch.dtype) -> None:
+    values_ND = torch.randn(5, 192, generator=torch.Generator().manual_seed(1)) * torch.tensor([1.0, 40, 0.01]).repeat(
+        64
+    )
+    tokens_ND, scales_NG = to_int8(values_ND)
+    tokens = visual_tokens(tokens_ND=tokens_ND, scales_NG=scales_NG)
+    message = wire.tokens_to_proto(tokens)
+    assert len(message.tokens.data) == wire.data_bytes((5, 192), torch.int8) == 5 * 192 + 5 * 3 * 4
+    back = wire.tokens_from_proto(message)
+    assert torch.equal(back.tokens_ND, tokens_ND) and torch.equal(back.scales_NG, scales_NG)
+    assert torch.equal(back.values_ND(dtype), tokens.values_ND(dtype)) and back.values_ND(dtype).dtype is dtype
 
 
 def test_a_view_is_sent_in_row_major_order() -> None:
     tensor = torch.arange(12, dtype=torch.float32).view(3, 4).T[1:]
     assert not tensor.is_contiguous()
-    assert torch.equal(wire.tensor_from_proto(wire.tensor_to_proto(tensor)), tensor)
+    back = wire.tokens_from_proto(wire.tokens_to_proto(visual_tokens(tokens_ND=tensor)))
+    assert torch.equal(back.tokens_ND, tensor)
 
 
 def test_bytes_are_little_endian_bfloat16() -> None:
-    message = wire.tensor_to_proto(torch.tensor([1.0, -2.0], dtype=torch.bfloat16))
-    assert message.data == bytes([0x80, 0x3F, 0x00, 0xC0])
+    message = wire.tokens_to_proto(visual_tokens(tokens_ND=torch.tensor([[1.0, -2.0]], dtype=torch.bfloat16)))
+    assert message.tokens.data == bytes([0x80, 0x3F, 0x00, 0xC0])
 
 
 def tensor_message(**changes: object) -> tensor_pb2.Tensor:
@@ -83,26 +98,24 @@ def tensor_message(**changes: object) -> tensor_pb2.Tensor:
         ({"data": bytes(25)}, "t.data"),
         ({"data": bytes(12)}, "t.data"),
         ({"data_type": tensor_pb2.DATA_TYPE_BFLOAT16}, "t.data"),
+        ({"data_type": tensor_pb2.DATA_TYPE_UINT8, "data": bytes(6)}, "t.data_type"),
+        ({"data_type": tensor_pb2.DATA_TYPE_SCALED_INT8, "data": bytes(6)}, "t.shape"),
+        ({"data_type": tensor_pb2.DATA_TYPE_SCALED_INT8, "shape": [2, 64], "data": bytes(128)}, "t.data"),
+        ({"data_type": tensor_pb2.DATA_TYPE_SCALED_INT8, "shape": [2**62, 64], "data": bytes(128)}, "t.data"),
+        ({"shape": [3, 4, 5], "data": bytes(240)}, "t"),
     ],
 )
 def test_malformed_tensor_is_refused_by_field(changes: dict[str, object], field: str) -> None:
+    message = wire.tokens_to_proto(visual_tokens())
+    message.tokens.CopyFrom(tensor_message(**changes))
     with pytest.raises(InvalidInput) as caught:
-        wire.tensor_from_proto(tensor_message(**changes), "t")
-    assert caught.value.field == field
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_visual_tokens_round_trip(dtype: torch.dtype) -> None:
-    tokens = visual_tokens(dtype)
-    data = wire.tokens_to_proto(tokens).SerializeToString()
-    assert same_tokens(wire.tokens_from_proto(encoder_pb2.CompressedVisualTokens.FromString(data)), tokens)
+        wire.tokens_from_proto(message, "t")
+    assert caught.value.field == field.replace("t", "t.tokens", 1)
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("tokens", wire.tensor_to_proto(torch.zeros(3, 4, 5))),
-        ("tokens", wire.tensor_to_proto(torch.zeros(3, 4, dtype=torch.uint8))),
         ("uncompressed_tokens", 39),
         ("uncompressed_tokens", 0),
         ("branch_ids", bytes(37)),
@@ -113,10 +126,7 @@ def test_visual_tokens_round_trip(dtype: torch.dtype) -> None:
 )
 def test_contradicting_visual_tokens_are_refused(name: str, value: object) -> None:
     message = wire.tokens_to_proto(visual_tokens())
-    if name == "tokens":
-        message.tokens.CopyFrom(value)
-    else:
-        setattr(message, name, value)
+    setattr(message, name, value)
     with pytest.raises(InvalidInput) as caught:
         wire.tokens_from_proto(message, "images[1]")
     assert caught.value.field == f"images[1].{name}"
