@@ -105,7 +105,12 @@ def main() -> None:
         [[name, *(f"{value:.{digits}f}" for value, digits in zip(row.values(), (1, 3, 1, 2), strict=True))]
          for name, row in rows.items()],
     )  # fmt: skip
-    content = {"checkpoint": pathlib.Path(options.checkpoint).name, "machine": machine(range(2)), "rows": rows}
+    content = {
+        "checkpoint": pathlib.Path(options.checkpoint).name,
+        "dtype": "float32",
+        "machine": machine(range(2)),
+        "rows": rows,
+    }
     write_results("wire_dtypes", content, options.out)
 
 
