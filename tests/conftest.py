@@ -8,6 +8,8 @@ import pytest
 # Read when torch is imported. Threads that wait for each other by spinning take a busy core from each other: on two
 # cores beside the other half of the tests, a model on two threads took 80 s where it takes 3 of them asleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Ray's own 30 s for the start of its raylet are too few beside the other half of the tests on two slow cores.
+os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")
 import torch  # noqa: E402
 
 if not torch.cuda.is_available():

@@ -22,15 +22,16 @@ def start_worker(rank: int, workers: int, store: pathlib.Path) -> None:
     torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=workers)
 
 
-def train_without_ray(run: RunConfig, task: tuple[str, str]) -> dict[str, str]:
-    """All of a run on this worker, from its start; checkpoints go to the run's folder."""
+def train_without_ray(run: RunConfig, task: tuple[str, str], *, since: pathlib.Path | None = None) -> dict[str, str]:
+    """All of a run on this worker, from its start or since a checkpoint; checkpoints go to the run's folder."""
     rank, workers = torch.distributed.get_rank(), torch.distributed.get_world_size()
 
     def keep(metrics, checkpoint, checkpoint_dir_name, **_):
         shutil.copytree(checkpoint.path, run_folder(run) / checkpoint_dir_name, dirs_exist_ok=True)
         shutil.rmtree(checkpoint.path)
 
-    ray.train.get_checkpoint, ray.train.report = lambda: None, keep
+    checkpoint = ray.train.Checkpoint.from_directory(since) if since else None
+    ray.train.get_checkpoint, ray.train.report = lambda: checkpoint, keep
     ray.train.get_context = lambda: types.SimpleNamespace(get_local_rank=lambda: rank)
     run_folder(run).mkdir(parents=True, exist_ok=True)
     checkpoints.seed(run.seed)

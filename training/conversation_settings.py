@@ -46,6 +46,10 @@ class HeldOut:
     """Most tokens of such an answer."""
 
 
+LONGEST = 6144
+"""Most tokens of a sequence where nothing else is said, two images of the largest size and their words."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ConversationStage:
     """What is trained on, and how a conversation becomes a sequence."""
@@ -60,8 +64,9 @@ class ConversationStage:
     """The mixture's sources for one stage of training alone."""
     template: Literal["chat", "plain"] = "chat"
     """plain: an image and its caption, without the words of a chat."""
-    max_length: Count = 6144
-    """Most tokens of a sequence, all visual tokens counted; an answer is cut from its end."""
+    max_length: Count | None = None
+    """Most tokens of a sequence, all visual tokens counted; an answer is cut from its end. None: 6,144, or the model's
+    context where that is less."""
     max_bad_share: Annotated[float, Range(0, 1)] = 0.01
     """The share of unusable entries above which the run ends."""
     processes: Natural = 2
@@ -87,10 +92,13 @@ class ConversationStage:
         check_settings(self)
         check_trained_are_on(self.model, vision_sampler=self.vision_sampler, prune=self.prune)
 
+    def longest(self, config: FocusLlavaConfig) -> int:
+        """Most tokens of a sequence of this model."""
+        return self.max_length or min(LONGEST, config.text_config.max_position_embeddings)
+
     def check_model(self, config: FocusLlavaConfig) -> None:
         """Raises InvalidInput for what a model of this configuration cannot do."""
         context = config.text_config.max_position_embeddings
-        require(
-            self.max_length <= context, "stage.max_length", self.max_length, f"the model's context {context} or less"
-        )
+        fits = self.max_length is None or self.max_length <= context
+        require(fits, "stage.max_length", self.max_length, f"the model's context {context} or less")
         check_cut_fits(self.prune, config)

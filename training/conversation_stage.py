@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import pathlib
@@ -30,6 +31,7 @@ from training.plan.operations import sample_operations
 from training.plan.parameters import Lora, Trained
 from training.plan.workload import Workload
 from training.validation import Validation, append
+from training.whole_weights import exported_tensors
 
 Batch = tuple[int, list[TrainedSequence]]
 """A micro-batch's place in its global batch, and its conversations."""
@@ -110,6 +112,7 @@ class ConversationTask:
             raise InvalidInput("is empty, expected the folder of a checkpoint", field="init_from")
         self.run = run
         self.stage = stage = build_settings(ConversationStage, run.stage, "stage.")
+        longest = stage.longest(FocusLlavaConfig.load(run.init_from))
         self._told = 0
         """Unusable entries that have been named."""
         self._before: dict[str, int] = {}
@@ -126,7 +129,7 @@ class ConversationTask:
             root=stage.root,
             images=stage.images,
             stage=stage.part or self.part,
-            max_length=stage.max_length,
+            max_length=longest,
             template=stage.template,
             processes=stage.processes,
             prefetch=stage.prefetch,
@@ -140,7 +143,7 @@ class ConversationTask:
                 run.init_from,
                 batch_size=1,
                 images=held_out.images,
-                max_length=stage.max_length,
+                max_length=longest,
                 template=stage.template,
                 max_bad_share=1.0,
             )
@@ -196,7 +199,11 @@ class ConversationTask:
         model.config.checkpoint = dataclasses.replace(config, vision_sampler=vision, text_sampler=text)
         adapters = model._hf_peft_config_loaded
         model._hf_peft_config_loaded = False  # with it the adapters alone would be written
-        model.save_pretrained(folder, state_dict=merged(model) if stage.lora else None)
+        tensors = exported_tensors(model)
+        if self.rank == 0:
+            model.save_pretrained(folder, state_dict=tensors)
+        else:
+            collections.deque(tensors, maxlen=0)  # takes part in gathering them
         model.config.checkpoint, model._hf_peft_config_loaded = config, adapters
 
     def validate(self, step: int) -> dict[str, float]:
@@ -277,15 +284,3 @@ def add_lora(model: FocusLlavaForConditionalGeneration, lora: LoraSettings) -> N
     model.add_adapter(config)
     for parameter, on in zip(trained, learns, strict=True):  # PEFT rests all that is no adapter
         parameter.requires_grad_(on)
-
-
-def merged(model: FocusLlavaForConditionalGeneration) -> dict[str, torch.Tensor]:
-    """The model's tensors with its adapters added to the weights that they stand beside."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    tensors = {k.replace(".base_layer.", "."): v for k, v in model.state_dict().items() if ".lora_" not in k}
-    for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            layer: Any = module  # every kind of LoRA layer has the method, their base class has not
-            tensors[f"{name}.weight"] = tensors[f"{name}.weight"] + layer.get_delta_weight("default")
-    return tensors

@@ -22,6 +22,7 @@ from services.encoder.vision_tower import build_vision_tower, patch_features
 from training.config import RunConfig
 from training.data.tiles import IGNORE, LABEL_CLASSES, tile_batch
 from training.task import Task
+from training.whole_weights import whole
 
 MEAN = STD = (0.5, 0.5, 0.5)
 TOWER = "vision_tower."
@@ -152,6 +153,11 @@ class DenseTask(Task):
         return 0
 
     def export(self, folder: pathlib.Path) -> None:
+        with whole(self.module.parameters()) as first:
+            if first:
+                self._write(folder)
+
+    def _write(self, folder: pathlib.Path) -> None:
         self.module.float()
         with torch.no_grad():
             pixels, _ = self.batch(0, 0, 1)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers import PreTrainedModel
 
 from services.checkpoint.config import FocusLlavaConfig
@@ -33,7 +34,19 @@ def load_model(
     wrong = [str(key) for key in (*found["mismatched_keys"], *found["missing_keys"])]
     if lost := [key for key in wrong if "vision_guided_sampler." not in key]:
         raise InvalidInput(f"{folder} does not fit the model: {lost[:3]}", field="init_from")
+    align(model)
     return model.train()
+
+
+def align(module: nn.Module) -> None:
+    """Moves weights that do not begin at a multiple of 16 bytes.
+
+    In the dtype of their file they lie in its memory, of bfloat16 at any even address, and DeepSpeed's partitions of a
+    group of one weight have to begin at a multiple of 4.
+    """
+    for parameter in module.parameters():
+        if parameter.data_ptr() % 16:
+            parameter.data = parameter.data.clone()
 
 
 @torch.no_grad()

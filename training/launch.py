@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import os
 import pathlib
+import signal
 import sys
 from typing import Any, NoReturn
 
@@ -18,11 +18,12 @@ from services.common.errors import InvalidInput
 from training import checkpoints
 from training.config import REFUSED, STOPPED, RunConfig, load, run_folder
 from training.global_batch import accumulation
+from training.own_ray import start_ray
 from training.running import the_only_command
+from training.watched import Ended, in_a_child
 
-LOST, WRONG, DIVERGED = 1, 2, 3
-"""Exit codes: the same command goes on; the settings are wrong; the loss is, as the message says."""
-
+DONE, LOST, WRONG, DIVERGED = 0, 1, 2, 3
+"""Exit codes: done; the same command goes on; the settings are wrong; the loss is, as the message says."""
 
 Named = tuple[str, str]
 """A Task by its module and class."""
@@ -48,34 +49,38 @@ def main(task: Named, description: str, *, on_conversations: Named | None = None
     run = absolute(run)
     if run.init_from and "://" not in run.init_from and not pathlib.Path(run.init_from).exists():
         end(WRONG, f"init_from: {run.init_from} does not exist; run the stage before, or --set init_from=FOLDER")
+    # Ray ends the process that speaks with it once its GCS is lost: this one is left to say so.
+    ended = in_a_child(lambda: train(run, task, made_of, arguments.config), leave=ray.shutdown)
+    if isinstance(ended, int):
+        how = f"by {signal.Signals(-ended).name}" if ended < 0 else f"with exit code {ended}"
+        ended = LOST, f"{run.name} ended: its connection to Ray was lost, {how} (what Ray says of it stands above)"
+    code, message = ended
+    end(code, f"{message}\nThe same command goes on from the last checkpoint." if code == LOST else message)
+
+
+def train(run: RunConfig, task: Named, made_of: dict[str, Any], config: str) -> Ended:
+    """Trains from the last checkpoint on; the exit code, and what to say."""
     folder = run_folder(run)
     try:
         with the_only_command(folder) if folder else contextlib.nullcontext():
-            result = fit(run, task, made_of, folder)
+            start_ray()
+            for line in checkpoints.clean(folder) if folder else ():
+                print(line, flush=True)
+            result = trainer(run, task, made_of).fit()
     except InvalidInput as error:
-        end(WRONG, str(error))
+        return WRONG, str(error)
     except Exception as error:  # Ray has many; none is the user's mistake
-        end(LOST, f"{run.name} ended: {error}\nThe same command goes on from the last checkpoint.")
-    if result.error and "InvalidInput" in str(result.error):  # one worker's, in the middle of the run
-        end(WRONG, f"{run.name} ended: {result.error}")
-    if result.error:
-        end(LOST, f"{run.name} ended: {result.error}\nThe same command goes on from the last checkpoint.")
+        return LOST, f"{run.name} ended: {error}"
+    except (KeyboardInterrupt, SystemExit):  # Ray makes the second of SIGTERM
+        return LOST, f"{run.name} was interrupted"
+    if result.error:  # InvalidInput: one worker's, in the middle of the run
+        return WRONG if "InvalidInput" in str(result.error) else LOST, f"{run.name} ended: {result.error}"
     ended: dict[str, str] = getattr(result, "return_value", None) or {}
     if REFUSED in ended:
-        end(WRONG, f"{arguments.config}: {ended[REFUSED]}")
+        return WRONG, f"{config}: {ended[REFUSED]}"
     if STOPPED in ended:
-        end(DIVERGED, f"{run.name} stopped: {ended[STOPPED]}")
-
-
-def fit(run: RunConfig, task: Named, made_of: dict[str, Any], folder: pathlib.Path | None) -> ray.train.Result:
-    """Trains from the last checkpoint on; starts a Ray where there is none."""
-    if not ray.is_initialized():
-        # Ray Train watches its controller through the dashboard's state API: without one it ends healthy runs.
-        ray.init(address=os.environ.get("RAY_ADDRESS"), include_dashboard=True)
-    if folder:
-        for line in checkpoints.clean(folder):
-            print(line, flush=True)
-    return trainer(run, task, made_of).fit()
+        return DIVERGED, f"{run.name} stopped: {ended[STOPPED]}"
+    return DONE, ""
 
 
 def trainer(run: RunConfig, task: tuple[str, str], made_of: dict[str, Any]) -> TorchTrainer:
@@ -108,8 +113,8 @@ def work(payload: dict[str, Any]) -> dict[str, str]:
 
 
 def end(code: int, message: str) -> NoReturn:
-    """Ends the command with its exit code and its last message."""
-    print(message, file=sys.stderr, flush=True)
+    """Ends the command with its exit code and its last message, which may be empty."""
+    print(message, end="\n" if message else "", file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 

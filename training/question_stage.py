@@ -27,6 +27,7 @@ from training.initial_weights import initialise_decoder, load_model, load_vision
 from training.question_module import Batch, QuestionModule
 from training.question_settings import QuestionStage
 from training.task import Task
+from training.whole_weights import whole
 
 SHARE_BATCHES = 8
 """Batches that a held selector is set on when it is exported."""
@@ -98,6 +99,11 @@ class QuestionTask(Task):
         return 0
 
     def export(self, folder: pathlib.Path) -> None:
+        with whole(self.module.parameters()) as first:
+            if first:
+                self._write(folder)
+
+    def _write(self, folder: pathlib.Path) -> None:
         if self.stage.hold:
             self._set_share(self.stage.hold.share)
         model = self.module.model

@@ -31,7 +31,7 @@ class Task(Protocol):
         """Steps in which each entry of the data comes once; 0 where its data has no end."""
 
     def export(self, folder: pathlib.Path) -> None:
-        """Writes the trained weights."""
+        """Writes the trained weights, by the first worker. Called by all workers at once."""
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps besides weights, the same on all workers. Called by all workers at once."""

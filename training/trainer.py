@@ -6,7 +6,6 @@ the workers.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib
 import math
@@ -191,14 +190,10 @@ class Worker:
             self._export(f"{self.run.output}-best")
 
     def _export(self, folder: str) -> None:
-        """Writes the served format, by the first worker."""
-        import deepspeed
-
-        sharded = list(self.task.module.parameters()) if self.run.cluster.zero_stage == 3 else []
-        with deepspeed.zero.GatheredParameters(sharded) if sharded else contextlib.nullcontext():
-            if self.rank == 0:
-                self.task.export(pathlib.Path(folder))
-                print(f"exported to {folder}", flush=True)
+        """Writes the served format."""
+        self.task.export(pathlib.Path(folder))
+        if self.rank == 0:
+            print(f"exported to {folder}", flush=True)
         torch.distributed.barrier()
 
     def _save(self, done: int) -> None:

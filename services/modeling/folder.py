@@ -9,7 +9,7 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -20,6 +20,8 @@ from services.checkpoint.store import ENCODER_PREFIXES, MODEL_INDEX, STAGES, TOK
 from services.checkpoint.writer import CheckpointWriter
 from services.common.errors import InvalidInput
 
+Tensors = Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
+"""Tensors by name, all at once or one after the other."""
 ENCODER = "encoder."
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -30,9 +32,10 @@ register_checkpoint_conversion_mapping(
 )
 
 
-def served_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The model's tensors by the names that a checkpoint has them under."""
-    return {name.removeprefix(ENCODER): tensor for name, tensor in tensors.items()}
+def served_names(tensors: Tensors) -> Iterator[tuple[str, torch.Tensor]]:
+    """The model's tensors with the names that a checkpoint has them under, one at a time."""
+    for name, tensor in tensors.items() if isinstance(tensors, Mapping) else tensors:
+        yield name.removeprefix(ENCODER), tensor
 
 
 def is_older(folder: str | os.PathLike[str]) -> bool:
@@ -57,7 +60,7 @@ def with_index(folder: str | os.PathLike[str]) -> Iterator[str]:
         yield temporary
 
 
-def save(folder: str | os.PathLike[str], config: FocusLlavaConfig, tensors: Mapping[str, torch.Tensor], *,
+def save(folder: str | os.PathLike[str], config: FocusLlavaConfig, tensors: Iterable[tuple[str, torch.Tensor]], *,
          source: str | None, max_shard_size: int | str) -> None:  # fmt: skip
     """Writes a checkpoint into a folder, over an older one's files; other files stay.
 
@@ -70,7 +73,7 @@ def save(folder: str | os.PathLike[str], config: FocusLlavaConfig, tensors: Mapp
     with tempfile.TemporaryDirectory(prefix=".saving.", dir=target) as temporary:
         written = pathlib.Path(temporary) / "checkpoint"
         with CheckpointWriter(written, config, max_shard_bytes=_bytes(max_shard_size)) as writer:
-            for name, tensor in tensors.items():
+            for name, tensor in tensors:
                 writer.add(name, tensor)
             writer.finish(tokenizer)
         if (target / "README.md").is_file():

@@ -10,6 +10,7 @@ K branches of a region, D width.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 from collections.abc import Sequence
@@ -90,23 +91,26 @@ class FocusLlavaForConditionalGeneration(  # type: ignore[misc]
         return loaded
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], is_main_process: bool = True,  # type: ignore[override]
-                        state_dict: dict[str, torch.Tensor] | None = None, push_to_hub: bool = False,
+                        state_dict: folders.Tensors | None = None, push_to_hub: bool = False,
                         max_shard_size: int | str = "2GB", **kwargs: Any) -> None:  # fmt: skip
         """Writes the folder that serving reads: shards by stage, config.json, and the tokenizer of the folder that the
         model came from, where there is one. Other files in the folder stay.
 
+        state_dict: tensors by the model's names; pairs of name and tensor are read one at a time and once.
         An adapter (PEFT) is written as transformers writes it.
         """
         if getattr(self, "_hf_peft_config_loaded", False):
-            super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub=push_to_hub,
+            whole = None if state_dict is None else dict(state_dict)
+            super().save_pretrained(save_directory, is_main_process, whole, push_to_hub=push_to_hub,
                                     max_shard_size=max_shard_size, **kwargs)  # fmt: skip
             return
         require(not push_to_hub, "push_to_hub", push_to_hub, "False: upload the folder")
         if not is_main_process:
             return
-        tensors = self.state_dict() if state_dict is None else state_dict
-        self.config.dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-        folders.save(save_directory, self.config.saved(), folders.served_names(tensors),
+        tensors = folders.served_names(self.state_dict() if state_dict is None else state_dict)
+        name, tensor = next(tensors)
+        self.config.dtype = str(tensor.dtype).removeprefix("torch.")
+        folders.save(save_directory, self.config.saved(), itertools.chain([(name, tensor)], tensors),
                      source=self.config.name_or_path or None, max_shard_size=max_shard_size)  # fmt: skip
 
     def freeze_unused(self) -> None:

@@ -60,8 +60,8 @@ class Command:
     """The command of a run, started anew; Ray and the workers are its children."""
 
     def __init__(self, config: pathlib.Path, log: pathlib.Path):
-        # "local" starts a Ray of its own whatever else runs on the machine; the last has it give up a lost GCS soon.
-        environment = {"RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1", "RAY_gcs_rpc_server_reconnect_timeout_s": "5"}
+        # The last has Ray give up a lost GCS soon.
+        environment = {"OMP_NUM_THREADS": "1", "RAY_gcs_rpc_server_reconnect_timeout_s": "5"}
         command = [sys.executable, "training/finetune.py", "--config", str(config)]
         self.log = log
         with log.open("wb") as out:
@@ -162,6 +162,8 @@ def test_a_killed_run_ends_with_the_weights_of_one_left_alone(tmp_path):
             goes_on(command)
             command.kill(rng, part := rng.choice(("raylet", "gcs_server")))
             assert command.end() == LOST, f"{part} was killed, SEED {SEED}"
+            last = command.text()[-3000:]
+            assert "killed ended: " in last and last.endswith("The same command goes on from the last checkpoint.\n")
         with Command(config, logs[2]) as command:
             goes_on(command)
             assert command.end() == 0, command.text()[-3000:]

@@ -100,7 +100,7 @@ def plan_run(
         trained=trained,
         parameters=parameters,
         global_batch=batch,
-        max_length=stage.max_length,
+        max_length=stage.longest(model),
         zero=run.cluster.zero_stage,
         micro_batch=run.samples_per_worker,
         checkpointing=stage.gradient_checkpointing,

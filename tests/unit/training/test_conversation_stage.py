@@ -13,6 +13,7 @@ from services.common.errors import InvalidInput
 from services.common.settings import build_settings
 from tests.conversation_data import make_conversations
 from training.config import RunConfig
+from training.conversation_settings import LONGEST
 from training.conversation_stage import AlignmentTask, ConversationTask
 from training.global_batch import Totals
 from training.optimizer import parameter_groups, part_of
@@ -140,10 +141,16 @@ def test_adapters_learn_in_place_of_the_language_model_and_are_merged_into_the_e
     assert changed == {name for name in after if name.endswith(("q_proj.weight", "up_proj.weight"))}
 
 
+def test_sequences_are_as_long_as_the_context_where_nothing_else_is_said(folder):
+    task = ConversationTask(run_of(folder, stage={"max_length": None}))
+    assert task.loader.encoder.max_length == task.module.model.config.text_config.max_position_embeddings < LONGEST
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"init_from": ""}, "init_from: is empty, expected the folder of a checkpoint"),
+        ({"stage": {"max_length": 9000}}, "stage.max_length: is 9000, expected the model's context 2048 or less"),
         ({"stage": {"prune": {"layers": [8, 24]}}}, "stage.prune.layers"),
         ({"stage": {"lora": {"rank": 4}}}, "stage.lora: needs PEFT, .*: pip install peft"),
     ],
