@@ -10,6 +10,7 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 
 from cluster.checks import check_network
 from services.checkpoint.finding import find_checkpoint
@@ -42,8 +43,14 @@ def llm(args: Mapping[str, Any]) -> Application:
 
 
 def _deployment(name: str, path: str) -> Any:
-    """A deployment whose class is imported by its replicas alone: with its model's code, that takes many seconds."""
-    return serve.deployment(name=name)(path)  # type: ignore[arg-type]  # Ray takes an import path for a class
+    """A deployment whose class is imported by its replicas alone: with its model's code, that takes many seconds.
+
+    Its request router tells the gateways of all its replicas.
+    """
+    listing: Any = "services.gateway.serve_replicas:ListingRouter"  # Ray's annotation of its own settings is wrong
+    router = RequestRouterConfig(request_router_class=listing)
+    deployment = serve.deployment(name=name, request_router_config=router)
+    return deployment(path)  # type: ignore[arg-type]  # Ray takes an import path for a class
 
 
 def _with_checkpoint(args: Mapping[str, Any]) -> dict[str, Any]:

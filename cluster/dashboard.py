@@ -102,6 +102,11 @@ def serve_now(legend: str, aggregate: str, name: str) -> Query:
     return serve(legend, aggregate, f"last_over_time({name}[30s])")
 
 
+def gateway_now(legend: str, name: str) -> Query:
+    """One of Ray Serve's gauges, of the deployment that Serve scales by requests."""
+    return Query(legend, f'max(last_over_time({name}{{deployment="Gateway"}}[30s]))', "short")
+
+
 def calls_at_replicas(*names: str) -> Query:
     """What runs or waits at the stages' own ports, a line for each deployment."""
     specs = [_spec(name, "gauge") for name in names]
@@ -188,6 +193,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             rate("focusllava_visual_token_bytes_sent", "visual tokens from the encoder"),
             rate("focusllava_visual_token_bytes_taken", "visual tokens to the language model"),
         ),
+        panel("Where calls go that belong to a replica", rate("focusllava_owned_calls", "to its {{to}}", by="to")),
         panel("Stage retries since the start", total("focusllava_stage_retries", by="stage")),
         panel("Cache look-ups", rate("focusllava_cache_lookups", by="result")),
         panel("Cache hits", share("focusllava_cache_lookups", "{{result}}", by="result", only="hit")),
@@ -233,10 +239,14 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             serve_now("wanted", "max", "ray_serve_autoscaling_target_replicas"),
             serve_now("healthy", "sum", "ray_serve_deployment_replica_healthy"),
         ),
+        panel("Tiles that encoders have before them", now("focusllava_encoder_tiles", "encoded and waiting")),
+        panel("Prompt tokens before the language model", now("focusllava_prefill_tokens_left", "to be prefilled")),
+        panel("KV cache held and wanted", now("focusllava_kv_percent_wanted", "of one replica's, summed")),
+        panel("Answers before the language model", now("focusllava_answers", "made and waiting")),
         panel(
-            "Load against target",
-            serve_now("ongoing and queued, in Serve", "max", "ray_serve_autoscaling_total_requests"),
-            serve_now("target a replica", "max", "ray_serve_autoscaling_target_ongoing_requests"),
+            "The gateways' load against target",
+            gateway_now("ongoing and queued, in Serve", "ray_serve_autoscaling_total_requests"),
+            gateway_now("target a replica", "ray_serve_autoscaling_target_ongoing_requests"),
         ),
         panel("Calls at the stages' own ports", calls_at_replicas("focusllava_encoder_calls", "focusllava_llm_calls")),
         panel("Queued in Serve", serve_now("", "sum", "ray_serve_deployment_queued_queries")),

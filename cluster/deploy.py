@@ -54,9 +54,20 @@ def _target(application: Mapping[str, Any]) -> Any:
     for options in application.get("deployments", ()):
         if options["name"] != deployment.name:
             raise ClusterError(f"{schema.name}: has no deployment {options['name']!r}, only {deployment.name}")
+        _check_policy(options)
         deployment = deployment.options(**options)
     target = deployment.bind(*deployment.init_args, **deployment.init_kwargs)
     return serve.RunTarget(target, name=schema.name, route_prefix=schema.route_prefix)
+
+
+def _check_policy(options: Mapping[str, Any]) -> None:
+    """Makes the policy that Serve's controller would. Raises TypeError or ValueError for its `policy_kwargs`."""
+    from ray.serve.config import AutoscalingConfig
+
+    policy = AutoscalingConfig.model_validate(options.get("autoscaling_config") or {}).policy
+    made = policy.get_policy()
+    if isinstance(made, type):
+        made(**policy.policy_kwargs)
 
 
 def _imported(path: str) -> Any:

@@ -79,6 +79,9 @@ METRICS: tuple[MetricSpec, ...] = (
     _counter("gateway", "focusllava_cache_read_bytes", "bytes", "Bytes of visual tokens that the cache gave."),
     _counter("gateway", "focusllava_cache_written_bytes", "bytes", "Bytes of visual tokens stored in the cache."),
     _counter("gateway", "focusllava_stage_retries", "retries", "Calls to a stage tried again.", "stage"),
+    _counter("gateway", "focusllava_owned_calls", "calls",
+             "Calls of the language model whose prompt begins with what belongs to one of several replicas. to: owner, "
+             "or next (the owner was busy, full or lost).", "to"),
     _counter("encoder", "focusllava_encode_requests", "requests", "Encode calls ended.", "outcome"),
     _histogram("encoder", "focusllava_encode_seconds", "seconds", "Receipt of an image to its tokens.", _SECONDS),
     _counter("encoder", "focusllava_encoded_tiles", "tiles", "Tiles that went through the vision tower."),
@@ -87,6 +90,8 @@ METRICS: tuple[MetricSpec, ...] = (
     _gauge("encoder", "focusllava_encoder_waiting_images", "images", "Images decoded and waiting for a batch."),
     _gauge("encoder", "focusllava_encoder_waiting_tiles", "tiles",
            "Tiles of those images; no more are decoded than for two batches."),
+    _gauge("encoder", "focusllava_encoder_tiles", "tiles",
+           "Tiles encoded now and waiting, those of images not decoded yet estimated; encoders are scaled by it."),
     _counter("encoder", "focusllava_regions", "regions",
              "Regions of encoded images by the branch chosen, in the order of `vision_sampler.branches`.", "branch"),
     _counter("encoder", "focusllava_image_bytes_taken", "bytes", "Bytes of image files that the encoder was sent."),
@@ -100,6 +105,14 @@ METRICS: tuple[MetricSpec, ...] = (
     _gauge("llm", "focusllava_running_requests", "requests", "Requests that hold KV cache."),
     _gauge("llm", "focusllava_waiting_requests", "requests", "Requests waiting for KV cache."),
     _gauge("llm", "focusllava_llm_calls", "calls", "Calls at the replica's own port that run or wait."),
+    _gauge("llm", "focusllava_prefill_tokens_left", "tokens",
+           "Prompt tokens still to be prefilled, each counted by the share of the layers before it; language models "
+           "are scaled by it."),
+    _gauge("llm", "focusllava_kv_percent_wanted", "percent",
+           "KV cache that requests hold and that waiting prompts would take, of a replica's; language models are "
+           "scaled by it."),
+    _gauge("llm", "focusllava_answers", "answers",
+           "Answers being made and waiting; language models are scaled by it."),
     _gauge("llm", "focusllava_kv_pages_used", "pages", "KV cache pages in use, both groups."),
     _gauge("llm", "focusllava_kv_pages_cached", "pages",
            "KV cache pages that no request holds, kept for prompts with the same beginning."),

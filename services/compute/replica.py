@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from services.common.foreign_methods import ForeignMethods
-from services.common.port import ONGOING, StagePort
+from services.common.port import StagePort
 from services.common.settings import require
 from services.compute.dtypes import Dtype, choose_dtype
 from services.compute.malloc import keep_freed_memory
@@ -38,8 +38,12 @@ class StageDeployment(ForeignMethods):
         """The port's address and secret, for the gateways."""
         return await self.port.start(self.host)
 
+    def work(self) -> dict[str, float]:
+        """What the replica has before it, by the names of its gauges. `cluster/autoscaling.py` scales by it."""
+        raise NotImplementedError
+
     def record_autoscaling_stats(self) -> dict[str, float]:
-        return {ONGOING: self.port.places.taken}
+        return self.work()
 
     async def __del__(self) -> None:
         """Waits for the calls at the port; Serve ends the replica after `graceful_shutdown_timeout_s` at the latest."""

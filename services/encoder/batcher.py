@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from services.common.recent_mean import RecentMean
 from services.common.types import CompressedVisualTokens, ImageOptions
 from services.encoder.pipeline import EncoderPipeline, PreparedImage
 
@@ -44,6 +45,9 @@ class TileBatcher:
         self._ready_tiles = 0
         self._coming = 0
         """Requests that are not ready yet."""
+        self._encoding_tiles = 0
+        """Tiles of the batch under way."""
+        self._tiles_an_image = RecentMean()
         self._decoders = asyncio.Semaphore(decode_threads)
         self._changed = asyncio.Event()
         """Something became ready, or will not."""
@@ -61,6 +65,14 @@ class TileBatcher:
     def waiting_tiles(self) -> int:
         """Tiles of these images."""
         return self._ready_tiles
+
+    def tiles(self, more: int = 0) -> float:
+        """Tiles that are encoded or wait for it, where `more` images are still to come here.
+
+        Of an image that is not decoded nobody has counted the tiles: it counts as the latest ones on average.
+        """
+        unknown = self._coming + more
+        return self._encoding_tiles + self._ready_tiles + unknown * self._tiles_an_image.value
 
     async def encode(
         self, image: bytes, vision_sampler: bool, options: ImageOptions | None = None
@@ -80,6 +92,7 @@ class TileBatcher:
                 self._check_open()
                 waiting = _Waiting(prepared, vision_sampler, loop.create_future())
                 self._ready.append(waiting)
+                self._tiles_an_image.add(waiting.tiles)
                 self._count(waiting.tiles)
         finally:
             self._coming -= 1
@@ -117,9 +130,10 @@ class TileBatcher:
             batch = await self._next_batch()
             if not batch:
                 continue
+            self._encoding_tiles = sum(waiting.tiles for waiting in batch)
             try:
                 if self._on_batch:
-                    self._on_batch(sum(w.tiles for w in batch))
+                    self._on_batch(self._encoding_tiles)
                 results = await loop.run_in_executor(
                     self._encode, self.pipeline.encode, [w.image for w in batch], [w.vision_sampler for w in batch]
                 )
@@ -132,6 +146,8 @@ class TileBatcher:
                     if not waiting.result.done():
                         waiting.result.set_exception(error)
                 continue
+            finally:
+                self._encoding_tiles = 0
             for waiting, result in zip(batch, results, strict=True):
                 if not waiting.result.done():
                     waiting.result.set_result(result)

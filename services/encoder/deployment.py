@@ -178,7 +178,13 @@ class Encoder(StageDeployment):
         for branch, regions in enumerate(tokens.branch_ids_M.bincount().tolist()):
             self._metrics.count("focusllava_regions", regions, branch=str(branch))
 
+    def work(self) -> dict[str, float]:
+        """Tiles, those of calls that wait at the port included."""
+        return {"focusllava_encoder_tiles": self._batcher.tiles(self.port.places.waiting)}
+
     def _report(self) -> None:
+        for name, value in self.work().items():
+            self._metrics.set(name, value)
         self._metrics.set("focusllava_encoder_waiting_images", self._batcher.waiting)
         self._metrics.set("focusllava_encoder_waiting_tiles", self._batcher.waiting_tiles)
         self._metrics.set("focusllava_encoder_calls", self.port.places.taken)

@@ -19,10 +19,11 @@ from services.common import wire
 from services.common.errors import FocusError
 from services.common.grpc_status import check_fingerprint, refuse, status_of
 from services.common.port import SHELF_NAMES_METADATA, StagePort
+from services.common.recent_mean import RecentMean
 from services.common.shelf import Shelf
 from services.common.telemetry import Metrics
 from services.common.tracing import set_up_traces
-from services.common.types import FinishedEvent, GenerateRequest
+from services.common.types import FinishedEvent, GenerateRequest, TokenEvent
 from services.compute.replica import Reporter, StageDeployment, gpu_part
 from services.llm.async_engine import AsyncEngine
 from services.llm.engine import Engine
@@ -56,6 +57,7 @@ class LanguageModel(StageDeployment):
         self._progress = (0, time.monotonic())  # passes so far, and when that last changed or there was nothing to do
         self._token_texts = TokenTexts(self._model.renderer.tokenizer, self._model.grammars.token_bytes)
         self._received = Received(request_sizes(self._model), Shelf.open(), settings.shelf_bytes)
+        self._prompt_tokens = RecentMean()
         self._reporter = Reporter(self._report)
         self.host = ray.util.get_node_ip_address()
         self.port = StagePort(
@@ -82,6 +84,8 @@ class LanguageModel(StageDeployment):
                     if not started:
                         started = True
                         self._metrics.observe("focusllava_llm_time_to_first_token_seconds", time.monotonic() - received)
+                        if isinstance(event, TokenEvent):
+                            self._prompt_tokens.add(event.prompt_tokens)
                     if isinstance(event, FinishedEvent):
                         outcome = "ok"
                         await self._tell_names(asked, request, grpc_context)
@@ -130,7 +134,18 @@ class LanguageModel(StageDeployment):
         if time.monotonic() - self._progress[1] > self._stall_s:
             raise RuntimeError("requests wait or run, but no pass has ended")
 
+    def work(self) -> dict[str, float]:
+        """Prefill, KV cache and answers; a call that waits at the port counts as the latest prompts on average."""
+        stats, waiting = self._engine.stats(), self.port.places.waiting
+        return {
+            "focusllava_prefill_tokens_left": stats.prefill_tokens_left + waiting * self._prompt_tokens.value,
+            "focusllava_kv_percent_wanted": 100 * stats.kv_pages_wanted / stats.kv_pages_total,
+            "focusllava_answers": stats.running + stats.waiting + waiting,
+        }
+
     def _report(self) -> None:
+        for name, value in self.work().items():
+            self._metrics.set(name, value)
         stats = self._engine.stats()
         passes = stats.prefill_passes + stats.decode_passes
         if passes != self._progress[0] or not (stats.running or stats.waiting):

@@ -69,6 +69,21 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
+    def prefill_tokens_left(self) -> float:
+        """Tokens that prefill has before it, each counted by its share of the layers. Any thread may ask."""
+        left = [0, 0]
+        for sequence in (*self.waiting, *self.running):  # both are copied before another thread can change them
+            if sequence.in_prefill:
+                for group, tokens in enumerate(sequence.prefill_left):
+                    left[group] += tokens * self._layers[group]
+        return sum(left) / sum(self._layers)
+
+    def pages_wanted(self) -> int:
+        """Pages that requests hold, and those that waiting ones would take for their prompts. Any thread may ask."""
+        held = self.cache.num_pages - self.cache.pool.pages_to_have
+        waiting = tuple(self.waiting)
+        return held + sum(self.cache.pages_needed(each.num_tokens, each.num_tokens - each.removed) for each in waiting)
+
     def schedule(self) -> Step:
         """The next step, with pages for all that it writes but the upper chunks that `extend` adds."""
         decoding = sum(not sequence.in_prefill for sequence in self.running)

@@ -94,6 +94,14 @@ class Sequence:
         return sure_to_leave(self.num_visual, self.pruning) if self.pruning else 0
 
     @property
+    def prefill_left(self) -> tuple[int, int]:
+        """Tokens that prefill still brings into each KV cache group, as far as is known."""
+        tokens = self.prefill_len if self.state is SequenceState.RUNNING else self.num_tokens
+        index = self.upper_index  # another thread may ask
+        upper = tokens - self.removed if index is None else len(index)
+        return max(tokens - self.kv_lens[0], 0), max(upper - self.kv_lens[1], 0)
+
+    @property
     def max_kv_lens(self) -> tuple[int, int]:
         """Most tokens that each KV cache group may ever hold of this sequence (the last token is never fed back)."""
         most = self.prompt_len + self.max_new_tokens - 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -12,8 +13,9 @@ import time
 
 import pytest
 import yaml
+from ray.serve.config import AutoscalingConfig
 
-from cluster import deploy, local, ray_head, serve_api
+from cluster import autoscaling, deploy, local, ray_head, serve_api
 from cluster.app import encoder, gateway, llm
 from cluster.checks import ClusterError, Ports, check_disk, check_host, check_port, free_ports
 from cluster.deployer import Deployer
@@ -51,10 +53,15 @@ def test_every_setting_of_a_shipped_configuration_exists(path, folder):
         (deployment,) = application["deployments"]
         assert deployment["name"] == bound._bound_deployment.name
         scaling = deployment["autoscaling_config"]
-        policy = {"policy_function": "cluster.autoscaling:by_ongoing_requests"}  # which counts these calls
-        assert scaling.get("policy") == (None if name == "gateway" else policy)
+        policies = {"gateway": None, "encoder": "EncoderPolicy", "llm": "LanguageModelPolicy"}
+        policy = AutoscalingConfig.model_validate(scaling).policy  # fails where there is no such policy
         assert scaling["min_replicas"] < scaling["max_replicas"]
-        assert deployment["max_ongoing_requests"] > scaling["target_ongoing_requests"]
+        if policies[name] is None:
+            assert deployment["max_ongoing_requests"] > scaling["target_ongoing_requests"]
+        else:
+            assert policy.policy_function == f"cluster.autoscaling:{policies[name]}"
+            made = getattr(autoscaling, policies[name])(**policy.policy_kwargs)
+            assert deployment["max_ongoing_requests"] > getattr(made, "answers", 0)
         built[name] = bound._bound_deployment.init_args[0]
         if name == "gateway":  # or Ray's queue, which knows no keys, would decide who waits
             limits = build_settings(AdmissionLimits, deployment["user_config"], over=built[name].limits)
@@ -70,7 +77,9 @@ def test_every_setting_of_a_shipped_configuration_exists(path, folder):
 def test_it_says_where_it_listens_and_warns_where_it_is_open(folder):
     state = ClusterState(temp_dir=str(folder), checkpoint="x", ports=PORTS)
     api, dashboard = local.opened(state)
-    assert api.endswith("http://127.0.0.1:7/v1") and str(state.token_file) in dashboard
+    assert api == "try it at http://127.0.0.1:7/; OpenAI's API at http://127.0.0.1:7/v1"
+    assert str(state.token_file) in dashboard
+    assert local.opened(dataclasses.replace(state, playground=False))[0] == "OpenAI's API at http://127.0.0.1:7/v1"
     for host, seen in (("0.0.0.0", "127.0.0.1"), ("192.0.2.7", "192.0.2.7"), ("fd00::7", "[fd00::7]")):
         api, _, warning, _ = local.opened(ClusterState(temp_dir=str(folder), checkpoint="x", ports=PORTS, host=host))
         assert api.endswith(f"http://{seen}:7/v1")
@@ -284,3 +293,17 @@ def test_the_failure_line_is_the_cause():
     application = {"message": "Failed to update the deployments", "deployments": {"Llm": {"message": message}}}
     assert serve_api.failure_line(application) == "services.common.errors.InvalidInput: dtype: is 'x'"
     assert serve_api.failure_line({"message": "plain\n", "deployments": {}}) == "plain"
+
+
+@pytest.mark.parametrize(
+    "kwargs, says",
+    [({"tile": 4}, "unexpected keyword argument 'tile'"), ({"tiles": 0}, "tiles=0.*, expected more than 0 of each")],
+)
+def test_targets_that_no_policy_has_are_refused_before_the_start(folder, kwargs, says):
+    config = yaml.safe_load(CONFIGS[0].read_text())
+    application = next(each for each in config["applications"] if each["name"] == "encoder")
+    application["args"] = {"checkpoint": str(folder)}
+    deploy._target(application)
+    application["deployments"][0]["autoscaling_config"]["policy"]["policy_kwargs"] = kwargs
+    with pytest.raises((TypeError, ValueError), match=says):
+        deploy._target(application)

@@ -205,3 +205,25 @@ async def test_closing_ends_the_wait_of_what_is_being_decoded(pipeline):
     async with asyncio.timeout(30):
         assert isinstance((await asyncio.gather(call, return_exceptions=True))[0], asyncio.CancelledError)
     assert batcher.waiting == 0
+
+
+async def test_the_tiles_that_it_has_are_those_under_way_those_ready_and_an_estimate_of_the_rest(pipeline):
+    recorded = Recorded(pipeline)
+    batcher = TileBatcher(recorded, max_tiles=5, max_wait_s=0, decode_threads=1)
+    assert batcher.tiles(more=7) == 0, "of images nobody has seen one yet"
+    recorded.gate.clear()
+    running = asyncio.create_task(batcher.encode(png(0), True))
+    await until(recorded.entered.is_set)
+    assert batcher.tiles() == 5
+    waiting = asyncio.create_task(batcher.encode(png(1), True))
+    await until(lambda: batcher.waiting == 1)
+    assert batcher.tiles() == 10
+    recorded.decode_gate.clear()
+    undecoded = [asyncio.create_task(batcher.encode(png(2), True)) for _ in range(3)]
+    await asyncio.sleep(0)
+    assert batcher.tiles() == 25 and batcher.tiles(more=2) == 35
+    recorded.decode_gate.set()
+    recorded.gate.set()
+    await asyncio.gather(running, waiting, *undecoded)
+    assert batcher.tiles() == 0
+    await batcher.close()

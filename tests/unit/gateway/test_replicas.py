@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import pytest
 
 from focusllava.v1 import llm_pb2, llm_pb2_grpc
-from services.common.errors import StageUnavailable
+from services.common.errors import Overloaded, StageUnavailable
 from services.common.port import StagePort
+from services.gateway.affinity import ranked
 from services.gateway.deadline import Deadline
 from services.gateway.replicas import Replica, ReplicaWay
 from services.gateway.stages import LanguageModelClient, StageAddress
-from tests.fakes.stages import METRICS, WORDS, LanguageModel
+from tests.fakes.stages import KEY, METRICS, WORDS, LanguageModel
 
 TIMEOUT_S = 30
 
@@ -27,16 +28,19 @@ class Limits:
 
 
 class Known:
-    """Replicas that Serve would name, one after the other."""
+    """Replicas that Serve would name."""
 
     def __init__(self, *replicas: Replica):
         self.replicas = list(replicas)
-        self._next = itertools.count()
+        self.asleep = False
 
-    async def pick(self) -> Replica:
+    async def running(self) -> list[Replica]:
         while not self.replicas:
             await asyncio.sleep(0.01)
-        return self.replicas[next(self._next) % len(self.replicas)]
+        return list(self.replicas)
+
+    async def is_asleep(self) -> bool:
+        return self.asleep and not self.replicas
 
 
 @contextlib.asynccontextmanager
@@ -57,9 +61,12 @@ async def calling(known: Known, **address):
     await client.close()
 
 
-async def text(client: LanguageModelClient, deadline_s: float | None = None) -> str:
-    asked = llm_pb2.GenerateRequest(request_id="r", sampling=llm_pb2.SamplingParams())
-    return "".join([event.token.text async for event in client.generate(asked, Deadline(deadline_s))])
+async def text(client: LanguageModelClient, image: str = "", *said: str) -> str:
+    """An answer's words. image: what the gateway knows the conversation's image by; said: the user's turns."""
+    turns = [llm_pb2.PromptTurn(role=llm_pb2.ROLE_USER, parts=[llm_pb2.PromptPart(text=words)]) for words in said]
+    asked = llm_pb2.GenerateRequest(request_id="r", turns=turns, sampling=llm_pb2.SamplingParams())
+    events = client.generate(asked, Deadline(), [image] if image else [])
+    return "".join([event.token.text async for event in events])
 
 
 async def test_calls_go_to_the_replica_that_has_fewer_of_them():
@@ -130,10 +137,41 @@ async def test_lines_to_replicas_that_are_gone_are_closed(monkeypatch):
     monkeypatch.setattr("services.gateway.replicas.IDLE_S", -1.0)
     async with replica(LanguageModel(), "a") as (_, a), replica(LanguageModel(), "b") as (_, b):
         known = Known(a)
-        way = ReplicaWay("llm", known)
+        way = ReplicaWay("llm", known, METRICS)
         async with way.line(TIMEOUT_S):
             pass
         known.replicas[:] = [b]
         async with way.line(TIMEOUT_S):
             assert list(way._lines) == [b]
         await way.close()
+
+
+async def test_a_full_replica_is_passed_over_where_another_has_room():
+    """Calls of other gateways fill it, of which this one knows nothing."""
+    full, free = LanguageModel(pause_s=0.2), LanguageModel()
+    async with replica(full, "a", Limits(1, 0)) as (_, a), replica(free, "b") as (_, b):
+        async with calling(Known(a)) as other, calling(Known(a, b)) as client:
+            image = owned_by("a", a, b)
+            taken = asyncio.create_task(text(other, image))
+            while not full.requests:
+                await asyncio.sleep(0.005)
+            assert await text(client, image) == "".join(WORDS)
+            with pytest.raises(Overloaded):
+                await text(other, image)
+            assert await taken == "".join(WORDS)
+    assert (len(full.requests), len(free.requests)) == (1, 1)
+
+
+async def test_a_stage_that_sleeps_is_well_and_nobody_wakes_it_to_ask():
+    known = Known()
+    async with calling(known, attempts=1) as client:
+        known.asleep = True
+        await client.check(KEY.model_fingerprint, 0.1)
+        known.asleep = False
+        with pytest.raises(StageUnavailable):
+            await client.check(KEY.model_fingerprint, 0.1)
+
+
+def owned_by(name: str, *replicas: Replica) -> str:
+    """An image that belongs to the replica of this name."""
+    return next(image for image in map(str, itertools.count()) if ranked(replicas, image)[0].name == name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from services.llm.engine import Engine
 from services.llm.scheduler import Step
 from tests import tiny_llm
@@ -118,3 +120,36 @@ def test_no_more_run_than_allowed() -> None:
         engine.step()
         most = max(most, engine.stats().running)
     assert most == 3
+
+
+def test_the_prefill_that_is_left_shrinks_by_what_each_step_computes() -> None:
+    engine = tiny_llm.engine(max_batch_tokens=50, prefix_reuse=False)
+    for index in range(3):
+        engine.submit(
+            tiny_llm.request(engine, f"r{index}", images=(120,), image_seed=index, keep_ratio=0.5, max_tokens=9)
+        )
+    # What leaves before the upper layers is known from the ratio.
+    prompt, leaves = engine._sequences["r0"].prompt_len, 60
+    left = engine.stats().prefill_tokens_left
+    assert left == pytest.approx(3 * (prompt - leaves * (LAYERS - K) / LAYERS))
+    steps = stepping(engine)
+    while engine.has_work():
+        steps.clear()  # a step without prefill is not told
+        engine.step()
+        left -= sum(cost(step) - len(step.decode) for step in steps)
+        assert engine.stats().prefill_tokens_left == pytest.approx(left)
+    assert left == pytest.approx(0)
+
+
+def test_the_pages_that_are_wanted_are_those_held_and_those_of_waiting_prompts() -> None:
+    engine = tiny_llm.engine(max_running=1, prefix_reuse=False)
+    for name in ("runs", "waits", "waits-too"):
+        engine.submit(tiny_llm.request(engine, name, images=(60,), keep_ratio=0.5, max_tokens=4))
+    waiting = engine._sequences["waits"]
+    pages = engine.cache.pages_needed(waiting.prompt_len, waiting.prompt_len - 30)
+    assert engine.stats().kv_pages_wanted == 3 * pages
+    engine.step()
+    stats = engine.stats()
+    assert stats.kv_pages_wanted == stats.kv_pages_used + 2 * pages
+    tiny_llm.run(engine)
+    assert engine.stats().kv_pages_wanted == 0
