@@ -193,15 +193,17 @@ class Answer:
                 await _refuse(self._send, status, said, headers=kept)
 
     def _is_rays(self, start: Message) -> bool:
-        """Whether Ray's proxy made it: the gateway answers in JSON or a stream of events."""
+        """Whether Ray's proxy made it, or a stage, which has no HTTP: the gateway answers in JSON or events."""
         content_type = dict(start["headers"]).get(b"content-type", b"")
-        return start["status"] in (408, 429, 503) and content_type.startswith(b"text/plain") and not self._rays_own
+        return start["status"] in (404, 408, 429, 503) and content_type.startswith(b"text/plain") and not self._rays_own
 
 
 def refusal_of(status: int, text: str) -> tuple[int, str]:
     """The status and the line of ours for one of Ray's."""
     if status == 429 or "backpressure" in text or "max_queued_requests" in text:
         return 429, FULL
+    if status == 404:
+        return 404, "nothing is here; OpenAI's API is at /v1"
     if status == 408:
         return 408, "the answer took longer than this server allows (request_timeout_s)"
     return 503, "the gateway has no replica that is ready; try again"

@@ -3,7 +3,8 @@
 The function runs inside the proxy's process, before its servers take a connection. Ray's handlers stay, and route as
 ever; around them stand three things that Ray leaves out:
 
-- No status tells internals. Ray writes an exception of its own with pid, address, actor id and traceback.
+- No status tells internals. Ray writes an exception of its own with pid, address, actor id and traceback, and gRPC
+  Python's words where a request is no protobuf.
 - A cancelled call is cancelled. Ray's handler hears of it only while it waits for the replica: a client that leaves
   while a message is being written would be answered to the end, for nobody.
 - HTTP connections are bounded in number and time (`cluster/http_bounds.py`).
@@ -16,17 +17,19 @@ import logging
 import os
 import re
 import resource
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import grpc
 
-from cluster.http_bounds import bound_http
+from cluster.http_bounds import RETRY_AFTER_S, bound_http
 from focusllava.v1 import encoder_pb2_grpc, focus_pb2_grpc, llm_pb2_grpc
-from services.common.grpc_status import one_line, replica_is_lost
+from services.common.errors import InvalidInput
+from services.common.grpc_status import one_line, refuse, replica_is_lost, tell_retry
 from services.common.logs import set_up_logs
 from services.common.tracing import join_trace, set_up_traces, span
+from services.common.unreadable import check_readable, reads_safely
 
 _log = logging.getLogger("focusllava")
 
@@ -42,12 +45,32 @@ def add_services_to_server(servicer: Any, server: Any) -> None:
     set_up_traces(os.environ, "proxy")
     bound_http()
     server.service_handler_factory = guarded(server.service_handler_factory)
+    reading = _SafelyReadingServer(server)
     for add in (
         focus_pb2_grpc.add_FocusServiceServicer_to_server,
         encoder_pb2_grpc.add_EncoderServiceServicer_to_server,
         llm_pb2_grpc.add_LanguageModelServiceServicer_to_server,
     ):
-        add(servicer, server)  # type: ignore[no-untyped-call]
+        add(servicer, reading)  # type: ignore[no-untyped-call]
+
+
+class _SafelyReadingServer:
+    """Ray's server, to which generated code adds methods that read their requests safely."""
+
+    def __init__(self, server: Any):
+        self._server = server
+
+    def add_generic_rpc_handlers(self, generic_rpc_handlers: Sequence[Any]) -> None:
+        for generic in generic_rpc_handlers:
+            generic._method_handlers = _read_safely(generic._method_handlers)  # where Ray finds them, too
+        self._server.add_generic_rpc_handlers(generic_rpc_handlers)
+
+    def add_registered_method_handlers(self, service_name: str, method_handlers: Mapping[str, Any]) -> None:
+        self._server.add_registered_method_handlers(service_name, _read_safely(method_handlers))
+
+
+def _read_safely(handlers: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: reads_safely(handler) for name, handler in handlers.items()}
 
 
 def guarded(factory: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,7 +82,11 @@ def guarded(factory: Callable[..., Any]) -> Callable[..., Any]:
         async def unary_unary(request: Any, context: Any) -> Any:
             with _span(context, service_method):
                 try:
+                    check_readable(request)
                     response = await handler(request, context)
+                except InvalidInput as error:
+                    refuse(context, error)
+                    return b""
                 except Exception as error:
                     response = _failed(context, service_method, error)
                 clean_status(context, service_method)
@@ -67,6 +94,11 @@ def guarded(factory: Callable[..., Any]) -> Callable[..., Any]:
 
         async def unary_stream(request: Any, context: Any) -> None:
             with _span(context, service_method):
+                try:
+                    check_readable(request)
+                except InvalidInput as error:
+                    refuse(context, error)
+                    return
                 await passed_on(request, context)
 
         async def passed_on(request: Any, context: Any) -> None:
@@ -114,6 +146,7 @@ def clean_status(context: Any, service_method: str) -> None:
     code, details = context.code(), context.details() or ""
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "max_queued_requests" in details:
         context.set_details(f"the {_application(context)} application is full (max_queued_requests); try again later")
+        tell_retry(context, RETRY_AFTER_S)
         return
     if code is not grpc.StatusCode.INTERNAL:  # Ray's other statuses have a fitting code and no internals
         return

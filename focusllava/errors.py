@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import grpc
 
+RETRY_METADATA = "grpc-retry-pushback-ms"
+"""Trailing metadata in which a server that is full says when to come back, under gRPC's own name for it."""
 NO_SERVER = "no server answers at"
 _NOT_CONNECTED = (
     "failed to connect to all addresses",
@@ -18,13 +20,15 @@ class FocusClientError(Exception):
     """A request that failed.
 
     `code` is the name of a gRPC status, such as "INVALID_ARGUMENT" or "UNAVAILABLE", wherever the failure arose: in the
-    client, before the stream, or inside it. `message` is one line for a person.
+    client, before the stream, or inside it. `message` is one line for a person. `retry_after_s` is the time after which
+    a server that is full says to come back; None where it says nothing, as of a request that it can never answer.
     """
 
-    def __init__(self, code: str, message: str):
+    def __init__(self, code: str, message: str, *, retry_after_s: float | None = None):
         super().__init__(f"{code}: {message}")
         self.code = code
         self.message = message
+        self.retry_after_s = retry_after_s
 
 
 def is_not_connected(error: grpc.RpcError) -> bool:
@@ -39,4 +43,11 @@ def from_rpc_error(error: grpc.RpcError, address: str, *, deadline_passed: bool)
         return FocusClientError(code, f"{NO_SERVER} {address} ({details})")
     if code == "DEADLINE_EXCEEDED" and deadline_passed:
         return FocusClientError(code, "the answer did not end within the timeout")
-    return FocusClientError(code, details or f"the server at {address} gave no details")
+    wait_s = retry_after_s(error)
+    return FocusClientError(code, details or f"the server at {address} gave no details", retry_after_s=wait_s)
+
+
+def retry_after_s(error: grpc.RpcError) -> float | None:
+    """When the server says to come back; None where it does not."""
+    said = dict(error.trailing_metadata() or ()).get(RETRY_METADATA)
+    return int(said) / 1000 if isinstance(said, str) and said.isdecimal() else None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from typing import Any, Protocol
 
 import grpc
 
-from services.common.errors import Code, FocusError, WrongFingerprint
+from focusllava.errors import RETRY_METADATA
+from services.common.errors import Code, FocusError, Overloaded, WrongFingerprint
 
 MAX_MESSAGE_CHARS = 500
 _LOST = re.compile(
@@ -36,6 +38,8 @@ class StatusContext(Protocol):
 
     def set_code(self, code: grpc.StatusCode) -> Any: ...
     def set_details(self, details: str) -> Any: ...
+    def trailing_metadata(self) -> Any: ...
+    def set_trailing_metadata(self, trailing_metadata: Any) -> Any: ...
 
 
 def code_of(error: BaseException) -> Code:
@@ -61,7 +65,16 @@ def refuse(context: StatusContext, error: BaseException, request_id: str = "") -
     code, message = status_of(error, request_id)
     context.set_code(grpc.StatusCode[code.value])
     context.set_details(message)
+    if isinstance(error, Overloaded):
+        tell_retry(context, error.retry_after_s)
     return Refused(code, message)
+
+
+def tell_retry(context: StatusContext, seconds: float) -> None:
+    """Adds to a call's trailing metadata when its caller may try again."""
+    # Ray's context adds its own entry each time.
+    said = [pair for pair in context.trailing_metadata() or () if pair[0] != "request_id"]
+    context.set_trailing_metadata([*said, (RETRY_METADATA, str(math.ceil(1000 * seconds)))])
 
 
 def check_fingerprint(asked: str, ours: str, field: str = "model_fingerprint") -> None:

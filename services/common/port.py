@@ -20,10 +20,11 @@ from typing import Any, Protocol
 import grpc
 import grpc.aio
 
-from services.common.errors import Overloaded, WrongSecret
-from services.common.grpc_status import Refused, status_of
+from services.common.errors import FocusError, Overloaded
+from services.common.grpc_status import Refused, refuse
 from services.common.stage_secret import check_secret, shared_secret
 from services.common.tracing import server_interceptors
+from services.common.unreadable import SafeReading, check_readable
 
 SHELF_NAMES_METADATA = "focusllava-shelf-names"
 """The LLM stage ends a call with it: under which names the request's images lie on its node's shelf, comma between."""
@@ -35,9 +36,6 @@ SERVER_OPTIONS = [
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
 ]
-
-ONGOING = "focusllava_ongoing_requests"
-"""Name of the figure that replicas report to Serve's autoscaler: calls at their own ports that run or wait."""
 
 
 class Limits(Protocol):
@@ -61,6 +59,11 @@ class Places:
     def taken(self) -> int:
         """Calls that run or wait."""
         return self._running + len(self._waiting)
+
+    @property
+    def waiting(self) -> int:
+        """Calls that wait."""
+        return len(self._waiting)
 
     @contextlib.asynccontextmanager
     async def one(self) -> AsyncIterator[None]:
@@ -125,7 +128,8 @@ class StagePort:
 
     async def start(self, host: str) -> dict[str, str]:
         """Listens at a free port of `host`; returns what the gateway needs to call."""
-        self._server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=server_interceptors())
+        interceptors = [*server_interceptors(), SafeReading()]
+        self._server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=interceptors)
         self._add_to_server(_Servicer(self), self._server)
         place = f"[{host}]" if ":" in host else host
         port = self._server.add_insecure_port(f"{place}:0")
@@ -152,12 +156,15 @@ class StagePort:
 
         async def unary(request: Any, context: grpc.aio.ServicerContext) -> Any:
             async with self._admitted(context, limited):
+                check_readable(request)
                 return await method(request, context)
 
         async def streaming(request: Any, context: grpc.aio.ServicerContext) -> AsyncGenerator[Any, None]:
-            async with self._admitted(context, limited), contextlib.aclosing(method(request, context)) as events:
-                async for event in events:
-                    yield event
+            async with self._admitted(context, limited):
+                check_readable(request)
+                async with contextlib.aclosing(method(request, context)) as events:
+                    async for event in events:
+                        yield event
 
         return streaming if inspect.isasyncgenfunction(method) else unary
 
@@ -169,9 +176,9 @@ class StagePort:
                 yield
         except Refused as refused:
             await _abort(context, refused.code.value, refused.args[1])
-        except (Overloaded, WrongSecret) as error:
-            code, message = status_of(error)
-            await _abort(context, code.value, message)
+        except FocusError as error:  # a stranger, no room, or unreadable
+            ours = refuse(context, error)
+            await _abort(context, ours.code.value, ours.args[1])
 
 
 class _Servicer:

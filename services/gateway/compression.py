@@ -4,16 +4,20 @@ The load is the gateway's requests without a first token: those that wait for a 
 stage's prefill, where visual tokens cost. It needs no message from a stage, so it is never stale.
 
 At level 0 a request is as the checkpoint has it. Levels 1 to n go evenly from the gentle end of each bound to the
-tight one. The level rises by one while more than `tighten_above` requests wait, at most once in `tighten_after_s`; it
-falls by one for each `relax_after_s` in which no more than `relax_below` waited. What is between the two changes
-nothing: that gap, and the slow fall, keep it from swinging.
+tight one. The level is at once k where more than k times `tighten_above` requests wait, so that a burst costs detail
+before it costs time, and rises by one in each `tighten_after_s` in which more than `tighten_above` do; it falls by one
+for each `relax_after_s` in which no more than `relax_below` waited. What is between the two changes nothing: that gap,
+and the slow fall, keep it from swinging.
+
+An image whose visual tokens are known with more detail keeps them: to encode it anew would cost the encoder what the
+load has none of, and the language model the prefix that it may still hold. Its `threshold` tightens all the same.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Self
 
@@ -35,7 +39,8 @@ class LoadCompression:
     levels: Count = 3
     """Steps from the gentle end to the tight one. Each is a cache entry of its own for an image."""
     tighten_above: Count = 16
-    """Requests of this gateway without a first token above which the level rises."""
+    """Requests of this gateway without a first token above which the level rises; twice as many are level 2, and so on.
+    As many as are answered in half the time in which a first token is wanted."""
     relax_below: Natural = 4
     """Requests without a first token up to which the level falls."""
     tighten_after_s: Seconds = 0.5
@@ -59,6 +64,11 @@ class LoadCompression:
         require(self.threshold is None or self.threshold[0] <= own, "load_compression.threshold", self.threshold,
                 f"at most {own}, which the checkpoint has")  # fmt: skip
 
+    def gentler(self, level: int) -> tuple[float | None, ...]:
+        """Each `map_share` that leaves more than that of a level, the most first; None is the sampler's own choice."""
+        shares = (self.at(gentle).map_share for gentle in range(level))
+        return tuple(dict.fromkeys(shares)) if self.map_share else ()
+
     def at(self, level: int) -> Compression:
         """What a level sets, 0 to `levels`."""
         if level == 0:
@@ -78,6 +88,10 @@ class Compression:
     level: int = 0
     map_share: float | None = None
     threshold: float | None = None
+
+    def as_used(self, shares: Iterable[float | None]) -> Compression:
+        """The same, but without a `map_share` that none of the images, whose shares these are, was read with."""
+        return self if self.map_share in set(shares) else dataclasses.replace(self, map_share=None)
 
 
 class LoadController:
@@ -120,9 +134,16 @@ class LoadController:
             self._calm_since = None
         elif self._calm_since is None:
             self._calm_since = now
-        if self.waiting > settings.tighten_above and now - self._tightened_at >= settings.tighten_after_s:
-            self._level = min(settings.levels, self._level + 1)
-            self._tightened_at = now
+        if self.waiting > settings.tighten_above:
+            level = (self.waiting - 1) // settings.tighten_above
+            if now - self._tightened_at >= settings.tighten_after_s:
+                level = max(level, self._level + 1)
+            if level > self._level:
+                self._level, self._tightened_at = min(settings.levels, level), now
+
+    def gentler(self, compression: Compression) -> tuple[float | None, ...]:
+        """Each `map_share` whose tokens of an image, where they are known, do for a request with this compression."""
+        return self.settings.gentler(compression.level) if self.settings else ()
 
     def compress(self, admitted: AdmittedChat) -> tuple[AdmittedChat, Compression]:
         """The request as the load has it, and what was set. One that names a setting of a sampler stays as it is."""
@@ -130,10 +151,7 @@ class LoadController:
         if not level or self.settings is None or not admitted.images or _names_its_own(admitted):
             return admitted, Compression()
         force = self.settings.at(level)
-        images = tuple(
-            dataclasses.replace(image, options=dataclasses.replace(image.options, map_share=force.map_share))
-            for image in admitted.images
-        )
+        images = tuple(image.with_map_share(force.map_share) for image in admitted.images)
         samplers = dataclasses.replace(admitted.samplers, threshold=force.threshold)
         return dataclasses.replace(admitted, images=images, samplers=samplers), force
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
@@ -70,13 +71,19 @@ class InProcessStore:
         self.held_bytes = 0
 
 
+LATE_S = 0.05
+"""A timeout that is noticed this much too late says that the event loop was busy, not that Redis was slow."""
+
+
 class RedisStore:
     """Redis behind a circuit breaker.
 
     One failed get opens the circuit: until a background PING succeeds, every call fails at once, so a dead or hung
     Redis costs a request nothing after the first `timeout_s`. A get that finds no free connection in `timeout_s` is a
-    miss and opens nothing, for Redis is not to blame. Nor does a failed put: no request waits for one, and a value of
-    24 MB on a slow network says nothing of the next get.
+    miss and opens nothing, for Redis is not to blame; nor one whose time is found to be over too late, for then this
+    process is too busy to see an answer. Without its cache it would encode every image and be busier still. A failed
+    put opens nothing either: no request waits for one, and a value of 24 MB on a slow network says nothing of the next
+    get.
     """
 
     held_bytes = 0  # Redis bounds itself (maxmemory, allkeys-lru)
@@ -143,8 +150,14 @@ class RedisStore:
             raise StoreFailed("every connection is in use") from None
         try:
             self._check_closed()  # those before this one may have found out
-            async with asyncio.timeout(timeout_s):
-                return await call()
+            began = time.monotonic()
+            try:
+                async with asyncio.timeout(timeout_s):
+                    return await call()
+            except TimeoutError:
+                if time.monotonic() - began > timeout_s + LATE_S:
+                    raise StoreFailed("this process was too busy to see the answer") from None
+                raise
         finally:
             free.release()
 

@@ -142,6 +142,7 @@ def test_what_rays_queue_refuses_is_429_at_both_doors(cluster, http, alice):
                 return client.ask([], "what?", **long).result().finish_reason
             except FocusClientError as error:
                 assert error.code == "RESOURCE_EXHAUSTED" and not LEAKS.search(error.message), error
+                assert error.retry_after_s == 1
                 return error.message
 
     with concurrent.futures.ThreadPoolExecutor(16) as pool:

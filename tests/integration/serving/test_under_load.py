@@ -14,11 +14,11 @@ import grpc
 import pytest
 import redis
 
+from benchmarks.redis_server import RedisServer
 from cluster.local import SERVE_CONFIG, serve_config
 from cluster.serve_api import application_states, request_json
 from cluster.watch import check_listeners
 from focusllava.v1 import llm_pb2
-from tests.redis_server import RedisServer
 from tests.serving_client import FP32, chat, ids_of, picture, question, replica_pids, until
 
 
@@ -44,7 +44,8 @@ def configuration(cluster, redis_server) -> dict[str, Any]:
     config = serve_config(SERVE_CONFIG, cluster.state.ports, cluster.state.checkpoint, FP32)
     gateway, _, llm = (application["deployments"][0] for application in config["applications"])
     gateway["ray_actor_options"]["runtime_env"] = {"env_vars": {"REDIS_URL": redis_server.url}}
-    llm["autoscaling_config"] |= {"target_ongoing_requests": 1, "upscale_delay_s": 1, "downscale_delay_s": 600}
+    llm["autoscaling_config"]["policy"]["policy_kwargs"]["answers"] = 1
+    llm["autoscaling_config"] |= {"upscale_delay_s": 1, "downscale_delay_s": 600}
     return config
 
 

@@ -13,6 +13,7 @@ from focusllava import (
     FocusClientError,
     RetryPolicy,
 )
+from focusllava.errors import RETRY_METADATA
 from tests.fakes.gateway import QUICK, ScriptedGateway, failed, started, token
 
 
@@ -70,6 +71,21 @@ def test_other_statuses_are_not_tried_again(client: FocusClient, gateway: Script
         client.ask(None, "q").result()
     assert (caught.value.code, caught.value.message) == (code, "threshold: is 3, expected (0, 1]")
     assert len(gateway.requests) == 1
+
+
+def test_a_full_server_says_when_to_come_back(client: FocusClient, gateway: ScriptedGateway) -> None:
+    def script(request, context):
+        context.set_trailing_metadata(((RETRY_METADATA, "1500"),))
+        yield from gateway.refusing(grpc.StatusCode.RESOURCE_EXHAUSTED, "the server is full")(request, context)
+
+    gateway.script = script
+    with pytest.raises(FocusClientError) as caught:
+        client.ask(None, "q").result()
+    assert (caught.value.code, caught.value.retry_after_s, len(gateway.requests)) == ("RESOURCE_EXHAUSTED", 1.5, 1)
+    gateway.script = gateway.refusing(grpc.StatusCode.RESOURCE_EXHAUSTED, "max_tokens: is too large")
+    with pytest.raises(FocusClientError) as caught:
+        client.ask(None, "q").result()
+    assert caught.value.retry_after_s is None
 
 
 def test_error_event_in_the_stream(client: FocusClient, gateway: ScriptedGateway) -> None:

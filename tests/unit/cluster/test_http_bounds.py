@@ -12,7 +12,11 @@ import openai
 import pytest
 import uvicorn
 from ray.serve._private.common import DeploymentID
-from ray.serve._private.http_util import get_http_response_status, send_http_response_on_exception
+from ray.serve._private.http_util import (
+    convert_object_to_asgi_messages,
+    get_http_response_status,
+    send_http_response_on_exception,
+)
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from cluster import http_bounds
@@ -37,6 +41,10 @@ class Application:
         self.bodies.append(message["body"])
         await self.go_on.wait()
         if self.silent:
+            return
+        if scope["path"] == "*":  # what Ray's proxy sends where no application has the path
+            for message in convert_object_to_asgi_messages("Path '*' not found. Ping http://...", status_code=404):
+                await send(message)
             return
         if self.refusing is not None:  # what Ray's proxy sends where it refuses a request
             status = get_http_response_status(self.refusing, 600, "the-id")
@@ -208,6 +216,16 @@ async def test_what_ray_refuses_is_an_error_as_openais_clients_know_it(monkeypat
                 assert "connection" not in answer.headers
             rays_own = await client.get("/-/healthz")
             assert rays_own.headers["content-type"].startswith("text/plain")
+
+
+async def test_a_path_that_no_application_has_is_a_404_of_openais(monkeypatch):
+    async with serving(monkeypatch) as (_, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"OPTIONS * HTTP/1.1\r\nhost: x\r\n\r\n")
+        status, body = await asyncio.wait_for(read_answer(reader), 5)
+        writer.close()
+    error = json.loads(body)["error"]
+    assert (status, error["type"]) == (404, "not_found_error") and error["message"].startswith("nothing is here")
 
 
 async def test_a_client_of_openais_asks_a_full_server_again(monkeypatch):

@@ -14,6 +14,7 @@ from ray.serve._private.proxy_request_response import gRPCStreamingType
 from ray.serve.exceptions import BackPressureError
 
 from cluster.ingress import add_services_to_server
+from focusllava.errors import retry_after_s
 from focusllava.v1 import encoder_pb2, encoder_pb2_grpc, focus_pb2, focus_pb2_grpc, llm_pb2, llm_pb2_grpc
 from services.common import tracing
 from tests.serving_client import LEAKS
@@ -127,6 +128,7 @@ async def test_a_status_tells_what_to_do_and_no_internals(status, code, says):
     for caught in (unary, streamed):
         assert (caught.value.code().name, caught.value.details()) == (code, says)
         assert not LEAKS.search(caught.value.details())
+        assert retry_after_s(caught.value) == (1 if "try again later" in says else None)
 
 
 async def test_a_handler_that_fails_tells_nothing_either():
@@ -141,6 +143,19 @@ async def test_a_handler_that_fails_tells_nothing_either():
             _ = [event async for event in model.Generate(llm_pb2.GenerateRequest(), metadata=APPLICATION)]
     for caught in (unary, streamed):
         assert (caught.value.code().name, caught.value.details()) == ("INTERNAL", "internal error")
+
+
+async def test_a_request_that_is_no_protobuf_is_refused_in_our_words():
+    ray = Ray()
+    async with serving(ray) as channel:
+        unary = channel.unary_unary("/focusllava.v1.EncoderService/Encode")(b"\xff\xff", metadata=APPLICATION)
+        streamed = channel.unary_stream("/focusllava.v1.FocusService/Chat")(b"\xff\xff", metadata=APPLICATION)
+        for call in (unary, anext(aiter(streamed))):
+            with pytest.raises(grpc.RpcError) as caught:
+                await call
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert caught.value.details().startswith("request: is no protobuf message")
+    assert not ray.ended.is_set(), "Ray's handler has not heard of it"
 
 
 async def test_every_method_of_the_three_services_is_there_and_streams():

@@ -10,6 +10,7 @@ import grpc
 import grpc.aio
 import pytest
 
+from focusllava.errors import retry_after_s
 from focusllava.v1 import encoder_pb2, encoder_pb2_grpc, llm_pb2, llm_pb2_grpc
 from services.common.errors import InternalError, Overloaded
 from services.common.grpc_status import refuse
@@ -60,7 +61,9 @@ async def listening(model: Model, limits: Limits):
     place = await port.start("127.0.0.1")
     try:
         async with asyncio.timeout(TIMEOUT_S), grpc.aio.insecure_channel(place["address"]) as channel:
-            yield port, llm_pb2_grpc.LanguageModelServiceStub(channel), ((SECRET_METADATA, place["secret"]),)
+            stub = llm_pb2_grpc.LanguageModelServiceStub(channel)
+            stub.channel = channel
+            yield port, stub, ((SECRET_METADATA, place["secret"]),)
     finally:
         await port.close(0)
 
@@ -95,6 +98,25 @@ async def test_what_a_stage_refuses_is_a_status_of_one_line():
         assert port.places.taken == 0
 
 
+async def test_a_request_that_is_no_protobuf_is_refused_in_our_words_and_a_stranger_is_told_nothing_of_it():
+    model = Model()
+    async with listening(model, Limits()) as (port, stub, known):
+        service = "/focusllava.v1.LanguageModelService"
+        for metadata, code, says in (
+            (known, grpc.StatusCode.INVALID_ARGUMENT, "request: is no protobuf message"),
+            ((), grpc.StatusCode.UNAUTHENTICATED, "is not this stage's"),
+        ):
+            calls = (
+                stub.channel.unary_unary(f"{service}/CheckLanguageModel")(b"\xff\xff", metadata=metadata),
+                anext(aiter(stub.channel.unary_stream(f"{service}/Generate")(b"\xff\xff", metadata=metadata))),
+            )
+            for call in calls:
+                with pytest.raises(grpc.aio.AioRpcError, match=says) as caught:
+                    await call
+                assert caught.value.code() is code and "DecodeError" not in caught.value.details()
+        assert model.running == port.places.taken == 0
+
+
 async def test_so_many_run_so_many_wait_and_the_next_is_refused():
     model, limits = Model(), Limits()
     async with listening(model, limits) as (port, stub, known):
@@ -104,7 +126,7 @@ async def test_so_many_run_so_many_wait_and_the_next_is_refused():
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await anext(aiter(stub.Generate(asked(), metadata=known)))
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert "max_queued_requests" in caught.value.details()
+        assert "max_queued_requests" in caught.value.details() and retry_after_s(caught.value) == 1
         await stub.CheckLanguageModel(llm_pb2.CheckLanguageModelRequest(), metadata=known)  # needs no place
         model.go_on.set()
         for number, call in enumerate(calls):

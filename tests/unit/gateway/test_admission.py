@@ -8,8 +8,9 @@ import math
 import grpc
 import pytest
 
+from focusllava.errors import RETRY_METADATA
 from focusllava.v1 import focus_pb2, image_pb2, llm_pb2
-from services.common.errors import FocusError, InvalidInput, StageUnavailable, TooLarge
+from services.common.errors import FocusError, InvalidInput, Overloaded, StageUnavailable, TooLarge
 from services.common.grpc_status import MAX_MESSAGE_CHARS, check_fingerprint, refuse, status_of
 from services.common.media import MediaLimits, content_hash
 from services.common.settings import build_settings
@@ -206,11 +207,19 @@ def test_settings_over_others_change_what_they_name_at_any_depth():
 
 
 class Context:
+    metadata = (("request_id", "Ray's"), ("x-request-id", "r1"))
+
     def set_code(self, code):
         self.code = code
 
     def set_details(self, details):
         self.details = details
+
+    def trailing_metadata(self):
+        return self.metadata
+
+    def set_trailing_metadata(self, metadata):
+        self.metadata = metadata
 
 
 @pytest.mark.parametrize(
@@ -230,6 +239,14 @@ def test_a_client_sees_a_status_and_one_line(error, code, says, caplog):
     assert (context.code, context.details) == (code, says) and says in str(refused)
     if code is grpc.StatusCode.INTERNAL:
         assert "r1" in caplog.text and type(error).__name__ in caplog.text, "the log has what the client does not"
+
+
+def test_who_comes_too_early_is_told_when_to_come_back_and_who_asks_too_much_is_not():
+    full, large = Context(), Context()
+    refuse(full, Overloaded("full", retry_after_s=0.0801), "r1")
+    refuse(large, TooLarge("big"), "r1")
+    assert full.metadata == [("x-request-id", "r1"), (RETRY_METADATA, "81")]
+    assert large.metadata == Context.metadata
 
 
 def test_messages_are_one_bounded_line():

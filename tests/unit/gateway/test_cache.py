@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import signal
 import time
 
 import pytest
 
+from benchmarks.redis_server import RedisServer
 from services.common.errors import InvalidInput
 from services.common.telemetry import Metrics
 from services.common.types import ImageOptions
 from services.gateway.cache import CacheKey, VisualTokenCache, verified
 from services.gateway.stores import InProcessStore, RedisStore, StoreFailed, open_store
 from tests.fakes.stages import KEY, message_for
-from tests.redis_server import RedisServer
 
 
 class Encoder:
@@ -140,6 +141,22 @@ async def test_running_out_of_connections_is_a_miss_of_that_request_alone(redis_
     assert not store.is_open, "Redis is not to blame"
     store._gets.release()
     assert await store.get("key") is None
+    await store.close()
+
+
+async def test_an_event_loop_that_is_busy_is_not_the_fault_of_redis(redis_server):
+    store = RedisStore(redis_server.url, timeout_s=0.2, probe_period_s=60)
+    await store.put("key", b"value")
+    assert await store.get("key") == b"value"
+    asked = asyncio.create_task(store.get("key"))
+    await asyncio.sleep(0)
+    redis_server.process.send_signal(signal.SIGSTOP)
+    await asyncio.sleep(0.01)
+    time.sleep(0.5)  # what a burst of other requests does
+    redis_server.process.send_signal(signal.SIGCONT)
+    with contextlib.suppress(StoreFailed):  # or the answer had come before
+        await asked
+    assert not store.is_open and await store.get("key") == b"value"
     await store.close()
 
 

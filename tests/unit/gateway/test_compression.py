@@ -7,9 +7,10 @@ import dataclasses
 
 import pytest
 
-from focusllava.v1 import llm_pb2
+from focusllava.v1 import encoder_pb2, llm_pb2
 from services.checkpoint.config import FocusLlavaConfig
 from services.common.errors import InvalidInput
+from services.common.media import content_hash
 from services.common.settings import build_settings
 from services.common.types import ImageOptions
 from services.gateway.admission import admit
@@ -18,7 +19,7 @@ from services.gateway.chat import ChatService
 from services.gateway.compression import Compression, LoadCompression, LoadController
 from services.gateway.deadline import Deadline
 from services.gateway.deployment import GatewaySettings
-from tests.fakes.stages import Encoder, LanguageModel, service, serving
+from tests.fakes.stages import KEY, Encoder, LanguageModel, message_for, service, serving
 from tests.unit.gateway.test_admission import LIMITS, PNG, USER, ask, turn
 
 SETTINGS = LoadCompression(
@@ -45,18 +46,25 @@ def at_level(level: int) -> LoadController:
     return load
 
 
+def test_a_burst_is_met_at_once_by_its_size():
+    load = LoadController(SETTINGS, Clock())
+    levels = []
+    for _ in range(15):
+        load.change(+1)
+        levels.append(load.level)
+    assert levels == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 3, 3, 3], "three levels are all there are"
+    load.change(-12)  # 3 wait: one more than is calm
+    assert load.level == 3
+
+
 def test_the_level_rises_step_by_step_and_falls_slowly():
     clock = Clock()
     load = LoadController(SETTINGS, clock)
-    levels = []
-    for _ in range(8):
-        load.change(+1)
-        levels.append(load.level)
-    assert levels == [0, 0, 0, 1, 1, 1, 1, 1], "a burst is one step"
-    for seconds, level in ((0.5, 1), (0.5, 2), (1, 3), (5, 3)):
+    load.change(+4)
+    for seconds, level in ((0, 1), (0.5, 1), (0.5, 2), (1, 3), (5, 3)):
         clock.now += seconds
         assert load.level == level
-    load.change(-6)  # 2 wait: between the bounds nothing moves, however long
+    load.change(-2)  # 2 wait: between the bounds nothing moves, however long
     clock.now += 1000
     assert load.level == 3
     load.change(-2)
@@ -162,8 +170,9 @@ class Held(LanguageModel):
         yield llm_pb2.GenerateResponse(finished=llm_pb2.Finished(reason=llm_pb2.FINISH_REASON_STOP))
 
 
-async def usage_of(chats: ChatService, request_id: str) -> llm_pb2.Usage:
-    events = [event async for event in chats.chat(ask(turn(USER, PNG, "what?")), request_id, Deadline(), Caller())]
+async def usage_of(chats: ChatService, request_id: str, image: bytes = PNG) -> llm_pb2.Usage:
+    asked = ask(turn(USER, image, "what?"))
+    events = [event async for event in chats.chat(asked, request_id, Deadline(), Caller())]
     return events[-1].finished.usage
 
 
@@ -175,7 +184,7 @@ async def test_requests_that_wait_have_the_next_ones_compressed_on_the_wire():
         asked = []
         for number in range(6):
             clock.now += SETTINGS.tighten_after_s
-            asked.append(asyncio.create_task(usage_of(chats, str(number))))
+            asked.append(asyncio.create_task(usage_of(chats, str(number), PNG + bytes([number]))))
             while len(model.requests) <= number:
                 await asyncio.sleep(0.01)
         assert chats.load.waiting == 6
@@ -187,6 +196,37 @@ async def test_requests_that_wait_have_the_next_ones_compressed_on_the_wire():
     assert [round(usage.load_map_share, 2) for usage in usages[3:]] == [0.5, 0.35, 0.2]
     assert [round(request.prune.threshold, 2) for request in model.requests] == [0, 0, 0, 0.8, 0.7, 0.6]
     assert [round(request.options.map_share, 2) for request in encoder.requests] == [0, 0, 0, 0.5, 0.35, 0.2]
+
+
+class HashingEncoder(Encoder):
+    """Answers with the image's own hash, so that the cache takes the answer for the image's."""
+
+    async def Encode(self, request, context):
+        self.requests.append(request)
+        key = dataclasses.replace(KEY, content_hash=content_hash(request.image))
+        return encoder_pb2.EncodeResponse(visual_tokens=message_for(key))
+
+
+async def test_an_image_that_is_known_with_more_detail_is_not_encoded_again():
+    encoder, model = HashingEncoder(), LanguageModel()
+    fresh = PNG + b"1"
+    async with serving(model, encoder) as clients:
+        chats = service(*clients)
+        await usage_of(chats, "calm")
+        await chats._cache.flush()
+        chats.load = at_level(1)
+        await usage_of(chats, "fresh", fresh)
+        await chats._cache.flush()
+        chats.load = at_level(2)
+        known, encoded_gently = await usage_of(chats, "known"), await usage_of(chats, "fresh again", fresh)
+        tight = await usage_of(chats, "another", PNG + b"2")
+        chats.load = LoadController(SETTINGS, Clock())
+        await usage_of(chats, "calm again", fresh)
+    shares = [round(request.options.map_share, 2) for request in encoder.requests]
+    assert shares == [0, 0.5, 0.35, 0], "with the load gone, the image is encoded with all its detail"
+    assert [usage.compression_level for usage in (known, encoded_gently, tight)] == [2, 2, 2]
+    assert [round(usage.load_map_share, 2) for usage in (known, encoded_gently, tight)] == [0, 0, 0.35]
+    assert [round(request.prune.threshold, 2) for request in model.requests] == [0, 0.8, 0.7, 0.7, 0.7, 0]
 
 
 async def test_a_request_that_fails_or_leaves_waits_no_longer():

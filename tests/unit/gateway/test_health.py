@@ -8,6 +8,7 @@ import math
 import grpc
 import pytest
 
+from focusllava.errors import RETRY_METADATA
 from services.common.errors import InvalidInput
 from services.common.settings import build_settings
 from services.gateway import health
@@ -65,7 +66,7 @@ async def test_what_is_wrong_with_a_stage():
 
 async def test_a_stage_that_is_full_is_there():
     model = LanguageModel()
-    model.check_failure = grpc.StatusCode.RESOURCE_EXHAUSTED, "... backpressure ..."
+    model.check_failure = grpc.StatusCode.RESOURCE_EXHAUSTED, "full", ((RETRY_METADATA, "1000"),)
     async with open_door(model) as door:
         assert (await door.raw.get("/health")).status_code == 200
 

@@ -8,6 +8,7 @@ import grpc
 import grpc.aio
 import pytest
 
+from focusllava.errors import RETRY_METADATA
 from focusllava.v1 import focus_pb2, llm_pb2
 from services.common import wire
 from services.common.errors import (
@@ -25,7 +26,8 @@ from services.gateway.callers import Caller
 from services.gateway.chat import ChatService
 from services.gateway.deadline import Deadline
 from services.gateway.replicas import CHANNEL_OPTIONS
-from services.gateway.stages import LanguageModelClient, stage_error
+from services.gateway.stage_errors import stage_error
+from services.gateway.stages import LanguageModelClient
 from tests.fakes.stages import DIED, WORDS, Encoder, LanguageModel, logprobs, service, serving
 from tests.unit.gateway.test_admission import PNG, USER, ask, turn
 from tests.unit.gateway.test_cache import KEY, message_for
@@ -193,7 +195,6 @@ async def test_encode_is_tried_again_and_names_the_fingerprint():
 @pytest.mark.parametrize(
     "code, details, error, says",
     [
-        ("RESOURCE_EXHAUSTED", "Request dropped due to backpressure (num_queued_requests=5)", Overloaded, "is full"),
         ("RESOURCE_EXHAUSTED", "request: needs 9 blocks", TooLarge, "needs 9 blocks"),
         ("NOT_FOUND", "Application 'encoder' not found", StageUnavailable, "not deployed"),
         ("DEADLINE_EXCEEDED", "", DeadlineExceeded, "deadline"),
@@ -207,6 +208,21 @@ def test_a_stage_status_becomes_our_error(code, details, error, says):
     assert type(failure) is error
     with pytest.raises(error, match=says):
         raise failure
+
+
+@pytest.mark.parametrize(
+    "details, says",
+    [
+        ("9 calls wait, the limit is 8 (max_queued_requests)", "^the llm stage is full; try again later$"),
+        ("sampling.constraint: 64 others wait to be compiled", "^sampling.constraint: 64 others wait"),
+    ],
+)
+async def test_a_stage_that_says_when_to_come_back_is_full_and_no_request_too_large(details, says):
+    refused = (0, grpc.StatusCode.RESOURCE_EXHAUSTED, details, ((RETRY_METADATA, "2500"),))
+    async with serving(LanguageModel(refused)) as clients:
+        with pytest.raises(Overloaded, match=says) as caught:
+            await chat(service(*clients), ask())
+    assert caught.value.retry_after_s == 2.5
 
 
 async def chat(service: ChatService, request: focus_pb2.ChatRequest) -> list[focus_pb2.ChatResponse]:

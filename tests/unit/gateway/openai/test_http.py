@@ -10,6 +10,7 @@ import grpc
 import openai
 import pytest
 
+from focusllava.errors import RETRY_METADATA
 from focusllava.v1 import llm_pb2
 from services.gateway.admission import AdmissionLimits
 from tests.fakes.http_door import QUESTION, TEXT, open_door
@@ -217,7 +218,6 @@ async def test_the_request_id_is_the_callers():
 @pytest.mark.parametrize(
     "stage, code, details, expected",
     [
-        ("llm", grpc.StatusCode.RESOURCE_EXHAUSTED, "... backpressure ...", 429),
         ("llm", grpc.StatusCode.INVALID_ARGUMENT, "turns: are too long", 400),
         ("llm", grpc.StatusCode.FAILED_PRECONDITION, "model_fingerprint: is ab...", 503),
         ("llm", grpc.StatusCode.UNAVAILABLE, DIED, 503),
@@ -235,6 +235,17 @@ async def test_a_stages_refusal_is_the_clients_error(stage, code, details, expec
         assert caught.value.param == "messages[0].content[0].image_url.url"
     if "turns" in details:
         assert caught.value.body["message"] == "messages: are too long"
+
+
+async def test_a_full_stage_is_429_and_says_when_to_come_back():
+    full = "sampling.constraint: 64 others wait to be compiled"
+    refused = (0, grpc.StatusCode.RESOURCE_EXHAUSTED, full, ((RETRY_METADATA, "1500"),))
+    async with open_door(LanguageModel(refused)) as door:
+        answer = await door.raw.post("/v1/chat/completions", json={"model": "tiny", "messages": [QUESTION]})
+    error = answer.json()["error"]
+    assert (answer.status_code, answer.headers["retry-after"]) == (429, "2")
+    assert (error["type"], error["code"]) == ("rate_limit_error", "rate_limit_exceeded")
+    assert "64 others wait to be compiled" in error["message"]
 
 
 async def test_what_can_never_fit_is_not_to_be_tried_again():
@@ -273,7 +284,7 @@ async def test_the_callers_deadline_holds():
 
 async def test_a_client_tries_again_what_may_succeed_and_nothing_else():
     """The client's own retries are on: a full stage is asked again, a deadline that passed is not."""
-    full = (0, grpc.StatusCode.RESOURCE_EXHAUSTED, "... backpressure ...")
+    full = (0, grpc.StatusCode.RESOURCE_EXHAUSTED, "full", ((RETRY_METADATA, "10"),))
     async with open_door(LanguageModel(full)) as door:
         answer = await door.client.with_options(max_retries=1).chat.completions.create(
             model="tiny", messages=[QUESTION]
