@@ -38,13 +38,15 @@ def regions(model: FocusModel, poster: Poster) -> Iterator[Region]:
     """The regions of a poster, as the model's sampler chose for them."""
     image, file = render_poster(poster), io.BytesIO()
     image.save(file, "PNG", compress_level=1)
-    where = model.encode(file.getvalue()).layout
+    grid = model.encode(file.getvalue()).map.regions
+    if grid is None:  # too narrow for a feature map
+        return
     scene = poster.scene
     background = np.asarray(render_background(scene.background, scene.size_wh, scene.render_scale))
     drawn_HW = (np.asarray(image) != background).any(-1)
     changes_HW = _changes(np.asarray(image).mean(-1))
-    boxes_M4 = where.region_boxes_M4.round().long().tolist()
-    for (x0, y0, x1, y1), branch in zip(boxes_M4, where.branch_ids_M.tolist(), strict=True):
+    for edges, branch in zip(grid.boxes, grid.branch_ids, strict=True):
+        x0, y0, x1, y1 = map(round, edges)
         box = np.s_[y0:y1, x0:x1]
         yield Region(branch=branch, empty=not drawn_HW[box].any(), busyness=float(changes_HW[box].mean()))
 

@@ -11,6 +11,7 @@ from focusllava.async_client import AsyncAnswerStream, AsyncFocusClient
 from focusllava.client import AnswerStream, FocusClient
 from focusllava.connection import RetryPolicy
 from focusllava.errors import FocusClientError
+from focusllava.focus_maps import FocusMap, FocusMaps, FocusRegions
 from focusllava.messages import (
     Answer,
     ImageFile,
@@ -35,6 +36,9 @@ __all__ = [
     "AsyncFocusClient",
     "FocusClient",
     "FocusClientError",
+    "FocusMap",
+    "FocusMaps",
+    "FocusRegions",
     "ImageFile",
     "ImageInfo",
     "ImageSource",

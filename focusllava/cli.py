@@ -19,7 +19,7 @@ from focusllava.arguments import MAX_TIMEOUT_S
 from focusllava.connection import DEFAULT_ADDRESS
 from focusllava.errors import NO_SERVER
 from focusllava.messages import Settings
-from focusllava.options import constraint_options, no_file, setting_options
+from focusllava.options import constraint_options, no_file, setting_options, writable_png
 
 PROGRAM = "focusllava"
 EPILOG = """\b
@@ -110,6 +110,14 @@ def cli() -> None:
     type=float,
     help="Let the vision-guided sampler leave no more than this share of an image's feature map, in (0, 1].",
 )
+@click.option(
+    "--map",
+    "drawing",
+    metavar="OUT.png",
+    type=click.Path(dir_okay=False, path_type=pathlib.Path),
+    callback=writable_png,
+    help="Draw what both samplers chose of each image (needs the [serve] extra).",
+)
 @setting_options(Settings)
 @constraint_options
 @_as_json
@@ -125,6 +133,7 @@ def ask(
     detail: str | None,
     reduced_jpeg: bool | None,
     map_share: float | None,
+    drawing: pathlib.Path | None,
     as_json: bool,
     address: str,
     timeout: float,
@@ -140,17 +149,28 @@ def ask(
     settings: Settings = {name: value for name, value in given.items() if value not in (None, ())}  # type: ignore[assignment]
     sources: list[ImageSource] = [sys.stdin.buffer if image == "-" else image for image in images]
     turns = [user(question, images=sources, detail=detail, reduced_jpeg=reduced_jpeg, map_share=map_share)]
+    if drawing is not None:
+        if not images:
+            raise click.UsageError("--map needs an IMAGE to draw on")
+        draw = extras.load(extras.PARTS, "focus_sheet")  # first: it may not be installed
+        settings["return_map"] = True
     if local is not None:
         with extras.load(extras.PARTS, "LocalModel")(local) as model:
-            _show(model.stream(turns, **settings), as_json)
-        return
-    credentials, retry = _credentials(tls, tls_ca), RetryPolicy(on_wait=_say_once())
-    with FocusClient(address, timeout_s=timeout, api_key=api_key, credentials=credentials, retry=retry) as client:
-        _show(client.chat(turns, **settings), as_json)
+            answer = _show(model.stream(turns, **settings), as_json)
+    else:
+        credentials, retry = _credentials(tls, tls_ca), RetryPolicy(on_wait=_say_once())
+        with FocusClient(address, timeout_s=timeout, api_key=api_key, credentials=credentials, retry=retry) as client:
+            answer = _show(client.chat(turns, **settings), as_json)
+    if drawing is not None:
+        if answer.focus is None:
+            raise FocusClientError("UNIMPLEMENTED", "--map: the server sent no map, its version is an older one")
+        files = [getattr(part, "data", part) for part in turns[0].parts if not isinstance(part, str)]
+        draw(files, answer.focus).save(drawing, "PNG")
+        click.echo(f"wrote {drawing}", err=True)
 
 
-def _show(stream: Any, as_json: bool) -> None:
-    """Prints an answer as it comes, served or local, and closes its stream."""
+def _show(stream: Any, as_json: bool) -> Answer:
+    """Prints an answer as it comes, served or local, closes its stream, and gives it back."""
     with stream:
         if not as_json:
             try:
@@ -162,10 +182,12 @@ def _show(stream: Any, as_json: bool) -> None:
                     click.echo()
         answer = stream.result()
     if as_json:
-        facts = {name: dataclasses.asdict(answer)[name] for name in Answer.__dataclass_fields__}
+        told = dataclasses.asdict(dataclasses.replace(answer, focus=None))  # a map is drawn, not printed
+        facts = {name: told[name] for name in Answer.__dataclass_fields__ if name != "focus"}
         click.echo(json.dumps(facts, ensure_ascii=False, default=list))  # bytes as numbers
     else:
         click.echo("\n".join([*logprob_lines(answer), *accounting_lines(answer)]), err=True)
+    return answer
 
 
 @cli.command()

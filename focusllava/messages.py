@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, BinaryIO, Protocol, TypedDict
 
 from focusllava.errors import FocusClientError
+from focusllava.focus_maps import FocusMaps
 
 MAX_IMAGES_BYTES = 256 * 2**20
 """Most bytes of all images of one request: no message carries more."""
@@ -153,6 +154,8 @@ class Answer:
     images: tuple[ImageInfo, ...]
     usage: Usage
     request_id: str
+    focus: FocusMaps | None = None
+    """What both samplers chose; None unless the setting `return_map` asked for it."""
     token_ids: tuple[int, ...] = ()
     """The tokens generated, the end-of-answer token included."""
     logprobs: tuple[TokenLogprobs, ...] = ()
@@ -294,5 +297,7 @@ class Settings(SamplerSettings, total=False):
     """Special tokens, but for the one that ends the answer, are part of the text."""
     ignore_eos: bool
     """Generates exactly max_tokens, for benchmarks."""
+    return_map: bool
+    """The answer's `focus` holds what both samplers chose of each image."""
     request_id: str
     """Names the request in the caller's own logs; the server makes one when empty."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -14,6 +15,15 @@ def no_file(context: click.Context, parameter: click.Parameter, question: str) -
     if question == "-" or os.path.isfile(question):
         raise click.UsageError(f"QUESTION is missing: the last argument, {question!r}, names an image")
     return question
+
+
+def writable_png(context: click.Context, parameter: click.Parameter, path: pathlib.Path | None) -> pathlib.Path | None:
+    """Refuses a drawing's path that is not a PNG's, or lies in no folder, before anything is asked."""
+    if path is not None and path.suffix.lower() != ".png":
+        raise click.BadParameter(f"is {str(path)!r}, expected a name that ends in .png")
+    if path is not None and not path.parent.is_dir():
+        raise click.BadParameter(f"is {str(path)!r}, which lies in no folder that exists")
+    return path
 
 
 def _read(context: click.Context, parameter: click.Parameter, path: str | None) -> str | None:

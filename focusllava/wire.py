@@ -11,6 +11,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from focusllava.errors import FocusClientError
+from focusllava.focus_maps import FocusMaps, focus_maps
 from focusllava.messages import (
     Answer,
     ImageFile,
@@ -166,6 +167,8 @@ class AnswerState:
         self.usage: Usage | None = None
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
+        self.focus: FocusMaps | None = None
+        """What both samplers chose, from soon after the first token on; None for who did not ask."""
 
     def take(self, event: focus_pb2.ChatResponse) -> str:
         """The event's new text, which may be empty. Raises FocusClientError on an error event."""
@@ -176,6 +179,8 @@ class AnswerState:
         if kind == "started":
             self.request_id = event.started.request_id
             self.images = tuple(_image_info(image) for image in event.started.images)
+        elif kind == "focus_maps":
+            self.focus = focus_maps(event.focus_maps)
         elif kind == "finished":
             self.finish_reason = _FINISH_REASONS.get(event.finished.reason, "unspecified")
             self.usage = _usage(event.finished.usage)
@@ -199,6 +204,7 @@ class AnswerState:
             images=self.images,
             usage=self.usage,
             request_id=self.request_id,
+            focus=self.focus,
             token_ids=tuple(self.token_ids),
             logprobs=tuple(self.logprobs),
         )

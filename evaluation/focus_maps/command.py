@@ -53,7 +53,7 @@ def explain(
     summary: dict[str, Any] = {
         "text": report["answer"],
         "visual_tokens": report["visual_tokens"],
-        "branch_shares": [image["branch_shares"] for image in report["images"]],
+        "branch_shares": [(image["regions"] or {}).get("branch_shares") for image in report["images"]],
         "png": str(output),
         "json": str(output.with_suffix(".json")),
     }

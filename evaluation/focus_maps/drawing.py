@@ -1,6 +1,6 @@
-"""Single focus maps, each a PIL image of a given size: the picture with one thing drawn over it.
+"""Single drawings of a focus map, each a PIL image of a given size: the picture with one thing drawn over it.
 
-Legend: N visual tokens of one image, h, w of the drawing in pixels.
+They need Pillow and numpy alone. Legend: N visual tokens of one image.
 """
 
 from __future__ import annotations
@@ -9,11 +9,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-import torch
 from PIL import Image
 
-from evaluation.focus_maps.focus import EncodedPicture
-from evaluation.focus_maps.geometry import TokenLayout
+from focusllava.focus_maps import Box, FocusMap
 
 Colour = tuple[int, int, int]
 Tokens = Literal["map", "base"]
@@ -51,26 +49,40 @@ def heat_colours(heat: np.ndarray) -> np.ndarray:
     return np.stack([np.interp(heat, stops, _HEAT_STOPS[:, channel]) for channel in range(3)], axis=-1)
 
 
-def scale_map(shown: EncodedPicture, box_wh: tuple[int, int] = (480, 480)) -> Image.Image:
-    """Each region in its branch's colour, cut into the tokens that it became."""
-    picture, where = fitted(shown.picture, box_wh), shown.layout
+def token_boxes(where: FocusMap, tokens: Tokens) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the tokens of one set that have a box, ascending, and their boxes [n, 4]."""
+    first, last = (where.base_tokens, len(where.boxes)) if tokens == "map" else (0, where.base_tokens)
+    found = [(index, box) for index, box in enumerate(where.boxes[first:last], start=first) if box is not None]
+    return np.array([index for index, _ in found], int), np.array([box for _, box in found]).reshape(-1, 4)
+
+
+def kept_of(where: FocusMap, tokens: Tokens) -> str:
+    """The number of one set's tokens that were kept, "of" all of them that have a box."""
+    index, _ = token_boxes(where, tokens)
+    return f"{sum(where.kept[i] for i in index)} of {len(index)}"
+
+
+def scale_map(picture: Image.Image, where: FocusMap, box_wh: tuple[int, int] = (480, 480)) -> Image.Image:
+    """Each region in its branch's colour, cut into the tokens that it became. Without regions: the tokens' outlines."""
+    picture = fitted(picture, box_wh)
     pixels = np.asarray(picture, np.float64).copy()
-    regions = _edges(where.region_boxes_M4, where, picture.size)
-    for branch, (x0, y0, x1, y1) in zip(where.branch_ids_M.tolist(), regions, strict=True):
+    regions = _edges(where.regions.boxes if where.regions else (), where, picture.size)
+    for branch, (x0, y0, x1, y1) in zip(where.regions.branch_ids if where.regions else (), regions, strict=True):
         part = pixels[y0:y1, x0:x1]
         part[:] = part * (1 - TINT) + np.array(branch_colour(branch)) * TINT
-    _outline(pixels, _edges(where.boxes_N4[where.is_map_N], where, picture.size), (255, 255, 255), 0.55)
+    _outline(pixels, _edges(token_boxes(where, "map")[1], where, picture.size), (255, 255, 255), 0.55)
     _outline(pixels, regions, (0, 0, 0), 0.6)
     return _image(pixels)
 
 
-def kept_map(shown: EncodedPicture, kept_N: torch.Tensor, tokens: Tokens = "map",
+def kept_map(picture: Image.Image, where: FocusMap, tokens: Tokens = "map",
              box_wh: tuple[int, int] = (480, 480)) -> Image.Image:  # fmt: skip
-    """The picture where the text-guided sampler kept tokens; the rest dark and grey. kept_N: bool, of this image."""
-    picture, where = fitted(shown.picture, box_wh), shown.layout
+    """The picture where the text-guided sampler kept tokens; the rest dark and grey."""
+    picture = fitted(picture, box_wh)
     bright = np.asarray(picture, np.float64)
     pixels = np.repeat(np.asarray(picture.convert("L"), np.float64)[..., None], 3, axis=2) * DIMMED
-    boxes = _edges(where.boxes_N4[_mask(where, tokens) & kept_N], where, picture.size)
+    index, boxes_n4 = token_boxes(where, tokens)
+    boxes = _edges(boxes_n4[np.array(where.kept, bool)[index]], where, picture.size)
     for x0, y0, x1, y1 in boxes:
         pixels[y0:y1, x0:x1] = bright[y0:y1, x0:x1]
     _outline(pixels, boxes, KEPT_COLOUR, 0.9)
@@ -78,39 +90,36 @@ def kept_map(shown: EncodedPicture, kept_N: torch.Tensor, tokens: Tokens = "map"
 
 
 def importance_map(
-    shown: EncodedPicture,
-    importance_N: torch.Tensor,
+    picture: Image.Image,
+    where: FocusMap,
     tokens: Tokens = "map",
     box_wh: tuple[int, int] = (480, 480),
     *,
+    importance: Sequence[float] | None = None,
     most: float | None = None,
 ) -> Image.Image:
     """Each token's importance S_j as a colour, by the square root of its share of `most`.
 
-    importance_N: of this image's tokens. most: the importance that is brightest; None takes the largest of the tokens
-    drawn.
+    importance: one a token, in place of the map's own. most: the importance that is brightest; None takes the largest
+    of the tokens drawn.
     """
-    picture, where = fitted(shown.picture, box_wh), shown.layout
-    mask_N = _mask(where, tokens)
-    importance = importance_N[mask_N].double().numpy()
-    most = most if most is not None else float(importance.max(initial=0.0))
-    colours = heat_colours(np.sqrt(np.clip(importance / (most or 1.0), 0, 1)))
+    picture = fitted(picture, box_wh)
+    index, boxes_n4 = token_boxes(where, tokens)
+    values = np.array(where.importance if importance is None else importance, np.float64)[index]
+    most = most if most is not None else float(values.max(initial=0.0))
+    colours = heat_colours(np.sqrt(np.clip(values / (most or 1.0), 0, 1)))
     grey = np.repeat(np.asarray(picture.convert("L"), np.float64)[..., None], 3, axis=2)
     pixels = grey * (1 - HEAT) + np.array(NOT_SHOWN) * HEAT
-    for colour, (x0, y0, x1, y1) in zip(colours, _edges(where.boxes_N4[mask_N], where, picture.size), strict=True):
+    for colour, (x0, y0, x1, y1) in zip(colours, _edges(boxes_n4, where, picture.size), strict=True):
         pixels[y0:y1, x0:x1] = grey[y0:y1, x0:x1] * (1 - HEAT) + colour * HEAT
     return _image(pixels)
 
 
-def _mask(where: TokenLayout, tokens: Tokens) -> torch.Tensor:
-    return where.is_map_N if tokens == "map" else where.is_base_N
-
-
-def _edges(boxes_N4: torch.Tensor, where: TokenLayout, size_wh: tuple[int, int]) -> list[list[int]]:
+def _edges(boxes: Sequence[Box] | np.ndarray, where: FocusMap, size_wh: tuple[int, int]) -> list[list[int]]:
     """Boxes in the drawing's pixels, last row and column excluded; neighbours share an edge, so nothing is drawn
     twice."""
-    (height, width), scale = where.image_size_hw, torch.tensor([*size_wh, *size_wh], dtype=torch.float64)
-    return (boxes_N4 * scale / torch.tensor([width, height, width, height])).round().long().tolist()
+    scale = np.array([*size_wh, *size_wh]) / np.array([where.width, where.height, where.width, where.height])
+    return (np.array(boxes, np.float64).reshape(-1, 4) * scale).round().astype(int).tolist()
 
 
 def _outline(pixels: np.ndarray, boxes: Sequence[Sequence[int]], colour: Colour, weight: float) -> None:

@@ -14,17 +14,18 @@ from typing import Any, Unpack
 import torch
 from PIL import Image
 
-from evaluation.focus_maps.geometry import TokenLayout, layout
+from focusllava.focus_maps import FocusMap, FocusMaps
 from focusllava.messages import Settings, Usage
 from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.finding import find_checkpoint
 from services.common.errors import InvalidInput
 from services.common.media import open_image
-from services.common.types import CompressedVisualTokens, PruneDecision
+from services.common.types import CompressedVisualTokens
 from services.compute.dtypes import dtype_name, dtype_of_stored
-from services.encoder.pipeline import EncoderPipeline, PreparedImage
+from services.encoder.pipeline import EncoderPipeline
 from services.llm.engine import Engine
 from services.llm.kernels import Kernels
+from services.local.maps import image_map
 from services.local.model import LocalModel
 from services.text.prompt import Prompt
 
@@ -33,7 +34,7 @@ MOST_KV_CACHE_BYTES = 2**31
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedPicture:
-    """An image as the encoder stage left it, and where each of its visual tokens lies."""
+    """An image as the encoder stage left it."""
 
     file: bytes
     vision_sampler: bool
@@ -41,7 +42,8 @@ class EncodedPicture:
     picture: Image.Image
     """RGB, upright, all pixels."""
     tokens: CompressedVisualTokens
-    layout: TokenLayout
+    map: FocusMap
+    """The vision-guided sampler's choice and where each visual token lies, before a question is asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,24 +53,15 @@ class Focus:
     question: str
     answer: str
     pictures: tuple[EncodedPicture, ...]
-    decision: PruneDecision | None
-    """The engine's own; None where nothing was pruned."""
+    maps: FocusMaps
+    """The engine's own choices, a map an image."""
     importance_KN: torch.Tensor
     """float32: row k - 1 is S_j of Eq. 8, had the model pruned before layer k. All images' tokens in order."""
     usage: Usage
 
-    @property
-    def kept_N(self) -> torch.Tensor:
-        """bool [N]: the tokens that the layers from the pruning layer on saw."""
-        if self.decision is None:
-            return torch.ones(self.importance_KN.shape[1], dtype=torch.bool)
-        kept_N = torch.zeros(self.importance_KN.shape[1], dtype=torch.bool)
-        kept_N[self.decision.kept] = True
-        return kept_N
-
     def of_picture(self, values_N: torch.Tensor, index: int) -> torch.Tensor:
         """One image's part of something that has an entry a visual token, along the last dimension."""
-        return values_N.split([len(picture.layout) for picture in self.pictures], dim=-1)[index]
+        return values_N.split([len(one.boxes) for one in self.maps.maps], dim=-1)[index]
 
 
 class FocusModel:
@@ -98,25 +91,11 @@ class FocusModel:
 
     def encode(self, image: bytes, *, vision_sampler: bool = True) -> EncodedPicture:
         """An image file through the encoder stage. Raises InvalidInput or TooLarge naming what is wrong with it."""
-        config, prepared = self.pipeline.config, self.pipeline.prepare(image)
-        sampler = config.vision_sampler
-        sampled = vision_sampler and sampler.enabled
         (tokens,) = self.local.encode([image], vision_sampler=vision_sampler)
-        where = layout(
-            prepared.tiles,
-            tokens,
-            tile_px=config.tile_px,
-            patches_per_side=config.patches_per_side,
-            window=sampler.window,
-            branches=sampler.branches,
-            order=sampler.token_order,
-            sampled=sampled,
-            base_tile=sampler.base_tile,
-            base_branch_ids_M=self._base_branches(prepared) if sampled and sampler.base_tile == "sample" else None,
-        )
-        # `prepare` may have decoded a JPEG at reduced scale; a map is drawn over every pixel.
+        where = image_map(tokens, self.pipeline.config, sampled=vision_sampler)
+        # The encoder may have decoded a JPEG at reduced scale; a map is drawn over every pixel.
         picture = open_image(image, self.pipeline.limits).image
-        return EncodedPicture(file=image, vision_sampler=vision_sampler, picture=picture, tokens=tokens, layout=where)
+        return EncodedPicture(file=image, vision_sampler=vision_sampler, picture=picture, tokens=tokens, map=where)
 
     def ask(self, pictures: Sequence[EncodedPicture], question: str, **settings: Unpack[Settings]) -> Focus:
         """A greedy answer of at most 64 tokens, unless the settings say otherwise, and what it was read from.
@@ -127,25 +106,19 @@ class FocusModel:
             raise InvalidInput("is empty, expected one or more", field="images")
         if not question.strip():
             raise InvalidInput("has no words to score visual tokens by", field="question")
-        asked: Settings = {"max_tokens": 64, **settings, "vision_sampler": pictures[0].vision_sampler}
+        sampled = pictures[0].vision_sampler
+        asked: Settings = {"max_tokens": 64, **settings, "vision_sampler": sampled, "return_map": True}
         answer = self.local.ask([picture.file for picture in pictures], question, **asked)
+        assert answer.focus is not None, "it was asked for"
         visual_ND = torch.cat([picture.tokens.tokens_ND for picture in pictures])
         return Focus(
             question=question,
             answer=answer.text.strip(),
             pictures=tuple(pictures),
-            decision=answer.decision,
+            maps=answer.focus,
             importance_KN=importance_by_layer(self.local.engine, answer.prompt, visual_ND),
             usage=answer.usage,
         )
-
-    @torch.inference_mode()
-    def _base_branches(self, prepared: PreparedImage) -> torch.Tensor:
-        """Branches that the regions of a sampled base tile chose: the wire carries the map's alone."""
-        model, side = self.pipeline.model, self.pipeline.config.patches_per_side
-        (feature_map,) = model.project([prepared.tiles])
-        base_HWD = feature_map.base_PD.view(side, side, -1)
-        return model.vision_guided_sampler(base_HWD, feature_map.base_PD, model.image_newline).branch_ids_M.cpu()
 
 
 @dataclass(kw_only=True)

@@ -3,7 +3,7 @@
 The JSON is one object. Boxes are [x0, y0, x1, y1] in pixels of the upright image, to a hundredth; lists of tokens are
 in the order in which the language model gets them.
 
-    format_version   1
+    format_version   2
     question, answer, model_fingerprint
     layers           [1, ..., L - 1], the layers before which importance was scored
     pruning          null where nothing was pruned, else {layer, threshold, keep_ratio}; one of the last two is null
@@ -14,12 +14,10 @@ in the order in which the language model gets them.
       content_hash   SHA-256 of its file
       notes          how it was read, in words
       map_hw         [height, width] of the unpadded feature map, in tokens
-      map_box        what that map shows; up to half a token at an edge may be missing
-      window         side of a region in tokens; 1 with the vision-guided sampler off
-      branches       [[height, width], ...] pooling kernel of each branch
-      branch_shares  share of the regions that chose each branch
-      region_grid    [rows, columns]
-      regions        {box: [M boxes], branch: [M branch numbers]}, in raster order
+      regions        null with the vision-guided sampler off, else {x, y, kernels, branches, branch_shares}: edges of
+                     the grid's columns and rows (up to half a token at an edge of the image may be outside), the
+                     pooling kernel [height, width] of each branch, the branch of each region in raster order, and
+                     the share of the regions that chose each branch
       first_token    index of this image's first token among all images' tokens
       base_tokens    so many first tokens are the base tile's
       boxes          [N boxes], null for a newline
@@ -34,15 +32,14 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, Unpack
 
-import torch
-
 from evaluation.focus_maps.focus import Focus, FocusModel
 from evaluation.focus_maps.page import page
+from focusllava.focus_maps import FocusRegions
 from focusllava.messages import Settings
 from services.checkpoint.finding import find_checkpoint
 from services.common.errors import InvalidInput
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def explain(
@@ -71,42 +68,37 @@ def explain(
 
 def report(focus: Focus, names: Sequence[str]) -> dict[str, Any]:
     """The JSON object of the module's docstring; names: one an image."""
-    usage, decision = focus.usage, focus.decision
+    usage, maps = focus.usage, focus.maps
     images, first_token = [], 0
-    for index, (name, shown) in enumerate(zip(names, focus.pictures, strict=True)):
-        where, tokens = shown.layout, shown.tokens
+    for name, shown, where in zip(names, focus.pictures, maps.maps, strict=True):
         images.append(
             {
                 "name": name,
-                "size_wh": list(reversed(where.image_size_hw)),
-                "content_hash": tokens.content_hash,
-                "notes": list(tokens.notes),
-                "map_hw": list(tokens.map_hw),
-                "map_box": [round(edge, 2) for edge in where.map_box],
-                "window": where.window,
-                "branches": [list(kernel) for kernel in where.branches],
-                "branch_shares": [round(share, 4) for share in where.branch_shares()],
-                "region_grid": list(where.region_grid),
-                "regions": {"box": _boxes(where.region_boxes_M4), "branch": where.branch_ids_M.tolist()},
+                "size_wh": [where.width, where.height],
+                "content_hash": shown.tokens.content_hash,
+                "notes": list(shown.tokens.notes),
+                "map_hw": list(shown.tokens.map_hw),
+                "regions": _regions(where.regions) if where.regions else None,
                 "first_token": first_token,
                 "base_tokens": where.base_tokens,
-                "boxes": _boxes(where.boxes_N4),
-                "kept": focus.of_picture(focus.kept_N, index).nonzero().flatten().tolist(),
+                "boxes": [box and [round(edge, 2) for edge in box] for box in where.boxes],
+                "kept": [index for index, kept in enumerate(where.kept) if kept],
                 "importance": [
                     [float(f"{value:.5g}") for value in row]
-                    for row in focus.of_picture(focus.importance_KN, index).tolist()
+                    for row in focus.of_picture(focus.importance_KN, where.image).tolist()
                 ],
             }
         )
-        first_token += len(where)
+        first_token += len(where.boxes)
     return {
         "format_version": FORMAT_VERSION,
         "question": focus.question,
         "answer": focus.answer,
         "model_fingerprint": focus.pictures[0].tokens.model_fingerprint,
         "layers": list(range(1, 1 + len(focus.importance_KN))),
-        "pruning": decision
-        and {"layer": decision.layer, "threshold": decision.threshold, "keep_ratio": decision.keep_ratio},
+        "pruning": {"layer": maps.prune_layer, "threshold": maps.threshold, "keep_ratio": maps.keep_ratio}
+        if maps.prune_layer
+        else None,
         "visual_tokens": {
             "uncompressed": usage.visual_tokens_uncompressed,
             "sampled": usage.visual_tokens_sampled,
@@ -117,5 +109,11 @@ def report(focus: Focus, names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _boxes(boxes_N4: torch.Tensor) -> list[list[float] | None]:
-    return [None if box[0] != box[0] else [round(edge, 2) for edge in box] for box in boxes_N4.tolist()]
+def _regions(regions: FocusRegions) -> dict[str, Any]:
+    return {
+        "x": [round(edge, 2) for edge in regions.x],
+        "y": [round(edge, 2) for edge in regions.y],
+        "kernels": [list(kernel) for kernel in regions.kernels],
+        "branches": list(regions.branch_ids),
+        "branch_shares": [round(share, 4) for share in regions.branch_shares()],
+    }

@@ -9,7 +9,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from evaluation.focus_maps.drawing import KEPT_COLOUR, branch_colour, fitted, importance_map, kept_map, scale_map
+from evaluation.focus_maps.drawing import (
+    KEPT_COLOUR,
+    branch_colour,
+    fitted,
+    importance_map,
+    kept_map,
+    kept_of,
+    scale_map,
+)
 from evaluation.focus_maps.focus import EncodedPicture, Focus, FocusModel
 from evaluation.focus_maps.page import shown_layers
 from evaluation.scenes import FINE_KINDS, SEEDS, asked_of, is_exact
@@ -125,11 +133,12 @@ def _distance(pair: tuple[QuestionAnswer, QuestionAnswer]) -> float:
 def _scales(model: FocusModel, shown: Shown, picture: EncodedPicture) -> list[Picture]:
     """The picture and its scale map."""
     width, height = picture.picture.size
-    shares = " / ".join(f"{100 * share:.0f}" for share in picture.layout.branch_shares())
-    caption = f"{len(picture.layout)} tokens of {picture.tokens.uncompressed_tokens}; branches {shares} %"
+    assert picture.map.regions, "posters are not narrow, and the model has the vision-guided sampler"
+    shares = " / ".join(f"{100 * share:.0f}" for share in picture.map.regions.branch_shares())
+    caption = f"{len(picture.map.boxes)} tokens of {picture.tokens.uncompressed_tokens}; branches {shares} %"
     return [
         Picture(image=fitted(picture.picture, BOX_WH), caption=f"{width} x {height} px"),
-        Picture(image=scale_map(picture, BOX_WH), caption=caption),
+        Picture(image=scale_map(picture.picture, picture.map, BOX_WH), caption=caption),
     ]
 
 
@@ -138,11 +147,11 @@ def _kept(questions: Callable[[Shown], Iterable[QuestionAnswer]]) -> Panels:
 
     def panels(model: FocusModel, shown: Shown, picture: EncodedPicture) -> Iterable[Picture]:
         yield _scales(model, shown, picture)[0]
-        on_map = picture.layout.is_map_N
         for asked in questions(shown):
             focus = model.ask([picture], asked.question)
-            count = f"{int((focus.kept_N & on_map).sum())} of {int(on_map.sum())} tokens of the grid tiles"
-            drawn = kept_map(picture, focus.kept_N, "map", BOX_WH)
+            (where,) = focus.maps.maps
+            count = f"{kept_of(where, 'map')} tokens of the grid tiles"
+            drawn = kept_map(picture.picture, where, "map", BOX_WH)
             yield Picture(image=drawn, caption=f"{_told(focus, asked)} Kept: {count}.")
 
     return panels
@@ -159,8 +168,9 @@ def _layers(box_wh: tuple[int, int], *most: int) -> Panels:
         focus = model.ask([picture], shown.fine[0].question)
         yield Picture(image=fitted(picture.picture, box_wh), caption=_told(focus, shown.fine[0]))
         for layer in shown_layers(focus, *most):
-            prunes = " (prunes)" if focus.decision is not None and focus.decision.layer == layer else ""
-            drawn = importance_map(picture, focus.importance_KN[layer - 1], "map", box_wh)
+            prunes = " (prunes)" if focus.maps.prune_layer == layer else ""
+            importance = focus.importance_KN[layer - 1].tolist()
+            drawn = importance_map(picture.picture, picture.map, "map", box_wh, importance=importance)
             yield Picture(image=drawn, caption=f"layer {layer}{prunes}")
 
     return panels

@@ -26,7 +26,7 @@ from focusllava.v1 import image_pb2 as focusllava_dot_v1_dot_image__pb2
 from focusllava.v1 import tensor_pb2 as focusllava_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x66ocusllava/v1/encoder.proto\x12\rfocusllava.v1\x1a\x19\x66ocusllava/v1/image.proto\x1a\x1a\x66ocusllava/v1/tensor.proto\"0\n\x13\x43heckEncoderRequest\x12\x19\n\x11model_fingerprint\x18\x01 \x01(\t\"\x16\n\x14\x43heckEncoderResponse\"\x8e\x01\n\rEncodeRequest\x12\r\n\x05image\x18\x01 \x01(\x0c\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12\x16\n\x0evision_sampler\x18\x03 \x01(\x08\x12,\n\x07options\x18\x04 \x01(\x0b\x32\x1b.focusllava.v1.ImageOptions\x12\r\n\x05shelf\x18\x05 \x01(\t\"N\n\x0e\x45ncodeResponse\x12<\n\rvisual_tokens\x18\x01 \x01(\x0b\x32%.focusllava.v1.CompressedVisualTokens\"\xeb\x01\n\x16\x43ompressedVisualTokens\x12%\n\x06tokens\x18\x01 \x01(\x0b\x32\x15.focusllava.v1.Tensor\x12\x12\n\nbranch_ids\x18\x02 \x01(\x0c\x12\x12\n\nmap_height\x18\x03 \x01(\r\x12\x11\n\tmap_width\x18\x04 \x01(\r\x12\x1b\n\x13uncompressed_tokens\x18\x05 \x01(\r\x12\x14\n\x0c\x63ontent_hash\x18\x06 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x07 \x01(\t\x12\r\n\x05notes\x18\x08 \x03(\t\x12\x12\n\nshelf_name\x18\t \x01(\t2\xb0\x01\n\x0e\x45ncoderService\x12\x45\n\x06\x45ncode\x12\x1c.focusllava.v1.EncodeRequest\x1a\x1d.focusllava.v1.EncodeResponse\x12W\n\x0c\x43heckEncoder\x12\".focusllava.v1.CheckEncoderRequest\x1a#.focusllava.v1.CheckEncoderResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x66ocusllava/v1/encoder.proto\x12\rfocusllava.v1\x1a\x19\x66ocusllava/v1/image.proto\x1a\x1a\x66ocusllava/v1/tensor.proto\"0\n\x13\x43heckEncoderRequest\x12\x19\n\x11model_fingerprint\x18\x01 \x01(\t\"\x16\n\x14\x43heckEncoderResponse\"\x8e\x01\n\rEncodeRequest\x12\r\n\x05image\x18\x01 \x01(\x0c\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12\x16\n\x0evision_sampler\x18\x03 \x01(\x08\x12,\n\x07options\x18\x04 \x01(\x0b\x32\x1b.focusllava.v1.ImageOptions\x12\r\n\x05shelf\x18\x05 \x01(\t\"N\n\x0e\x45ncodeResponse\x12<\n\rvisual_tokens\x18\x01 \x01(\x0b\x32%.focusllava.v1.CompressedVisualTokens\"\xaf\x02\n\x16\x43ompressedVisualTokens\x12%\n\x06tokens\x18\x01 \x01(\x0b\x32\x15.focusllava.v1.Tensor\x12\x12\n\nbranch_ids\x18\x02 \x01(\x0c\x12\x12\n\nmap_height\x18\x03 \x01(\r\x12\x11\n\tmap_width\x18\x04 \x01(\r\x12\x1b\n\x13uncompressed_tokens\x18\x05 \x01(\r\x12\x14\n\x0c\x63ontent_hash\x18\x06 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x07 \x01(\t\x12\r\n\x05notes\x18\x08 \x03(\t\x12\x12\n\nshelf_name\x18\t \x01(\t\x12\x14\n\x0cimage_height\x18\n \x01(\r\x12\x13\n\x0bimage_width\x18\x0b \x01(\r\x12\x17\n\x0f\x62\x61se_branch_ids\x18\x0c \x01(\x0c\x32\xb0\x01\n\x0e\x45ncoderService\x12\x45\n\x06\x45ncode\x12\x1c.focusllava.v1.EncodeRequest\x1a\x1d.focusllava.v1.EncodeResponse\x12W\n\x0c\x43heckEncoder\x12\".focusllava.v1.CheckEncoderRequest\x1a#.focusllava.v1.CheckEncoderResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,7 +42,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENCODERESPONSE']._serialized_start=320
   _globals['_ENCODERESPONSE']._serialized_end=398
   _globals['_COMPRESSEDVISUALTOKENS']._serialized_start=401
-  _globals['_COMPRESSEDVISUALTOKENS']._serialized_end=636
-  _globals['_ENCODERSERVICE']._serialized_start=639
-  _globals['_ENCODERSERVICE']._serialized_end=815
+  _globals['_COMPRESSEDVISUALTOKENS']._serialized_end=704
+  _globals['_ENCODERSERVICE']._serialized_start=707
+  _globals['_ENCODERSERVICE']._serialized_end=883
 # @@protoc_insertion_point(module_scope)

@@ -39,7 +39,7 @@ class EncodeResponse(_message.Message):
     def __init__(self, visual_tokens: _Optional[_Union[CompressedVisualTokens, _Mapping]] = ...) -> None: ...
 
 class CompressedVisualTokens(_message.Message):
-    __slots__ = ("tokens", "branch_ids", "map_height", "map_width", "uncompressed_tokens", "content_hash", "model_fingerprint", "notes", "shelf_name")
+    __slots__ = ("tokens", "branch_ids", "map_height", "map_width", "uncompressed_tokens", "content_hash", "model_fingerprint", "notes", "shelf_name", "image_height", "image_width", "base_branch_ids")
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     BRANCH_IDS_FIELD_NUMBER: _ClassVar[int]
     MAP_HEIGHT_FIELD_NUMBER: _ClassVar[int]
@@ -49,6 +49,9 @@ class CompressedVisualTokens(_message.Message):
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     NOTES_FIELD_NUMBER: _ClassVar[int]
     SHELF_NAME_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_WIDTH_FIELD_NUMBER: _ClassVar[int]
+    BASE_BRANCH_IDS_FIELD_NUMBER: _ClassVar[int]
     tokens: _tensor_pb2.Tensor
     branch_ids: bytes
     map_height: int
@@ -58,4 +61,7 @@ class CompressedVisualTokens(_message.Message):
     model_fingerprint: str
     notes: _containers.RepeatedScalarFieldContainer[str]
     shelf_name: str
-    def __init__(self, tokens: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., branch_ids: _Optional[bytes] = ..., map_height: _Optional[int] = ..., map_width: _Optional[int] = ..., uncompressed_tokens: _Optional[int] = ..., content_hash: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., notes: _Optional[_Iterable[str]] = ..., shelf_name: _Optional[str] = ...) -> None: ...
+    image_height: int
+    image_width: int
+    base_branch_ids: bytes
+    def __init__(self, tokens: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., branch_ids: _Optional[bytes] = ..., map_height: _Optional[int] = ..., map_width: _Optional[int] = ..., uncompressed_tokens: _Optional[int] = ..., content_hash: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., notes: _Optional[_Iterable[str]] = ..., shelf_name: _Optional[str] = ..., image_height: _Optional[int] = ..., image_width: _Optional[int] = ..., base_branch_ids: _Optional[bytes] = ...) -> None: ...

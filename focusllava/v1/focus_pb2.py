@@ -27,7 +27,7 @@ from focusllava.v1 import image_pb2 as focusllava_dot_v1_dot_image__pb2
 from focusllava.v1 import llm_pb2 as focusllava_dot_v1_dot_llm__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x66ocusllava/v1/focus.proto\x12\rfocusllava.v1\x1a\x19\x66ocusllava/v1/error.proto\x1a\x19\x66ocusllava/v1/image.proto\x1a\x17\x66ocusllava/v1/llm.proto\"g\n\x08\x43hatPart\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x0f\n\x05image\x18\x02 \x01(\x0cH\x00\x12\x32\n\rimage_options\x18\x03 \x01(\x0b\x32\x1b.focusllava.v1.ImageOptionsB\x06\n\x04part\"U\n\x08\x43hatTurn\x12!\n\x04role\x18\x01 \x01(\x0e\x32\x13.focusllava.v1.Role\x12&\n\x05parts\x18\x02 \x03(\x0b\x32\x17.focusllava.v1.ChatPart\"\x8f\x02\n\x0b\x43hatRequest\x12&\n\x05turns\x18\x01 \x03(\x0b\x32\x17.focusllava.v1.ChatTurn\x12/\n\x08sampling\x18\x02 \x01(\x0b\x32\x1d.focusllava.v1.SamplingParams\x12)\n\x05prune\x18\x03 \x01(\x0b\x32\x1a.focusllava.v1.PruneParams\x12\x1a\n\x12vision_sampler_off\x18\x04 \x01(\x08\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x1e\n\x16\x63ontinue_final_message\x18\x06 \x01(\x08\x12,\n\nraw_prompt\x18\x07 \x01(\x0b\x32\x18.focusllava.v1.RawPrompt\"\xc7\x01\n\x0c\x43hatResponse\x12-\n\x07started\x18\x01 \x01(\x0b\x32\x1a.focusllava.v1.ChatStartedH\x00\x12%\n\x05token\x18\x02 \x01(\x0b\x32\x14.focusllava.v1.TokenH\x00\x12+\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x17.focusllava.v1.FinishedH\x00\x12+\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x1a.focusllava.v1.StreamErrorH\x00\x42\x07\n\x05\x65vent\"b\n\x0b\x43hatStarted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12(\n\x06images\x18\x02 \x03(\x0b\x32\x18.focusllava.v1.ImageInfo\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\"\x83\x01\n\tImageInfo\x12\x14\n\x0c\x63ontent_hash\x18\x01 \x01(\t\x12\x0e\n\x06\x63\x61\x63hed\x18\x02 \x01(\x08\x12\"\n\x1avisual_tokens_uncompressed\x18\x03 \x01(\r\x12\x1d\n\x15visual_tokens_sampled\x18\x04 \x01(\r\x12\r\n\x05notes\x18\x05 \x03(\t\"\x15\n\x13GetModelInfoRequest\"\x9f\x02\n\x14GetModelInfoResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12\x13\n\x0btext_family\x18\x03 \x01(\t\x12\x12\n\nnum_layers\x18\x04 \x01(\r\x12\x13\n\x0bprune_layer\x18\x05 \x01(\r\x12\x17\n\x0fprune_threshold\x18\x06 \x01(\x02\x12\x0f\n\x07tile_px\x18\x07 \x01(\r\x12\x15\n\rregion_window\x18\x08 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\t \x01(\r\x12\x17\n\x0fmax_image_bytes\x18\n \x01(\x04\x12\x12\n\nmax_images\x18\x0b \x01(\r\x12\x16\n\x0eserver_version\x18\x0c \x01(\t2\xaa\x01\n\x0c\x46ocusService\x12\x41\n\x04\x43hat\x12\x1a.focusllava.v1.ChatRequest\x1a\x1b.focusllava.v1.ChatResponse0\x01\x12W\n\x0cGetModelInfo\x12\".focusllava.v1.GetModelInfoRequest\x1a#.focusllava.v1.GetModelInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x66ocusllava/v1/focus.proto\x12\rfocusllava.v1\x1a\x19\x66ocusllava/v1/error.proto\x1a\x19\x66ocusllava/v1/image.proto\x1a\x17\x66ocusllava/v1/llm.proto\"g\n\x08\x43hatPart\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x0f\n\x05image\x18\x02 \x01(\x0cH\x00\x12\x32\n\rimage_options\x18\x03 \x01(\x0b\x32\x1b.focusllava.v1.ImageOptionsB\x06\n\x04part\"U\n\x08\x43hatTurn\x12!\n\x04role\x18\x01 \x01(\x0e\x32\x13.focusllava.v1.Role\x12&\n\x05parts\x18\x02 \x03(\x0b\x32\x17.focusllava.v1.ChatPart\"\xa3\x02\n\x0b\x43hatRequest\x12&\n\x05turns\x18\x01 \x03(\x0b\x32\x17.focusllava.v1.ChatTurn\x12/\n\x08sampling\x18\x02 \x01(\x0b\x32\x1d.focusllava.v1.SamplingParams\x12)\n\x05prune\x18\x03 \x01(\x0b\x32\x1a.focusllava.v1.PruneParams\x12\x1a\n\x12vision_sampler_off\x18\x04 \x01(\x08\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x1e\n\x16\x63ontinue_final_message\x18\x06 \x01(\x08\x12,\n\nraw_prompt\x18\x07 \x01(\x0b\x32\x18.focusllava.v1.RawPrompt\x12\x12\n\nreturn_map\x18\x08 \x01(\x08\"\xf7\x01\n\x0c\x43hatResponse\x12-\n\x07started\x18\x01 \x01(\x0b\x32\x1a.focusllava.v1.ChatStartedH\x00\x12%\n\x05token\x18\x02 \x01(\x0b\x32\x14.focusllava.v1.TokenH\x00\x12+\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x17.focusllava.v1.FinishedH\x00\x12+\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x1a.focusllava.v1.StreamErrorH\x00\x12.\n\nfocus_maps\x18\x05 \x01(\x0b\x32\x18.focusllava.v1.FocusMapsH\x00\x42\x07\n\x05\x65vent\"\x95\x01\n\tFocusMaps\x12%\n\x04maps\x18\x01 \x03(\x0b\x32\x17.focusllava.v1.FocusMap\x12\x13\n\x0bprune_layer\x18\x02 \x01(\r\x12\x16\n\tthreshold\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\x17\n\nkeep_ratio\x18\x04 \x01(\x02H\x01\x88\x01\x01\x42\x0c\n\n_thresholdB\r\n\x0b_keep_ratio\"\xac\x01\n\x08\x46ocusMap\x12\r\n\x05image\x18\x01 \x01(\r\x12\r\n\x05width\x18\x02 \x01(\r\x12\x0e\n\x06height\x18\x03 \x01(\r\x12,\n\x07regions\x18\x04 \x01(\x0b\x32\x1b.focusllava.v1.FocusRegions\x12\r\n\x05\x62oxes\x18\x05 \x03(\x02\x12\x13\n\x0b\x62\x61se_tokens\x18\x06 \x01(\r\x12\x0c\n\x04kept\x18\x07 \x01(\x0c\x12\x12\n\nimportance\x18\x08 \x03(\x02\"e\n\x0c\x46ocusRegions\x12\t\n\x01x\x18\x01 \x03(\x02\x12\t\n\x01y\x18\x02 \x03(\x02\x12+\n\x07kernels\x18\x03 \x03(\x0b\x32\x1a.focusllava.v1.FocusKernel\x12\x12\n\nbranch_ids\x18\x04 \x01(\x0c\",\n\x0b\x46ocusKernel\x12\x0e\n\x06height\x18\x01 \x01(\r\x12\r\n\x05width\x18\x02 \x01(\r\"b\n\x0b\x43hatStarted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12(\n\x06images\x18\x02 \x03(\x0b\x32\x18.focusllava.v1.ImageInfo\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\"\x83\x01\n\tImageInfo\x12\x14\n\x0c\x63ontent_hash\x18\x01 \x01(\t\x12\x0e\n\x06\x63\x61\x63hed\x18\x02 \x01(\x08\x12\"\n\x1avisual_tokens_uncompressed\x18\x03 \x01(\r\x12\x1d\n\x15visual_tokens_sampled\x18\x04 \x01(\r\x12\r\n\x05notes\x18\x05 \x03(\t\"\x15\n\x13GetModelInfoRequest\"\x9f\x02\n\x14GetModelInfoResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12\x13\n\x0btext_family\x18\x03 \x01(\t\x12\x12\n\nnum_layers\x18\x04 \x01(\r\x12\x13\n\x0bprune_layer\x18\x05 \x01(\r\x12\x17\n\x0fprune_threshold\x18\x06 \x01(\x02\x12\x0f\n\x07tile_px\x18\x07 \x01(\r\x12\x15\n\rregion_window\x18\x08 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\t \x01(\r\x12\x17\n\x0fmax_image_bytes\x18\n \x01(\x04\x12\x12\n\nmax_images\x18\x0b \x01(\r\x12\x16\n\x0eserver_version\x18\x0c \x01(\t2\xaa\x01\n\x0c\x46ocusService\x12\x41\n\x04\x43hat\x12\x1a.focusllava.v1.ChatRequest\x1a\x1b.focusllava.v1.ChatResponse0\x01\x12W\n\x0cGetModelInfo\x12\".focusllava.v1.GetModelInfoRequest\x1a#.focusllava.v1.GetModelInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,17 +39,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHATTURN']._serialized_start=228
   _globals['_CHATTURN']._serialized_end=313
   _globals['_CHATREQUEST']._serialized_start=316
-  _globals['_CHATREQUEST']._serialized_end=587
-  _globals['_CHATRESPONSE']._serialized_start=590
-  _globals['_CHATRESPONSE']._serialized_end=789
-  _globals['_CHATSTARTED']._serialized_start=791
-  _globals['_CHATSTARTED']._serialized_end=889
-  _globals['_IMAGEINFO']._serialized_start=892
-  _globals['_IMAGEINFO']._serialized_end=1023
-  _globals['_GETMODELINFOREQUEST']._serialized_start=1025
-  _globals['_GETMODELINFOREQUEST']._serialized_end=1046
-  _globals['_GETMODELINFORESPONSE']._serialized_start=1049
-  _globals['_GETMODELINFORESPONSE']._serialized_end=1336
-  _globals['_FOCUSSERVICE']._serialized_start=1339
-  _globals['_FOCUSSERVICE']._serialized_end=1509
+  _globals['_CHATREQUEST']._serialized_end=607
+  _globals['_CHATRESPONSE']._serialized_start=610
+  _globals['_CHATRESPONSE']._serialized_end=857
+  _globals['_FOCUSMAPS']._serialized_start=860
+  _globals['_FOCUSMAPS']._serialized_end=1009
+  _globals['_FOCUSMAP']._serialized_start=1012
+  _globals['_FOCUSMAP']._serialized_end=1184
+  _globals['_FOCUSREGIONS']._serialized_start=1186
+  _globals['_FOCUSREGIONS']._serialized_end=1287
+  _globals['_FOCUSKERNEL']._serialized_start=1289
+  _globals['_FOCUSKERNEL']._serialized_end=1333
+  _globals['_CHATSTARTED']._serialized_start=1335
+  _globals['_CHATSTARTED']._serialized_end=1433
+  _globals['_IMAGEINFO']._serialized_start=1436
+  _globals['_IMAGEINFO']._serialized_end=1567
+  _globals['_GETMODELINFOREQUEST']._serialized_start=1569
+  _globals['_GETMODELINFOREQUEST']._serialized_end=1590
+  _globals['_GETMODELINFORESPONSE']._serialized_start=1593
+  _globals['_GETMODELINFORESPONSE']._serialized_end=1880
+  _globals['_FOCUSSERVICE']._serialized_start=1883
+  _globals['_FOCUSSERVICE']._serialized_end=2053
 # @@protoc_insertion_point(module_scope)

@@ -28,7 +28,7 @@ class ChatTurn(_message.Message):
     def __init__(self, role: _Optional[_Union[_llm_pb2.Role, str]] = ..., parts: _Optional[_Iterable[_Union[ChatPart, _Mapping]]] = ...) -> None: ...
 
 class ChatRequest(_message.Message):
-    __slots__ = ("turns", "sampling", "prune", "vision_sampler_off", "request_id", "continue_final_message", "raw_prompt")
+    __slots__ = ("turns", "sampling", "prune", "vision_sampler_off", "request_id", "continue_final_message", "raw_prompt", "return_map")
     TURNS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     PRUNE_FIELD_NUMBER: _ClassVar[int]
@@ -36,6 +36,7 @@ class ChatRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CONTINUE_FINAL_MESSAGE_FIELD_NUMBER: _ClassVar[int]
     RAW_PROMPT_FIELD_NUMBER: _ClassVar[int]
+    RETURN_MAP_FIELD_NUMBER: _ClassVar[int]
     turns: _containers.RepeatedCompositeFieldContainer[ChatTurn]
     sampling: _llm_pb2.SamplingParams
     prune: _llm_pb2.PruneParams
@@ -43,19 +44,74 @@ class ChatRequest(_message.Message):
     request_id: str
     continue_final_message: bool
     raw_prompt: _llm_pb2.RawPrompt
-    def __init__(self, turns: _Optional[_Iterable[_Union[ChatTurn, _Mapping]]] = ..., sampling: _Optional[_Union[_llm_pb2.SamplingParams, _Mapping]] = ..., prune: _Optional[_Union[_llm_pb2.PruneParams, _Mapping]] = ..., vision_sampler_off: _Optional[bool] = ..., request_id: _Optional[str] = ..., continue_final_message: _Optional[bool] = ..., raw_prompt: _Optional[_Union[_llm_pb2.RawPrompt, _Mapping]] = ...) -> None: ...
+    return_map: bool
+    def __init__(self, turns: _Optional[_Iterable[_Union[ChatTurn, _Mapping]]] = ..., sampling: _Optional[_Union[_llm_pb2.SamplingParams, _Mapping]] = ..., prune: _Optional[_Union[_llm_pb2.PruneParams, _Mapping]] = ..., vision_sampler_off: _Optional[bool] = ..., request_id: _Optional[str] = ..., continue_final_message: _Optional[bool] = ..., raw_prompt: _Optional[_Union[_llm_pb2.RawPrompt, _Mapping]] = ..., return_map: _Optional[bool] = ...) -> None: ...
 
 class ChatResponse(_message.Message):
-    __slots__ = ("started", "token", "finished", "error")
+    __slots__ = ("started", "token", "finished", "error", "focus_maps")
     STARTED_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    FOCUS_MAPS_FIELD_NUMBER: _ClassVar[int]
     started: ChatStarted
     token: _llm_pb2.Token
     finished: _llm_pb2.Finished
     error: _error_pb2.StreamError
-    def __init__(self, started: _Optional[_Union[ChatStarted, _Mapping]] = ..., token: _Optional[_Union[_llm_pb2.Token, _Mapping]] = ..., finished: _Optional[_Union[_llm_pb2.Finished, _Mapping]] = ..., error: _Optional[_Union[_error_pb2.StreamError, _Mapping]] = ...) -> None: ...
+    focus_maps: FocusMaps
+    def __init__(self, started: _Optional[_Union[ChatStarted, _Mapping]] = ..., token: _Optional[_Union[_llm_pb2.Token, _Mapping]] = ..., finished: _Optional[_Union[_llm_pb2.Finished, _Mapping]] = ..., error: _Optional[_Union[_error_pb2.StreamError, _Mapping]] = ..., focus_maps: _Optional[_Union[FocusMaps, _Mapping]] = ...) -> None: ...
+
+class FocusMaps(_message.Message):
+    __slots__ = ("maps", "prune_layer", "threshold", "keep_ratio")
+    MAPS_FIELD_NUMBER: _ClassVar[int]
+    PRUNE_LAYER_FIELD_NUMBER: _ClassVar[int]
+    THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    KEEP_RATIO_FIELD_NUMBER: _ClassVar[int]
+    maps: _containers.RepeatedCompositeFieldContainer[FocusMap]
+    prune_layer: int
+    threshold: float
+    keep_ratio: float
+    def __init__(self, maps: _Optional[_Iterable[_Union[FocusMap, _Mapping]]] = ..., prune_layer: _Optional[int] = ..., threshold: _Optional[float] = ..., keep_ratio: _Optional[float] = ...) -> None: ...
+
+class FocusMap(_message.Message):
+    __slots__ = ("image", "width", "height", "regions", "boxes", "base_tokens", "kept", "importance")
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    REGIONS_FIELD_NUMBER: _ClassVar[int]
+    BOXES_FIELD_NUMBER: _ClassVar[int]
+    BASE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
+    IMPORTANCE_FIELD_NUMBER: _ClassVar[int]
+    image: int
+    width: int
+    height: int
+    regions: FocusRegions
+    boxes: _containers.RepeatedScalarFieldContainer[float]
+    base_tokens: int
+    kept: bytes
+    importance: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, image: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., regions: _Optional[_Union[FocusRegions, _Mapping]] = ..., boxes: _Optional[_Iterable[float]] = ..., base_tokens: _Optional[int] = ..., kept: _Optional[bytes] = ..., importance: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class FocusRegions(_message.Message):
+    __slots__ = ("x", "y", "kernels", "branch_ids")
+    X_FIELD_NUMBER: _ClassVar[int]
+    Y_FIELD_NUMBER: _ClassVar[int]
+    KERNELS_FIELD_NUMBER: _ClassVar[int]
+    BRANCH_IDS_FIELD_NUMBER: _ClassVar[int]
+    x: _containers.RepeatedScalarFieldContainer[float]
+    y: _containers.RepeatedScalarFieldContainer[float]
+    kernels: _containers.RepeatedCompositeFieldContainer[FocusKernel]
+    branch_ids: bytes
+    def __init__(self, x: _Optional[_Iterable[float]] = ..., y: _Optional[_Iterable[float]] = ..., kernels: _Optional[_Iterable[_Union[FocusKernel, _Mapping]]] = ..., branch_ids: _Optional[bytes] = ...) -> None: ...
+
+class FocusKernel(_message.Message):
+    __slots__ = ("height", "width")
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    height: int
+    width: int
+    def __init__(self, height: _Optional[int] = ..., width: _Optional[int] = ...) -> None: ...
 
 class ChatStarted(_message.Message):
     __slots__ = ("request_id", "images", "prompt_tokens")

@@ -139,7 +139,7 @@ class PruneParams(_message.Message):
     def __init__(self, off: _Optional[bool] = ..., threshold: _Optional[float] = ..., keep_ratio: _Optional[float] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model_fingerprint", "turns", "images", "sampling", "prune", "continue_final_message", "raw_prompt")
+    __slots__ = ("request_id", "model_fingerprint", "turns", "images", "sampling", "prune", "continue_final_message", "raw_prompt", "return_decision")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     TURNS_FIELD_NUMBER: _ClassVar[int]
@@ -148,6 +148,7 @@ class GenerateRequest(_message.Message):
     PRUNE_FIELD_NUMBER: _ClassVar[int]
     CONTINUE_FINAL_MESSAGE_FIELD_NUMBER: _ClassVar[int]
     RAW_PROMPT_FIELD_NUMBER: _ClassVar[int]
+    RETURN_DECISION_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model_fingerprint: str
     turns: _containers.RepeatedCompositeFieldContainer[PromptTurn]
@@ -156,7 +157,8 @@ class GenerateRequest(_message.Message):
     prune: PruneParams
     continue_final_message: bool
     raw_prompt: RawPrompt
-    def __init__(self, request_id: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., turns: _Optional[_Iterable[_Union[PromptTurn, _Mapping]]] = ..., images: _Optional[_Iterable[_Union[_encoder_pb2.CompressedVisualTokens, _Mapping]]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., prune: _Optional[_Union[PruneParams, _Mapping]] = ..., continue_final_message: _Optional[bool] = ..., raw_prompt: _Optional[_Union[RawPrompt, _Mapping]] = ...) -> None: ...
+    return_decision: bool
+    def __init__(self, request_id: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., turns: _Optional[_Iterable[_Union[PromptTurn, _Mapping]]] = ..., images: _Optional[_Iterable[_Union[_encoder_pb2.CompressedVisualTokens, _Mapping]]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., prune: _Optional[_Union[PruneParams, _Mapping]] = ..., continue_final_message: _Optional[bool] = ..., raw_prompt: _Optional[_Union[RawPrompt, _Mapping]] = ..., return_decision: _Optional[bool] = ...) -> None: ...
 
 class CheckLanguageModelRequest(_message.Message):
     __slots__ = ("model_fingerprint",)
@@ -169,14 +171,30 @@ class CheckLanguageModelResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class GenerateResponse(_message.Message):
-    __slots__ = ("token", "finished", "error")
+    __slots__ = ("token", "finished", "error", "decision")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    DECISION_FIELD_NUMBER: _ClassVar[int]
     token: Token
     finished: Finished
     error: _error_pb2.StreamError
-    def __init__(self, token: _Optional[_Union[Token, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., error: _Optional[_Union[_error_pb2.StreamError, _Mapping]] = ...) -> None: ...
+    decision: PruneDecision
+    def __init__(self, token: _Optional[_Union[Token, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., error: _Optional[_Union[_error_pb2.StreamError, _Mapping]] = ..., decision: _Optional[_Union[PruneDecision, _Mapping]] = ...) -> None: ...
+
+class PruneDecision(_message.Message):
+    __slots__ = ("kept", "importance", "layer", "threshold", "keep_ratio")
+    KEPT_FIELD_NUMBER: _ClassVar[int]
+    IMPORTANCE_FIELD_NUMBER: _ClassVar[int]
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    KEEP_RATIO_FIELD_NUMBER: _ClassVar[int]
+    kept: _containers.RepeatedScalarFieldContainer[int]
+    importance: _containers.RepeatedScalarFieldContainer[float]
+    layer: int
+    threshold: float
+    keep_ratio: float
+    def __init__(self, kept: _Optional[_Iterable[int]] = ..., importance: _Optional[_Iterable[float]] = ..., layer: _Optional[int] = ..., threshold: _Optional[float] = ..., keep_ratio: _Optional[float] = ...) -> None: ...
 
 class Token(_message.Message):
     __slots__ = ("text", "token_ids", "logprobs", "prompt_tokens")

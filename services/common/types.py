@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 
 from services.common.int8 import from_int8
@@ -78,6 +79,10 @@ class CompressedVisualTokens:
     scales_NG: torch.Tensor | None = None
     """float32 [N, D / 64]: what multiplies each 64 values of int8 tokens (`services/common/int8.py`); None with any
     other dtype."""
+    image_size_hw: tuple[int, int] = (0, 0)
+    """Height and width of the image in pixels, upright and before any resizing; focus maps alone need it."""
+    base_branch_ids_M: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    """uint8: the branch that each region of the base tile chose, where the checkpoint samples it; else empty."""
     digest: bytes | None = None
     """What equal tokens have in common, where a stage of our own vouches for it (`services/common/shelf.py`). None:
     whoever needs one looks at the tokens."""
@@ -101,6 +106,37 @@ class PruneDecision:
     threshold: float | None
     """gamma of Eq. 9; None when the request set a keep ratio instead."""
     keep_ratio: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FocusRegions:
+    """The vision-guided sampler's regions, in pixels of the image."""
+
+    x: np.ndarray
+    """float64: edges of the grid's columns, from left to right."""
+    y: np.ndarray
+    """float64: edges of the grid's rows, from top to bottom."""
+    kernels: tuple[tuple[int, int], ...]
+    """Height and width, in tokens of the feature map, that a token of each branch stands for; zeros drop a region."""
+    branch_ids_M: np.ndarray
+    """uint8 [M]: the branch that each region chose, in raster order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FocusMap:
+    """What both samplers chose of one image, in its own pixels (`services/focus_maps`)."""
+
+    image_size_hw: tuple[int, int]
+    regions: FocusRegions | None
+    """None where there are none: with the vision-guided sampler off, or no feature map."""
+    boxes_N4: np.ndarray
+    """float32 [N, 4]: x0, y0, x1, y1 of each visual token, in the language model's order; zeros for a newline."""
+    base_tokens: int
+    """The number of tokens, all at the beginning, that are the base tile's."""
+    kept_N: np.ndarray
+    """bool [N]: the tokens that the layers from the prune layer on saw."""
+    importance_N: np.ndarray | None
+    """float32 [N]: S_j of Eq. 8; None where nothing was pruned."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,6 +276,8 @@ class GenerateRequest:
     """The last turn is the assistant's, and the answer goes on from its text."""
     raw_prompt: str | tuple[int, ...] | None = None
     """Stands in place of turns, with no chat template: text whose special tokens count as such, or token ids."""
+    return_decision: bool = False
+    """The text-guided sampler's decision comes after the first token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,6 +327,14 @@ class TokenEvent:
     """One entry a token id when the request asked for them, otherwise empty."""
     prompt_tokens: int = 0
     """Text and visual tokens that entered layer 0: the same in every event."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecisionEvent:
+    """What the text-guided sampler chose; it follows the first token, for who asked for it."""
+
+    decision: PruneDecision | None
+    """None where nothing was pruned."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,27 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from services.common.grid import best_resolution, resized_hw, unpadded_hw
 from services.common.types import Detail, ImageTiles
-
-
-def best_resolution(size_hw: tuple[int, int], pinpoints: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The (height, width) that keeps most of the image's pixels, and of those the one that wastes fewest."""
-
-    def fit(target_hw: tuple[int, int]) -> tuple[int, int]:
-        scale = min(target_hw[1] / size_hw[1], target_hw[0] / size_hw[0])
-        effective = min(int(size_hw[1] * scale) * int(size_hw[0] * scale), size_hw[0] * size_hw[1])
-        return effective, -(target_hw[0] * target_hw[1] - effective)
-
-    return max(pinpoints, key=fit)
-
-
-def resized_hw(size_hw: tuple[int, int], target_hw: tuple[int, int]) -> tuple[int, int]:
-    """Size of the image inside the target, its aspect kept."""
-    scale_h, scale_w = target_hw[0] / size_hw[0], target_hw[1] / size_hw[1]
-    if scale_w < scale_h:
-        return min(math.ceil(size_hw[0] * scale_w), target_hw[0]), target_hw[1]
-    return target_hw[0], min(math.ceil(size_hw[1] * scale_h), target_hw[1])
-
 
 REDUCED_MARGIN = 2
 """A JPEG is decoded at reduced scale only if that leaves so many times the pixels of the grid, either way."""
@@ -92,18 +73,6 @@ def any_map_left(image: ImageTiles, patches_per_side: int) -> bool:
     rows, cols = (along * patches_per_side for along in image.grid_hw)
     top, bottom, left, right = unpadded_hw(image.image_size_hw, (rows, cols))
     return top < bottom and left < right
-
-
-def unpadded_hw(size_hw: tuple[int, int], map_hw: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Top, bottom, left, right of the map's part that is not padding: no row or no column of a very narrow image."""
-    height, width = map_hw
-    if size_hw[1] / size_hw[0] > width / height:
-        inner = int(round(size_hw[0] * (width / size_hw[1]), 7))
-        padding = (height - inner) // 2
-        return padding, height - padding, 0, width
-    inner = int(round(size_hw[1] * (height / size_hw[0]), 7))
-    padding = (width - inner) // 2
-    return 0, height, padding, width - padding
 
 
 def join_tiles(features_TPD: torch.Tensor, grid_hw: tuple[int, int], size_hw: tuple[int, int]) -> torch.Tensor:

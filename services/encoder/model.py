@@ -25,6 +25,8 @@ class EncodedImage:
     map_hw: tuple[int, int]
     uncompressed_tokens: int
     sampled: SampledMap | None
+    base_branch_ids_M: torch.Tensor | None = None
+    """int64: the branch that each region of the base tile chose; None where the tile is kept or dropped."""
     map_tokens: int = 0
     """Tokens that came out of the feature map, newlines not counted."""
 
@@ -78,11 +80,12 @@ class EncoderModel(nn.Module):
         base_PD, map_HWD = feature_map.base_PD, feature_map.map_HWD
         height, width, depth = map_HWD.shape
         mode = self.config.vision_sampler.base_tile if vision_sampler else "keep"
-        sampled = None
+        sampled = base = None
         if feature_map.low_detail:
             rest_ND, newlines = self.image_newline.to(base_PD.dtype)[None], 1
             if mode != "keep":
-                base_PD, rest_ND, newlines = self._sampled_base(base_PD, finer), rest_ND[:0], 0
+                base = self._sampled_base(base_PD, finer)
+                base_PD, rest_ND, newlines = base.tokens_ND, rest_ND[:0], 0
         elif vision_sampler:
             # With logits no weight is read: ZeRO-3, which counts calls of modules, may not see one an image.
             sampler = self.vision_guided_sampler if logits_MK is None else self.vision_guided_sampler.forward
@@ -90,7 +93,8 @@ class EncoderModel(nn.Module):
             rest_ND = sampled.tokens_ND
             newlines = sampled.newlines
             if mode == "sample":
-                base_PD = self._sampled_base(base_PD, finer)
+                base = self._sampled_base(base_PD, finer)
+                base_PD = base.tokens_ND
             elif mode == "drop":
                 base_PD = base_PD[:0]
         else:
@@ -103,12 +107,13 @@ class EncoderModel(nn.Module):
             map_tokens=len(rest_ND) - newlines,
             uncompressed_tokens=feature_map.base_PD.shape[0] + (height * (width + 1) or int(feature_map.low_detail)),
             sampled=sampled,
+            base_branch_ids_M=base.branch_ids_M if base else None,
         )
 
-    def _sampled_base(self, base_PD: torch.Tensor, finer: float) -> torch.Tensor:
+    def _sampled_base(self, base_PD: torch.Tensor, finer: float) -> SampledMap:
         side = self.config.patches_per_side
         map_HWD = base_PD.view(side, side, base_PD.shape[1])
-        return self.vision_guided_sampler(map_HWD, base_PD, self.image_newline, finer=finer).tokens_ND
+        return self.vision_guided_sampler(map_HWD, base_PD, self.image_newline, finer=finer)
 
     @torch.no_grad()
     def seen(self, maps: Sequence[ProjectedFeatureMap]) -> list[Seen]:

@@ -92,16 +92,18 @@ class EncoderPipeline:
         return [
             CompressedVisualTokens(
                 tokens_ND=result.tokens_ND.cpu(),
-                branch_ids_M=(
-                    result.sampled.branch_ids_M.to("cpu", torch.uint8)
-                    if result.sampled
-                    else torch.empty(0, dtype=torch.uint8)
-                ),
+                branch_ids_M=_branch_ids(result.sampled.branch_ids_M if result.sampled else None),
                 map_hw=result.map_hw,
                 uncompressed_tokens=result.uncompressed_tokens,
                 content_hash=image.content_hash,
                 model_fingerprint=self.fingerprint,
                 notes=image.notes,
+                image_size_hw=image.tiles.image_size_hw,
+                base_branch_ids_M=_branch_ids(result.base_branch_ids_M),
             )
             for image, result in zip(images, encoded, strict=True)
         ]
+
+
+def _branch_ids(chosen_M: torch.Tensor | None) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8) if chosen_M is None else chosen_M.to("cpu", torch.uint8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import uuid
 from collections.abc import Sequence
@@ -72,6 +73,10 @@ class AdmittedImage:
     """Its place in the request, for messages."""
     options: ImageOptions = ImageOptions()
 
+    def with_map_share(self, share: float | None) -> AdmittedImage:
+        """The image, to be read with this `map_share`."""
+        return dataclasses.replace(self, options=dataclasses.replace(self.options, map_share=share))
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdmittedChat:
@@ -85,6 +90,8 @@ class AdmittedChat:
     continue_final_message: bool
     raw_prompt: llm_pb2.RawPrompt | None
     """The prompt that stands in place of turns, if one does."""
+    return_map: bool
+    """What the samplers choose is sent to the caller."""
 
     def load(self, sizes: ImageSizes) -> Load:
         """What the request weighs, at most where its images are concerned: nothing is tokenised or decoded here."""
@@ -127,6 +134,7 @@ def admit(request: focus_pb2.ChatRequest, limits: AdmissionLimits, request_id: s
         samplers=samplers,
         continue_final_message=request.continue_final_message,
         raw_prompt=raw_prompt,
+        return_map=request.return_map,
     )
 
 

@@ -47,7 +47,7 @@ class CacheKey:
         how = f"{sampler}:{self.options.detail}{pixels}"
         if self.options.map_share is not None:
             how += f":{self.options.map_share:g}"
-        return f"focusllava:visual-tokens:2:{self.model_fingerprint}:{how}:{self.content_hash}"
+        return f"focusllava:visual-tokens:3:{self.model_fingerprint}:{how}:{self.content_hash}"
 
 
 @dataclass
@@ -76,6 +76,9 @@ class VisualTokenCache:
         if flight is None:
             flight = self._flights[key] = _Flight(asyncio.create_task(self._fetch(key, encode)))
             flight.task.add_done_callback(lambda _: self._forget(key, flight))
+        return await self._join(key, flight)
+
+    async def _join(self, key: CacheKey, flight: _Flight) -> tuple[encoder_pb2.CompressedVisualTokens, bool]:
         flight.waiters += 1
         try:
             return await asyncio.shield(flight.task)
@@ -84,6 +87,13 @@ class VisualTokenCache:
             if not flight.waiters and not flight.task.done():
                 self._forget(key, flight)
                 flight.task.cancel()
+
+    async def find(self, key: CacheKey) -> encoder_pb2.CompressedVisualTokens | None:
+        """The tokens, where they are known or just being encoded; None costs nobody an encoding, and is no miss."""
+        flight = self._flights.get(key)
+        if flight is None:
+            return await self._read(key, misses_count=False)
+        return (await self._join(key, flight))[0]
 
     async def discard(self, key: CacheKey) -> None:
         """Has the next request encode the image anew."""
@@ -120,7 +130,7 @@ class VisualTokenCache:
         write.add_done_callback(self._writes.discard)
         return tokens, False
 
-    async def _read(self, key: CacheKey) -> encoder_pb2.CompressedVisualTokens | None:
+    async def _read(self, key: CacheKey, *, misses_count: bool = True) -> encoder_pb2.CompressedVisualTokens | None:
         started = time.perf_counter()
         try:
             value = await self.store.get(str(key))
@@ -128,7 +138,8 @@ class VisualTokenCache:
             self._metrics.count("focusllava_cache_lookups", result="error")
             return None
         tokens = await self._verified(value, key) if value is not None else None
-        self._metrics.count("focusllava_cache_lookups", result="miss" if tokens is None else "hit")
+        if tokens is not None or misses_count:
+            self._metrics.count("focusllava_cache_lookups", result="miss" if tokens is None else "hit")
         self._metrics.count("focusllava_cache_read_bytes", len(value) if value and tokens is not None else 0)
         if value is not None and tokens is None:
             _log.warning("visual-token cache: an unusable value was ignored (%s)", key)

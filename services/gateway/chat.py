@@ -11,20 +11,23 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Protocol
 
 from focusllava.v1 import encoder_pb2, error_pb2, focus_pb2, llm_pb2
+from services.checkpoint.config import FocusLlavaConfig
 from services.common import wire
-from services.common.errors import FocusError, with_field
+from services.common.errors import FocusError, InternalError, InvalidInput, with_field
 from services.common.grpc_status import code_of, status_of
 from services.common.logs import REQUEST_ID, log_event
 from services.common.telemetry import Metrics
 from services.common.tracing import span
-from services.common.types import ImageOptions
+from services.common.types import CompressedVisualTokens, ImageOptions
+from services.focus_maps.compose import focus_maps
 from services.gateway.admission import AdmissionLimits, AdmittedChat, AdmittedImage, ImageSizes, admit
 from services.gateway.cache import CacheKey, VisualTokenCache
 from services.gateway.callers import Caller
 from services.gateway.compression import Compression, LoadCompression, LoadController, Waiting
 from services.gateway.deadline import Deadline
 from services.gateway.held_bytes import HeldBytes
-from services.gateway.stages import UnusableVisualTokens
+from services.gateway.read_image import ReadImage
+from services.gateway.stage_errors import UnusableVisualTokens
 from services.gateway.turns import Turns
 
 _LONGEST_WAIT_S = 3600
@@ -54,6 +57,7 @@ class ChatService:
         self,
         *,
         model_fingerprint: str,
+        config: FocusLlavaConfig,
         encoder: Encoder,
         language_model: LanguageModel,
         cache: VisualTokenCache,
@@ -67,7 +71,7 @@ class ChatService:
         """Bytes of requests, those that the HTTP door reads included."""
         self._limits, self._image_sizes = limits, image_sizes
         self._turns = Turns(limits.running, limits.waiting, metrics)
-        self._fingerprint, self._metrics = model_fingerprint, metrics
+        self._fingerprint, self._config, self._metrics = model_fingerprint, config, metrics
         self._encoder, self._language_model, self._cache = encoder, language_model, cache
         self._in_flight = 0
 
@@ -85,7 +89,7 @@ class ChatService:
     async def chat(
         self, request: focus_pb2.ChatRequest, request_id: str, deadline: Deadline, caller: Caller
     ) -> AsyncGenerator[focus_pb2.ChatResponse, None]:
-        """started, token*, then finished or error.
+        """started, token*, then finished or error; focus_maps after the first token, for who asked for them.
 
         Raises:
             FocusError: before the first event only; afterwards a failure is the stream's last event.
@@ -163,11 +167,11 @@ class ChatService:
         self, admitted: AdmittedChat, waiting: Waiting, deadline: Deadline, caller: Caller, received: float
     ) -> AsyncGenerator[focus_pb2.ChatResponse, None]:
         admitted, compression = self._compressed(admitted)
-        images = await self._visual_tokens(admitted, deadline)
-        generate = self._generate_request(admitted, [tokens for tokens, _ in images])
-        started = focus_pb2.ChatStarted(
-            request_id=admitted.request_id, images=[_image_info(*image) for image in images]
-        )
+        images = await self._visual_tokens(admitted, compression, deadline)
+        admitted = dataclasses.replace(admitted, images=tuple(image.image for image in images))
+        compression = compression.as_used(image.options.map_share for image in admitted.images)
+        generate = self._generate_request(admitted, [image.tokens for image in images])
+        started = focus_pb2.ChatStarted(request_id=admitted.request_id, images=[image.info() for image in images])
         first_token_s: float | None = None
         announced = False
         keys = [str(self._key(image, admitted)) for image in admitted.images]
@@ -193,8 +197,23 @@ class ChatService:
                     decoding_s = time.monotonic() - received - (first_token_s or 0.0)
                     self._record(event.finished.usage, compression, caller, decoding_s)
                     yield focus_pb2.ChatResponse(finished=event.finished)
+                elif kind == "decision":
+                    outlines = [wire.outline_from_proto(image.tokens) for image in images]
+                    maps = await asyncio.to_thread(self._maps, outlines, admitted, event.decision)
+                    yield focus_pb2.ChatResponse(focus_maps=maps)
                 else:
                     yield focus_pb2.ChatResponse(error=event.error)
+
+    def _maps(
+        self, outlines: list[CompressedVisualTokens], admitted: AdmittedChat, message: llm_pb2.PruneDecision
+    ) -> focus_pb2.FocusMaps:
+        """What both samplers chose, for the caller. outlines: the images' visual tokens, whose data is not read."""
+        try:
+            decision = wire.decision_from_proto(message)
+            maps = focus_maps(outlines, decision, self._config, sampled=admitted.samplers.vision_sampler)
+        except InvalidInput as error:  # of our own stages
+            raise InternalError(f"no focus map can be made, {error}") from error
+        return wire.focus_maps_to_proto(maps, decision)
 
     @contextlib.asynccontextmanager
     async def _forgetting_unusable(self, admitted: AdmittedChat) -> AsyncGenerator[None, None]:
@@ -215,9 +234,10 @@ class ChatService:
         )
 
     async def _visual_tokens(
-        self, admitted: AdmittedChat, deadline: Deadline
-    ) -> list[tuple[encoder_pb2.CompressedVisualTokens, bool]]:
-        tasks = [asyncio.ensure_future(self._one_image(image, admitted, deadline)) for image in admitted.images]
+        self, admitted: AdmittedChat, compression: Compression, deadline: Deadline
+    ) -> list[ReadImage]:
+        shares = self.load.gentler(compression)
+        tasks = [asyncio.ensure_future(self._one_image(image, shares, admitted, deadline)) for image in admitted.images]
         try:
             return list(await asyncio.gather(*tasks))
         finally:
@@ -225,14 +245,22 @@ class ChatService:
                 task.cancel()
 
     async def _one_image(
-        self, image: AdmittedImage, admitted: AdmittedChat, deadline: Deadline
-    ) -> tuple[encoder_pb2.CompressedVisualTokens, bool]:
+        self, image: AdmittedImage, shares: Sequence[float | None], admitted: AdmittedChat, deadline: Deadline
+    ) -> ReadImage:
+        """shares: each `map_share` of which known tokens are taken as they are."""
         key = self._key(image, admitted)
         try:
             async with asyncio.timeout(deadline.remaining_s(at_most=_LONGEST_WAIT_S)):
+                for share in shares:
+                    known = image.with_map_share(share)
+                    if found := await self._cache.find(self._key(known, admitted)):
+                        return ReadImage(known, found, True)
                 # Others may wait for the same encoding: it runs under the stage's own limit, not one caller's deadline.
-                return await self._cache.get_or_encode(
-                    key, lambda: self._encoder.encode(image.data, key.vision_sampler, image.options, Deadline())
+                return ReadImage(
+                    image,
+                    *await self._cache.get_or_encode(
+                        key, lambda: self._encoder.encode(image.data, key.vision_sampler, image.options, Deadline())
+                    ),
                 )
         except FocusError as error:
             raise with_field(error, image.field) from error
@@ -250,6 +278,7 @@ class ChatService:
             prune=wire.samplers_to_proto(admitted.samplers),
             continue_final_message=admitted.continue_final_message,
             raw_prompt=admitted.raw_prompt,
+            return_decision=admitted.return_map,
         )
         if generate.sampling.temperature > 0 and not generate.sampling.HasField("seed"):
             generate.sampling.seed = secrets.randbits(63)  # so that a lost stage can repeat its draws
@@ -279,13 +308,3 @@ class ChatService:
             observe("focusllava_sampled_share_percent", 100 * usage.visual_tokens_sampled / uncompressed)
             observe("focusllava_kept_share_percent", 100 * usage.visual_tokens_kept / uncompressed)
             observe("focusllava_converted_share_percent", usage.converted_share_percent)
-
-
-def _image_info(tokens: encoder_pb2.CompressedVisualTokens, cached: bool) -> focus_pb2.ImageInfo:
-    return focus_pb2.ImageInfo(
-        content_hash=tokens.content_hash,
-        cached=cached,
-        visual_tokens_uncompressed=tokens.uncompressed_tokens,
-        visual_tokens_sampled=tokens.tokens.shape[0] if tokens.tokens.shape else 0,
-        notes=tokens.notes,
-    )

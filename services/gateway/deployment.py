@@ -6,9 +6,7 @@ client ~ gRPC or HTTP, Serve's proxy ~> Gateway ~ gRPC ~> a replica of the encod
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import functools
 import importlib.metadata
 import logging
 import os
@@ -20,25 +18,22 @@ from typing import Any
 
 import ray.serve.metrics
 from ray import serve
-from ray.exceptions import RayError
-from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.grpc_util import RayServegRPCContext
-from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.responses import Response
 
 from focusllava.v1 import focus_pb2
 from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.store import fingerprint
-from services.common.errors import StageUnavailable
 from services.common.foreign_methods import ForeignMethods
-from services.common.grpc_status import one_line, refuse
+from services.common.grpc_status import refuse
 from services.common.logs import set_up_logs
 from services.common.settings import build_settings, require
 from services.common.shelf import Shelf
 from services.common.stage_secret import SECRET_VARIABLE, shared_secret
 from services.common.telemetry import Metrics
 from services.common.tracing import join_trace, set_up_traces
+from services.gateway import playground
 from services.gateway.admission import AdmissionLimits, ImageSizes, request_id_of
 from services.gateway.cache import VisualTokenCache
 from services.gateway.callers import Caller
@@ -48,7 +43,7 @@ from services.gateway.deadline import TIMEOUT_METADATA, Deadline
 from services.gateway.health import Health
 from services.gateway.keys import Keys
 from services.gateway.openai.http import HttpDoor
-from services.gateway.replicas import Replica
+from services.gateway.serve_replicas import ServeReplicas
 from services.gateway.stages import EncoderClient, LanguageModelClient, StageAddress
 from services.gateway.stores import CACHE_BYTES, open_store
 
@@ -79,6 +74,8 @@ class GatewaySettings:
     api_keys: str | None = None
     """A file of keys, without one of which nobody is answered. Unset: the environment's FOCUSLLAVA_API_KEYS_FILE, or
     FOCUSLLAVA_API_KEYS with what would stand in it; with none of them, everybody is."""
+    playground: bool = True
+    """Whether the HTTP port has a page at / on which a person asks about images."""
     allowed_hosts: tuple[str, ...] = ()
     """Names that HTTP requests may call this server by, beside localhost, as in "focus.example.org". Unset: any, but
     for what comes over the loopback interface."""
@@ -99,28 +96,6 @@ class GatewaySettings:
             require(bool(known), f"allowed_hosts[{index}]", host, "a name in small letters, without scheme and port")
         for name in ("redis_timeout_s", "redis_put_timeout_s"):
             require(getattr(self, name) > 0, name, getattr(self, name), "more than 0 seconds")
-
-
-class ServeReplicas:
-    """The running replicas of a stage, as Serve's controller tells every handle."""
-
-    def __init__(self, deployment: str, application: str):
-        self._deployment, self._application = deployment, application
-        self._handle: DeploymentHandle[Any] | None = None
-
-    async def pick(self) -> Replica:
-        """Raises StageUnavailable where the application is not deployed. Asks nobody: the handle is told of changes."""
-        try:
-            if self._handle is None:
-                find = functools.partial(serve.get_deployment_handle, self._deployment, self._application)
-                self._handle = await asyncio.to_thread(find)
-            # Serve's router alone, without its queue: the replica's port has one (`services/common/port.py`).
-            async with self._handle.choose_replica(_reserve=False) as chosen:
-                return Replica(name=chosen.replica_id, **chosen.replica_metadata)
-        except (RayServeException, DeploymentUnavailableError, RayError) as error:
-            self._handle = None
-            _log.warning("%s of application %s: %s", self._deployment, self._application, one_line(str(error)))
-            raise StageUnavailable(f"the {self._application} stage is not deployed") from None
 
 
 @serve.deployment(name="Gateway")
@@ -157,6 +132,7 @@ class Gateway(ForeignMethods):
         self._keys = Keys.configured(settings.api_keys, os.environ, metrics)
         self._service = ChatService(
             model_fingerprint=self._fingerprint,
+            config=self._config,
             encoder=encoder,
             language_model=language_model,
             cache=self._cache,
@@ -172,6 +148,8 @@ class Gateway(ForeignMethods):
             self._keys,
             model=self._name,
             max_model_len=self._max_model_len,
+            samplers=_samplers(self._config),
+            page=playground.assets() if settings.playground else None,
             cors_origins=settings.cors_origins,
             allowed_hosts=settings.allowed_hosts,
         )
@@ -240,6 +218,18 @@ def _image_sizes(config: FocusLlavaConfig) -> ImageSizes:
     """One tile of the whole image, and those of the largest grid."""
     grid = max(height * width for height, width in config.image_grid_pinpoints) // config.tile_px**2
     return ImageSizes(tiles=1 + grid, tile_tokens=config.patches_per_side**2)
+
+
+def _samplers(config: FocusLlavaConfig) -> dict[str, Any]:
+    """What both samplers do where a request does not say."""
+    vision, text = config.vision_sampler, config.text_sampler
+    return {
+        "vision_sampler": vision.enabled,
+        "text_sampler": text.enabled,
+        "threshold": text.threshold,
+        "prune_layer": text.layer,
+        "num_layers": config.text_config.num_hidden_layers,
+    }
 
 
 def _deadline(context: RayServegRPCContext) -> Deadline:

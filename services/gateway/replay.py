@@ -17,6 +17,8 @@ class Replay:
     def __init__(self) -> None:
         self._chars, self._token_ids = _Part[str](), _Part[int]()
         self._logprobs = _Part[llm_pb2.TokenLogprobs]()
+        self.decided = False
+        """Whether the caller has the text-guided sampler's decision, which a new try makes and sends again."""
 
     @property
     def begun(self) -> bool:

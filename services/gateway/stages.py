@@ -11,32 +11,23 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
 
-import grpc
 import grpc.aio
 
+from focusllava.errors import retry_after_s
 from focusllava.v1 import encoder_pb2, encoder_pb2_grpc, llm_pb2, llm_pb2_grpc
 from services.common import wire
-from services.common.errors import (
-    DeadlineExceeded,
-    FocusError,
-    InternalError,
-    InvalidInput,
-    NotOnShelf,
-    Overloaded,
-    StageUnavailable,
-    TooLarge,
-    WrongFingerprint,
-)
-from services.common.grpc_status import replica_is_lost
+from services.common.errors import FocusError, NotOnShelf, Overloaded, StageUnavailable
 from services.common.settings import require
 from services.common.shelf import Shelf
 from services.common.stage_secret import SECRET_VARIABLE, shared_secret
 from services.common.telemetry import Metrics
 from services.common.types import ImageOptions
+from services.gateway.affinity import beginning_of
 from services.gateway.deadline import Deadline
 from services.gateway.known_names import KnownNames
 from services.gateway.replay import Replay
 from services.gateway.replicas import IngressWay, Line, Replicas, ReplicaWay, Way
+from services.gateway.stage_errors import UnusableVisualTokens, stage_error
 
 _log = logging.getLogger("focusllava")
 
@@ -55,16 +46,17 @@ class StageAddress:
     """Wait before the second try; it doubles with each one."""
     timeout_s: float = 300.0
     """Longest that one call may take when the caller set no shorter deadline."""
+    affinity: float | None = 1.25
+    """Turns of a conversation go to the replica of the language model that has its beginning, its first image above
+    all, unless that has this many times the mean of a gateway's calls already. None: to the one with the fewest calls.
+    Without effect on the encoder and on a stage with a target."""
 
     def __post_init__(self) -> None:
         require(self.target is None or ":" in self.target, "target", self.target, "host:port")
         require(self.attempts >= 1, "attempts", self.attempts, "1 or more")
         require(self.backoff_s >= 0, "backoff_s", self.backoff_s, "0 or more seconds")
         require(self.timeout_s > 0, "timeout_s", self.timeout_s, "more than 0 seconds")
-
-
-class UnusableVisualTokens(InternalError):
-    """The LLM stage refuses what the encoder or the cache gave for an image."""
+        require(self.affinity is None or self.affinity >= 1, "affinity", self.affinity, "1 or more, or null")
 
 
 class _Stage:
@@ -85,7 +77,7 @@ class _Stage:
             self._way = IngressWay(address.target, address.application or name, shared_secret(os.environ))
         else:
             assert replicas is not None, "a stage without a target needs its replicas"
-            self._way = ReplicaWay(name, replicas)
+            self._way = ReplicaWay(name, replicas, metrics, address.affinity)
         self.heard_at = -math.inf
         """The moment of the stage's last answer, as time.monotonic() has it."""
 
@@ -93,18 +85,21 @@ class _Stage:
         await self._way.close()
 
     @contextlib.asynccontextmanager
-    async def _line(self, timeout_s: float) -> AsyncIterator[Line]:
-        """A line for one try. A status that ends the call is raised as a FocusError; a lost replica is remembered."""
-        async with self._way.line(timeout_s) as line:
+    async def _line(self, timeout_s: float, beginning: str = "") -> AsyncIterator[Line]:
+        """A line for one try. A status that ends the call is raised as a FocusError; what was lost or full is
+        remembered. beginning: of the prompt, for the choice of a replica."""
+        async with self._way.line(timeout_s, beginning) as line:
             try:
                 yield line
             except grpc.aio.AioRpcError as error:
                 if error.code() is grpc.StatusCode.UNAUTHENTICATED and self.address.target is not None:
                     _log.error("%s stage: refuses this cluster's %s", self.name, SECRET_VARIABLE)
                     raise FocusError(f"the {self.name} stage refuses this gateway") from error
-                failure = stage_error(self.name, error.code(), error.details() or "")
+                failure = stage_error(self.name, error.code(), error.details() or "", retry_after_s(error))
                 if isinstance(failure, StageUnavailable):
                     line.lost_at = time.monotonic()
+                elif isinstance(failure, Overloaded):
+                    line.full_at = time.monotonic()
                 raise failure from error
             except StageUnavailable:
                 line.lost_at = time.monotonic()
@@ -122,35 +117,6 @@ class _Stage:
         await asyncio.sleep(pause_s)
 
 
-def stage_error(stage: str, code: grpc.StatusCode, details: str) -> FocusError:
-    """A stage's status as the error that the gateway raises. Only our own stages' messages pass through."""
-    if replica_is_lost(details) or code in (
-        grpc.StatusCode.UNAVAILABLE,
-        grpc.StatusCode.CANCELLED,  # we did not cancel: the replica or its proxy went away
-        grpc.StatusCode.UNAUTHENTICATED,  # a new replica listens where a lost one did
-    ):
-        return StageUnavailable(f"the {stage} stage is restarting or cannot be reached; try again")
-    if code is grpc.StatusCode.NOT_FOUND and details.startswith("images["):
-        return NotOnShelf(details)
-    if code is grpc.StatusCode.NOT_FOUND:
-        return StageUnavailable(f"the {stage} stage is not deployed")
-    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return DeadlineExceeded("the request took longer than its deadline")
-    if code is grpc.StatusCode.INVALID_ARGUMENT:
-        if stage == "llm" and details.startswith("images["):  # the encoder made them, or the cache gave them
-            _log.error("%s stage: %s", stage, details)
-            return UnusableVisualTokens("an image's visual tokens were of no use; try again")
-        return InvalidInput(details)
-    if code is grpc.StatusCode.FAILED_PRECONDITION:
-        return WrongFingerprint(details)
-    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        if "backpressure" in details or "max_queued_requests" in details:
-            return Overloaded(f"the {stage} stage is full; try again later")
-        return TooLarge(details)
-    _log.error("%s stage: %s: %s", stage, code.name, details)
-    return FocusError(f"the {stage} stage failed")
-
-
 class EncoderClient(_Stage):
     """Stage 1."""
 
@@ -166,7 +132,10 @@ class EncoderClient(_Stage):
         self._fingerprint = model_fingerprint
 
     async def check(self, model_fingerprint: str, timeout_s: float) -> None:
-        """Raises FocusError unless a replica that serves this checkpoint answers within `timeout_s`."""
+        """Raises FocusError unless a replica that serves this checkpoint answers within `timeout_s`, or none is needed
+        now: a stage that was scaled to zero comes with the next call."""
+        if await self._way.is_asleep():
+            return
         request = encoder_pb2.CheckEncoderRequest(model_fingerprint=model_fingerprint)
         async with self._line(timeout_s) as line:
             stub = line.stub(encoder_pb2_grpc.EncoderServiceStub)
@@ -216,7 +185,10 @@ class LanguageModelClient(_Stage):
         self._known = KnownNames()
 
     async def check(self, model_fingerprint: str, timeout_s: float) -> None:
-        """Raises FocusError unless a replica that serves this checkpoint answers within `timeout_s`."""
+        """Raises FocusError unless a replica that serves this checkpoint answers within `timeout_s`, or none is needed
+        now: a stage that was scaled to zero comes with the next call."""
+        if await self._way.is_asleep():
+            return
         request = llm_pb2.CheckLanguageModelRequest(model_fingerprint=model_fingerprint)
         async with self._line(timeout_s) as line:
             stub = line.stub(llm_pb2_grpc.LanguageModelServiceStub)
@@ -233,13 +205,14 @@ class LanguageModelClient(_Stage):
         keys: what each image's visual tokens are known by here, so that a node is sent them once.
         """
         repeatable = request.sampling.temperature == 0 or request.sampling.HasField("seed")
+        beginning = beginning_of(request, keys)
         answer, attempt = Replay(), 0
         # These stay until the end, should their files leave the shelf meanwhile.
         held = [self._shelf.get(image.shelf_name) for image in request.images if self._shelf and image.shelf_name]
         try:
             while True:
                 try:
-                    events = self._attempt(request, attempt, answer, deadline, keys)
+                    events = self._attempt(request, attempt, answer, deadline, keys, beginning)
                     async with contextlib.aclosing(events):
                         async for event in events:
                             yield event
@@ -247,6 +220,10 @@ class LanguageModelClient(_Stage):
                 except NotOnShelf:  # nothing has come yet; sent whole, the request needs no shelf
                     self._known.forget(keys)
                     request = await asyncio.to_thread(self._whole, request)
+                    continue
+                except Overloaded:  # more of other gateways' calls are there than this one's told
+                    if answer.begun or not self._way.has_room_elsewhere():
+                        raise
                     continue
                 except StageUnavailable as lost:
                     failure = lost
@@ -264,10 +241,11 @@ class LanguageModelClient(_Stage):
         answer: Replay,
         deadline: Deadline,
         keys: Sequence[str],
+        beginning: str,
     ) -> AsyncGenerator[llm_pb2.GenerateResponse, None]:
         answer.start_over()
         timeout_s = deadline.remaining_s(self.address.timeout_s)
-        async with self._line(timeout_s) as line:
+        async with self._line(timeout_s, beginning) as line:
             sent = await self._for_node(request, line.shelf, keys)
             if attempt:  # the lost try may still be in flight under its own id
                 sent = _copy(sent)
@@ -283,6 +261,11 @@ class LanguageModelClient(_Stage):
                         fresh = answer.take(event.token)
                         if fresh is not None:
                             yield llm_pb2.GenerateResponse(token=fresh)
+                        continue
+                    if kind == "decision":
+                        if not answer.decided:
+                            answer.decided = True
+                            yield event
                         continue
                     if kind == "error" and event.error.code == "UNAVAILABLE":
                         raise StageUnavailable(event.error.message)

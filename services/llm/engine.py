@@ -16,6 +16,7 @@ from services.checkpoint.store import fingerprint
 from services.common.errors import InvalidInput
 from services.common.types import (
     CompressedVisualTokens,
+    DecisionEvent,
     FinishedEvent,
     GenerateRequest,
     ImagePart,
@@ -169,7 +170,9 @@ class Engine:
             kv_pages_used=self.cache.num_pages - self.cache.pool.pages_to_have,
             kv_pages_total=self.cache.num_pages,
             kv_pages_cached=self.cache.pool.idle_pages,
+            kv_pages_wanted=self.scheduler.pages_wanted(),
             kv_page_bytes=self.cache.page_bytes,
+            prefill_tokens_left=self.scheduler.prefill_tokens_left(),
             failed_steps=self._failed_steps,
             preemptions=self.scheduler.preemptions,
             **self._totals,
@@ -260,6 +263,8 @@ class Engine:
                 prompt_tokens=sequence.prompt_len,
             )
         ]
+        if sequence.request.return_decision and len(sequence.output_ids) == 1:
+            events.append(DecisionEvent(decision=sequence.decision))
         if reason:
             events.append(self._finish(sequence, reason))
             self._failed_steps = 0

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from services.common.errors import InternalError, InvalidInput
-from services.common.types import FinishedEvent, TokenEvent
+from services.common.types import DecisionEvent, FinishedEvent, TokenEvent
 
-Event = TokenEvent | FinishedEvent | InvalidInput
+Event = TokenEvent | DecisionEvent | FinishedEvent | InvalidInput
 """The error ends a request whose constraint leaves no way to go on; nothing follows it."""
 
 
@@ -31,7 +31,11 @@ class EngineStats:
     """Pages of the pool that both KV cache groups share."""
     kv_pages_cached: int
     """Pages that no request holds, kept for a later request with the same beginning; not among those used."""
+    kv_pages_wanted: int
+    """Pages that requests hold, and those that the prompts of waiting ones would take."""
     kv_page_bytes: int
+    prefill_tokens_left: float
+    """Prompt tokens that are still to be prefilled, each counted by the share of the layers that is before it."""
     failed_steps: int
     """Steps that failed and brought nobody anything, since a request last ended well."""
     prompt_tokens: int

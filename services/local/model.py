@@ -120,7 +120,7 @@ class LocalModel:
         if self._closed:
             raise StageUnavailable("the model is closed")
         asked = read_request(turns, **settings)
-        stream = LocalStream(asked, self.step, self._abort)
+        stream = LocalStream(asked, self.engine.config, self.step, self._abort)
         self._waiting.append((weakref.ref(stream), asked))
         return stream
 

@@ -68,6 +68,7 @@ def read_request(turns: Sequence[Turn], **settings: Unpack[Settings]) -> AskedRe
         sampling=wire.sampling_from_proto(message.sampling),
         samplers=samplers,
         continue_final_message=message.continue_final_message,
+        return_decision=message.return_map,
     )
     return AskedRequest(request=request, images=tuple(images), fields=tuple(fields))
 

@@ -13,11 +13,13 @@ import torch
 
 from focusllava.messages import Answer, ImageInfo
 from focusllava.wire import AnswerState
+from services.checkpoint.config import FocusLlavaConfig
 from services.common import wire
 from services.common.errors import InternalError
-from services.common.types import CompressedVisualTokens, FinishedEvent, PruneDecision, TokenEvent
+from services.common.types import CompressedVisualTokens, DecisionEvent, FinishedEvent, PruneDecision, TokenEvent
 from services.llm.engine_stats import Event
 from services.llm.sequence import Sequence as EngineSequence
+from services.local.maps import client_maps
 from services.local.request import AskedRequest
 from services.text.prompt import Prompt
 
@@ -49,13 +51,19 @@ class LocalStream(AnswerState):
     the request.
     """
 
-    def __init__(self, asked: AskedRequest, step: Callable[[], None], abort: Callable[[LocalStream], None]):
+    def __init__(
+        self,
+        asked: AskedRequest,
+        config: FocusLlavaConfig,
+        step: Callable[[], None],
+        abort: Callable[[LocalStream], None],
+    ):
         """step: advances every answer under way; abort: takes this request out of the engine."""
         super().__init__()
         self.request_id = asked.request.request_id
         self.ended = False
         """Nothing more will come: it is answered, has failed, or is closed."""
-        self._step, self._abort = step, abort
+        self._config, self._step, self._abort = config, step, abort
         self.engine_id: str | None = None
         """The request's name in the engine, once it is there."""
         self._sequence: EngineSequence | None = None
@@ -120,6 +128,12 @@ class LocalStream(AnswerState):
             return
         if not self.token_ids and not isinstance(event, FinishedEvent):
             self._first_token_s = time.monotonic() - self._received_at
+        if isinstance(event, DecisionEvent):
+            assert self._sequence is not None
+            request = self._sequence.request
+            sampled = request.samplers.vision_sampler
+            self.focus = client_maps(request.images, event.decision, self._config, sampled=sampled)
+            return
         if isinstance(event, TokenEvent) and not event.logprobs:
             text = self.extend(event.text, event.token_ids)
         else:

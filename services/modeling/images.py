@@ -12,8 +12,8 @@ from torch import nn
 
 from services.checkpoint.config import FocusLlavaConfig
 from services.common.errors import InvalidInput
+from services.common.grid import best_resolution
 from services.common.types import ImageTiles
-from services.encoder.anyres import best_resolution
 
 
 def batched(images: Sequence[ImageTiles]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import pathlib
 
 import grpc
 import grpc.aio
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 from focusllava.v1 import encoder_pb2, encoder_pb2_grpc, llm_pb2, llm_pb2_grpc
+from services.checkpoint.config import FocusLlavaConfig
 from services.common import wire
 from services.common.telemetry import Metrics
 from services.common.tracing import server_interceptors
@@ -27,6 +29,7 @@ DIED = "The actor died unexpectedly before finishing this task"
 PROMPT_TOKENS = 7
 WORDS = ["The ", "card ", "says ", "sev", "en."]
 METRICS = Metrics("gateway")
+CONFIG = FocusLlavaConfig.load(pathlib.Path(__file__).parents[2] / "checkpoints" / "focusllava-tiny")
 
 
 def png(size: tuple[int, int] = (8, 8)) -> bytes:
@@ -53,7 +56,8 @@ def message_for(key: CacheKey, value: float = 1.0) -> encoder_pb2.CompressedVisu
 
 
 class LanguageModel(llm_pb2_grpc.LanguageModelServiceServicer):
-    """Answers WORDS. `script` holds one entry a call: None, or (tokens before it fails, status, details)."""
+    """Answers WORDS. `script` holds one entry a call: None, or (tokens before it fails, status, details), and
+    perhaps trailing metadata."""
 
     def __init__(self, *script, words=WORDS, pause_s: float = 0.0):
         self.script, self.words, self.pause_s = list(script), words, pause_s
@@ -70,7 +74,7 @@ class LanguageModel(llm_pb2_grpc.LanguageModelServiceServicer):
         try:
             for number, word in enumerate(self.words):
                 if failure and number == failure[0]:
-                    await context.abort(failure[1], failure[2])
+                    await context.abort(*failure[1:])
                 await asyncio.sleep(self.pause_s)
                 wanted = [logprobs(number)] if request.sampling.HasField("logprobs") else []
                 token = llm_pb2.Token(text=word, token_ids=[number], logprobs=wanted, prompt_tokens=PROMPT_TOKENS)
@@ -138,6 +142,7 @@ def logprobs(number: int) -> llm_pb2.TokenLogprobs:
 def service(encoder: EncoderClient, model: LanguageModelClient) -> ChatService:
     return ChatService(
         model_fingerprint=KEY.model_fingerprint,
+        config=CONFIG,
         encoder=encoder,
         language_model=model,
         cache=VisualTokenCache(InProcessStore(10**6), METRICS),

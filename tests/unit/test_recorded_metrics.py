@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import io
+import types
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from PIL import Image
 
 from focusllava.v1 import encoder_pb2, llm_pb2
 from services.common import wire
+from services.common.stage_secret import SECRET_METADATA, SECRET_VARIABLE
 from services.common.telemetry import Metrics
 from services.encoder import deployment
 from services.encoder.deployment import Encoder
@@ -24,6 +26,7 @@ from services.gateway.compression import Compression
 from services.gateway.stores import InProcessStore
 from tests import tiny_llm
 from tests.fakes.stages import KEY, message_for
+from tests.serving_client import SECRET
 
 
 class Recorded(Metrics):
@@ -52,6 +55,7 @@ def test_a_gateway_records_the_accounts_of_an_answer():
     recorded = Recorded("gateway")
     service = ChatService(
         model_fingerprint="f",
+        config=None,
         encoder=None,
         language_model=None,
         cache=None,
@@ -108,6 +112,7 @@ async def test_an_encoder_records_bytes_tiles_and_branches(monkeypatch: pytest.M
         "services.compute.replica.keep_freed_memory", lambda: None
     )  # it would last as long as this process
     monkeypatch.setattr(deployment, "Metrics", lambda stage, backend: recorded)
+    monkeypatch.setenv(SECRET_VARIABLE, SECRET)
     settings = EncoderSettings(checkpoint=str(tiny_llm.checkpoint()), device="cpu", dtype="float32")
     encoder = Encoder.func_or_class(settings)  # type: ignore[attr-defined]
     encoder._reporter._task.cancel()
@@ -116,7 +121,8 @@ async def test_an_encoder_records_bytes_tiles_and_branches(monkeypatch: pytest.M
     request = encoder_pb2.EncodeRequest(
         image=buffer.getvalue(), model_fingerprint=encoder._pipeline.fingerprint, vision_sampler=True
     )
-    response = await encoder.Encode(request, None)
+    call = types.SimpleNamespace(invocation_metadata=lambda: ((SECRET_METADATA, SECRET),))
+    response = await encoder.Encode(request, call)
     tokens = wire.tokens_from_proto(response.visual_tokens)
     assert recorded.counted["image_bytes_taken"] == len(buffer.getvalue())
     assert recorded.counted["visual_token_bytes_sent"] == len(response.visual_tokens.tokens.data) > 0
@@ -125,5 +131,8 @@ async def test_an_encoder_records_bytes_tiles_and_branches(monkeypatch: pytest.M
     assert sum(branches) == len(tokens.branch_ids_M) > 0
     assert [recorded.counted["encoded_tiles"]] == recorded.observed["tiles_per_batch"]
     encoder._report()
-    assert recorded.gauges == {"encoder_waiting_images": 0, "encoder_waiting_tiles": 0, "encoder_calls": 0}
+    assert set(encoder.record_autoscaling_stats()) <= {f"focusllava_{name}" for name in recorded.gauges}
+    assert recorded.gauges == {
+        "encoder_tiles": 0, "encoder_waiting_images": 0, "encoder_waiting_tiles": 0, "encoder_calls": 0
+    }  # fmt: skip
     await asyncio.wait_for(encoder._batcher.close(), 10)

@@ -15,8 +15,9 @@ import torch
 
 from services.checkpoint.config import FocusLlavaConfig
 from services.common.errors import InvalidInput, TooLarge
+from services.common.grid import unpadded_hw
 from services.common.types import ImageTiles, PromptTurn, TextPart
-from services.encoder.anyres import any_map_left, unpadded_hw
+from services.encoder.anyres import any_map_left
 from services.encoder.reading import read_tiles
 from services.modeling.loss import IGNORED
 from services.modeling.packing import TrainedSequence

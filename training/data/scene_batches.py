@@ -11,8 +11,8 @@ from typing import Any, Literal
 from PIL import Image
 
 from services.checkpoint.config import FocusLlavaConfig
+from services.common.grid import best_resolution
 from services.common.settings import Count, Natural, require
-from services.encoder.anyres import best_resolution
 from services.encoder.reading import tiles_of
 from training.data.branches import BranchBuilder, Exchange, Sample
 from training.data.easy_vqa import easy_vqa_asked, easy_vqa_at, open_easy_vqa

@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from services.checkpoint.config import FocusLlavaConfig
+from services.common.grid import unpadded_hw
 from services.common.settings import Amount, require
-from services.encoder.anyres import unpadded_hw
 from services.modeling.attention import PackedRows
 from services.modeling.loss import IGNORED
 from services.sampler.text_guided import apply_rotary

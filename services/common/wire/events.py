@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import torch
+
 from focusllava.v1 import error_pb2, llm_pb2
 from services.common.errors import Code, FocusError, InvalidInput
-from services.common.types import FinishedEvent, TokenEvent, TokenLogprob, TokenLogprobs, Usage
+from services.common.types import (
+    DecisionEvent,
+    FinishedEvent,
+    PruneDecision,
+    TokenEvent,
+    TokenLogprob,
+    TokenLogprobs,
+    Usage,
+)
+from services.common.wire.scalars import scalars
 
 _REASONS = {
     llm_pb2.FINISH_REASON_STOP: "stop",
@@ -13,7 +24,7 @@ _REASONS = {
 }
 _REASON_VALUES = {reason: value for value, reason in _REASONS.items()}
 
-Event = TokenEvent | FinishedEvent | FocusError
+Event = TokenEvent | DecisionEvent | FinishedEvent | FocusError
 
 
 def usage_to_proto(usage: Usage) -> llm_pb2.Usage:
@@ -57,6 +68,8 @@ def event_to_proto(event: Event) -> llm_pb2.GenerateResponse:
     if isinstance(event, FinishedEvent):
         finished = llm_pb2.Finished(reason=_REASON_VALUES[event.reason], usage=usage_to_proto(event.usage))
         return llm_pb2.GenerateResponse(finished=finished)
+    if isinstance(event, DecisionEvent):
+        return llm_pb2.GenerateResponse(decision=_decision_to_proto(event.decision))
     return llm_pb2.GenerateResponse(error=error_pb2.StreamError(code=event.code.value, message=str(event)))
 
 
@@ -77,11 +90,42 @@ def event_from_proto(message: llm_pb2.GenerateResponse) -> Event:
         if reason is None:
             raise InvalidInput(f"is {message.finished.reason}, expected a known reason", field="finished.reason")
         return FinishedEvent(reason=reason, usage=usage_from_proto(message.finished.usage))
+    if kind == "decision":
+        return DecisionEvent(decision=decision_from_proto(message.decision))
     if kind == "error":
         error = FocusError(message.error.message)
         error.code = Code.__members__.get(message.error.code, Code.INTERNAL)
         return error
     raise InvalidInput("has no event", field="event")
+
+
+def _decision_to_proto(decision: PruneDecision | None) -> llm_pb2.PruneDecision:
+    if decision is None:
+        return llm_pb2.PruneDecision()
+    return llm_pb2.PruneDecision(
+        kept=decision.kept.tolist(),
+        importance=decision.importance.tolist(),
+        layer=decision.layer,
+        threshold=decision.threshold,
+        keep_ratio=decision.keep_ratio,
+    )
+
+
+def decision_from_proto(message: llm_pb2.PruneDecision) -> PruneDecision | None:
+    """The decision; None where nothing was pruned. Raises InvalidInput for indices that do not ascend."""
+    if not message.layer:
+        return None
+    kept = torch.tensor(message.kept, dtype=torch.int64)
+    if bool((kept.diff() < 1).any()):
+        raise InvalidInput("does not ascend", field="decision.kept")
+    fields = scalars(message)
+    return PruneDecision(
+        kept=kept,
+        importance=torch.tensor(message.importance, dtype=torch.float32),
+        layer=message.layer,
+        threshold=fields.get("threshold"),
+        keep_ratio=fields.get("keep_ratio"),
+    )
 
 
 def _logprobs_to_proto(logprobs: TokenLogprobs) -> llm_pb2.TokenLogprobs:

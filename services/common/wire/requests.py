@@ -136,6 +136,7 @@ def generate_request_to_proto(request: GenerateRequest, model_fingerprint: str) 
         prune=samplers_to_proto(request.samplers),
         continue_final_message=request.continue_final_message,
         raw_prompt=raw_prompt_to_proto(request.raw_prompt),
+        return_decision=request.return_decision,
     )
 
 
@@ -188,4 +189,5 @@ def generate_request_from_proto(message: llm_pb2.GenerateRequest, shelf: Shelf |
         samplers=samplers_from_proto(message.prune),
         continue_final_message=message.continue_final_message,
         raw_prompt=raw_prompt,
+        return_decision=message.return_decision,
     )

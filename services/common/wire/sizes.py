@@ -45,7 +45,10 @@ class RequestSizes:
         # A message's ByteSize writes it out, which megabytes of visual tokens are too many for.
         rest = len(message.request_id) + message.sampling.ByteSize() + message.prune.ByteSize()
         rest += sum(_OVERHEAD_BYTES * (1 + len(turn.parts)) for turn in message.turns)
-        rest += sum(_OVERHEAD_BYTES + len(image.branch_ids) + sum(map(len, image.notes)) for image in message.images)
+        rest += sum(
+            _OVERHEAD_BYTES + len(image.branch_ids) + len(image.base_branch_ids) + sum(map(len, image.notes))
+            for image in message.images
+        )
         if rest > MAX_REST_BYTES:
             raise InvalidInput(
                 f"has {rest} bytes beside visual tokens and texts, expected at most {MAX_REST_BYTES}", field="request"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 
@@ -112,6 +113,8 @@ def _describe_tokens(tokens: CompressedVisualTokens, message: encoder_pb2.Compre
     message.uncompressed_tokens = tokens.uncompressed_tokens
     message.content_hash, message.model_fingerprint = tokens.content_hash, tokens.model_fingerprint
     message.notes.extend(tokens.notes)
+    message.image_height, message.image_width = tokens.image_size_hw
+    message.base_branch_ids = tokens.base_branch_ids_M.cpu().numpy().astype(np.uint8).tobytes()
 
 
 def tokens_from_proto(
@@ -134,17 +137,32 @@ def tokens_from_proto(
     if dtype is torch.int8:
         scales_NG = torch.frombuffer(data, dtype=torch.float32, count=math.prod(shape) // GROUP).view(shape[0], -1)
         start = scales_NG.nbytes
+    tokens_ND = torch.frombuffer(data, dtype=dtype, offset=start).view(shape)
+    return dataclasses.replace(_of_message(message, tokens_ND), scales_NG=scales_NG, digest=digest)
+
+
+def outline_from_proto(message: encoder_pb2.CompressedVisualTokens) -> CompressedVisualTokens:
+    """All of a message but the tokens' data, which may lie elsewhere: tokens_ND is on the meta device."""
+    shape = tuple(message.tokens.shape)
+    return _of_message(message, torch.empty(shape, dtype=_DTYPES[message.tokens.data_type], device="meta"))
+
+
+def _of_message(message: encoder_pb2.CompressedVisualTokens, tokens_ND: torch.Tensor) -> CompressedVisualTokens:
     return CompressedVisualTokens(
-        tokens_ND=torch.frombuffer(data, dtype=dtype, offset=start).view(shape),
-        scales_NG=scales_NG,
-        branch_ids_M=torch.from_numpy(np.frombuffer(message.branch_ids, np.uint8).copy()),
+        tokens_ND=tokens_ND,
+        branch_ids_M=_bytes_tensor(message.branch_ids),
         map_hw=(message.map_height, message.map_width),
         uncompressed_tokens=message.uncompressed_tokens,
         content_hash=message.content_hash,
         model_fingerprint=message.model_fingerprint,
         notes=tuple(message.notes),
-        digest=digest,
+        image_size_hw=(message.image_height, message.image_width),
+        base_branch_ids_M=_bytes_tensor(message.base_branch_ids),
     )
+
+
+def _bytes_tensor(data: bytes) -> torch.Tensor:
+    return torch.from_numpy(np.frombuffer(data, np.uint8).copy())
 
 
 def check_tokens(

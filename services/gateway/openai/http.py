@@ -1,4 +1,4 @@
-"""The public door over HTTP, as OpenAI's clients know it: chat and text completions, the model, and health."""
+"""The public door over HTTP, as OpenAI's clients know it: chat and text completions, the model, health, a page."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import functools
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.middleware.cors import CORSMiddleware
@@ -33,6 +33,7 @@ from services.gateway.openai.merged import merged
 from services.gateway.openai.request import ChatCompletionRequest
 from services.gateway.openai.response import ChatWriter, Collected, TextWriter, Writer, whole
 from services.gateway.openai.settings import Asked, Settings
+from services.gateway.playground import Asset
 
 REQUEST_ID_HEADER = "x-request-id"
 """The header with a request's id; Ray Serve makes one where there is none, and has it in the answer."""
@@ -66,13 +67,17 @@ class HttpDoor:
         *,
         model: str,
         max_model_len: int,
+        samplers: Mapping[str, Any] | None = None,
+        page: Mapping[str, Asset] | None = None,
         cors_origins: Sequence[str] = (),
         allowed_hosts: Sequence[str] = (),
     ):
-        """max_model_len: most tokens of prompt and answer together. cors_origins: the sites whose pages may ask, as in
-        "https://example.org"; "*" is any. allowed_hosts: as `wrong_host` has it."""
+        """max_model_len: most tokens of prompt and answer together. samplers: what the checkpoint's do by default, for
+        who asks about the model. page: the playground's files by path; unset: there is none. cors_origins: the sites
+        whose pages may ask, as in "https://example.org"; "*" is any. allowed_hosts: as `wrong_host` has it."""
         self._service, self._health, self._keys = service, health, keys
         self._model, self._max_model_len, self._created = model, max_model_len, int(time.time())
+        self._samplers, self._page = dict(samplers or {}), dict(page or {})
         self._cors_origins, self._allowed_hosts = tuple(cors_origins), tuple(allowed_hosts)
         self._readers = asyncio.Semaphore(READERS)
 
@@ -85,7 +90,7 @@ class HttpDoor:
         join_trace(request.headers)
         path = request.url.path.rstrip("/")
         request_id = request.headers.get(REQUEST_ID_HEADER) or uuid.uuid4().hex
-        method = "GET" if path.startswith(_MODEL_PATH) else _ROUTES.get(path)
+        method = "GET" if path in self._page or path.startswith(_MODEL_PATH) else _ROUTES.get(path)
         try:
             if method is None:
                 return error_response(404, f"{path or '/'} is not here; {', '.join(_ROUTES)} are")
@@ -93,12 +98,14 @@ class HttpDoor:
                 ("GET", "HEAD") if method == "GET" else (method,)
             )  # the server leaves the body of a HEAD's answer out
             if request.method not in allowed:
-                message = f"{path} takes {method}, this is {request.method}"
+                message = f"{path or '/'} takes {method}, this is {request.method}"
                 return error_response(405, message, headers={"allow": ", ".join(allowed)})
             if path in _OPEN:
                 return await self._state()
             if wrong := wrong_host(request, self._allowed_hosts):
                 return error_response(421, wrong)
+            if path in self._page:  # asks for no key: it is where a person gives one
+                return self._page[path].respond(request)
             caller = self._keys.caller(request.headers.get("authorization"))
             if path in _COMPLETIONS:
                 return await self._complete(request, request_id, caller, *_COMPLETIONS[path])
@@ -130,8 +137,8 @@ class HttpDoor:
             new_writer = functools.partial(writer_type, self._model, asked)
             if not asked.stream:
                 return await _whole(_again(first, events), new_writer, asked)
-        except Overloaded:  # of no field, and it knows when to try again
-            raise
+        except Overloaded as error:  # which knows when to try again
+            raise Overloaded(asked.renamed(str(error)), retry_after_s=error.retry_after_s) from None
         except FocusError as error:
             raise type(error)(asked.renamed(str(error))) from None
         except BaseException:
@@ -154,7 +161,7 @@ class HttpDoor:
             raise ModelNotFound(f"is {name[:60]!r}, this server has {self._model!r}", field="model")
 
     def _description(self) -> dict[str, Any]:
-        """The model as OpenAI has it, vLLM's max_model_len, and the door's limits."""
+        """The model as OpenAI has it, vLLM's max_model_len, the door's limits and the samplers' defaults."""
         limits = self._service.limits
         return {
             "id": self._model,
@@ -169,6 +176,7 @@ class HttpDoor:
                 "max_image_bytes_total": limits.max_image_bytes_total,
                 "max_image_pixels": limits.media.max_pixels,
                 "max_text_chars": limits.max_text_chars,
+                **self._samplers,
             },
         }
 
@@ -236,6 +244,8 @@ async def _whole(events: Events, new_writer: Callable[..., Writer], asked: Asked
                 answers[index].tokens.append(event.token)
             elif kind == "finished":
                 answers[index].finished = event.finished
+            elif kind == "focus_maps":
+                answers[index].maps = event.focus_maps
             else:
                 return error_response(status_of_event(event.error.code), asked.renamed(event.error.message))
     return JSONResponse(whole([answers[index] for index in sorted(answers)]))
@@ -256,6 +266,8 @@ async def _chunks(events: Events, new_writer: Callable[..., Writer], asked: Aske
             elif kind == "finished":
                 finished.append(event.finished)
                 chunk = writers[index].last_chunk(event.finished)
+            elif kind == "focus_maps":
+                chunk = writers[index].maps_chunk(event.focus_maps)
             else:  # clients raise it, and no [DONE] follows
                 yield _data(error_object(status_of_event(event.error.code), asked.renamed(event.error.message)))
                 return

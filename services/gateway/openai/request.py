@@ -136,6 +136,9 @@ class FocusOptions(Fields):
     map_share: float | None = None
     """The largest share of a feature map's tokens that the vision-guided sampler leaves, in (0, 1]; unset: its own."""
 
+    return_map: bool = False
+    """What both samplers chose of each image comes with the answer."""
+
     def prune(self) -> llm_pb2.PruneParams:
         """The text-guided sampler's part."""
         named = {name: getattr(self, name, None) for name in llm_pb2.PruneParams.DESCRIPTOR.fields_by_name}
@@ -200,6 +203,7 @@ class ChatCompletionRequest(Settings):
             vision_sampler_off=not self.focus.vision_sampler,
             request_id=request_id,
             continue_final_message=self.continue_final_message,
+            return_map=self.focus.return_map,
         )
         return [chat]
 

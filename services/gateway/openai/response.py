@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from focusllava.v1 import focus_pb2, llm_pb2
+from services.gateway.openai.focus_maps import maps_object
 from services.gateway.openai.settings import Asked
 
 _REASONS = {llm_pb2.FINISH_REASON_STOP: "stop", llm_pb2.FINISH_REASON_LENGTH: "length"}
@@ -22,6 +23,8 @@ class Collected:
     writer: Writer
     tokens: list[llm_pb2.Token] = field(default_factory=list)
     finished: llm_pb2.Finished = field(default_factory=llm_pb2.Finished)
+    maps: focus_pb2.FocusMaps | None = None
+    """None for who did not ask."""
 
 
 def whole(answers: Sequence[Collected]) -> dict[str, Any]:
@@ -31,7 +34,7 @@ def whole(answers: Sequence[Collected]) -> dict[str, Any]:
         **first.writer.object(first.writer.kind),
         "choices": [answer.writer.choice(answer.tokens, answer.finished) for answer in answers],
         "usage": _total(finished),
-        "focus": first.writer.focus(first.finished.usage),
+        "focus": {**first.writer.focus(first.finished.usage), **(maps_object(first.maps) if first.maps else {})},
     }
 
 
@@ -67,6 +70,10 @@ class Writer(abc.ABC):
     def last_chunk(self, finished: llm_pb2.Finished) -> dict[str, Any]:
         """The reason of the end, and the accounting."""
         return {**self._chunk(self._part("", None, _reason(finished))), "focus": self.focus(finished.usage)}
+
+    def maps_chunk(self, maps: focus_pb2.FocusMaps) -> dict[str, Any]:
+        """What the samplers chose, with no new text."""
+        return {**self._chunk(self._part("", None, None)), "focus": maps_object(maps)}
 
     def usage_chunk(self, finished: Sequence[llm_pb2.Finished]) -> dict[str, Any]:
         """The chunk with the usage, sent last to who asked for it; `finished` are the ends of all answers."""

@@ -14,7 +14,7 @@ import time
 import grpc
 import pytest
 
-from focusllava import FocusClient
+from focusllava import FocusClient, LocalModel
 from focusllava.v1 import focus_pb2, focus_pb2_grpc, llm_pb2
 from services.checkpoint.config import FocusLlavaConfig
 from services.common.media import content_hash
@@ -46,6 +46,21 @@ def test_the_second_question_about_an_image_is_answered_from_the_cache(channel):
     cached = [events[0].started.images[0].cached for events in (first, again, other, unsampled)]
     assert cached == [False, True, True, False]
     assert ids_of(again) == ids_of(first)
+
+
+def test_a_focus_map_is_what_the_stages_chose(cluster, channel, checkpoint):
+    image, asked = picture(4), "How many squares are there?"
+    with LocalModel(checkpoint[0], "cpu", "float32") as model:
+        own = model.ask(image, asked, max_tokens=3, return_map=True).focus
+    with FocusClient(cluster.grpc_address, timeout_s=60) as client:
+        first, again = (client.ask(image, asked, max_tokens=3, return_map=True).result().focus for _ in range(2))
+        assert client.ask(image, asked, max_tokens=3).result().focus is None
+    for served in (first, again):  # from the encoder, and from the cache and the shelf
+        (found,), (expected,) = served.maps, own.maps
+        assert (served.prune_layer, served.threshold) == (own.prune_layer, own.threshold)
+        assert (found.boxes, found.kept, found.regions) == (expected.boxes, expected.kept, expected.regions)
+        # The encoder sends bfloat16, where the process has float32.
+        assert found.importance == pytest.approx(expected.importance, rel=0.02, abs=1e-4)
 
 
 def test_low_detail_is_one_tile_in_the_accounts_and_in_the_cache(cluster, checkpoint):
@@ -181,12 +196,14 @@ def test_answers_survive_the_death_of_their_llm_replica(cluster, channel):
 
 
 NOT_HERE = {
+    "ray_focusllava_owned_calls_total",
     "ray_focusllava_training",
     "ray_focusllava_requests_compressed_total",
     "ray_focusllava_visual_token_bytes_sent_total",
     "ray_focusllava_visual_token_bytes_taken_total",
 }
-"""Metrics that nothing records here: nothing trains, no load compresses, and visual tokens stay on the node's shelf."""
+"""Metrics that nothing records here: one replica owns everything, nothing trains, no load compresses, and visual tokens
+stay on the node's shelf."""
 
 
 def test_the_endpoint_has_every_metric_that_the_dashboard_draws(cluster, channel):

@@ -58,7 +58,7 @@ def test_what_is_left_is_found_by_another_process_whole(shelf, dtype):
     found = wire.tokens_from_proto(message, shelf=Shelf.open())  # another process opens its own
     assert found.digest == bytes.fromhex(message.shelf_name) and torch.equal(found.tokens_ND, given.tokens_ND)
     assert torch.equal(found.branch_ids_M, given.branch_ids_M)
-    plain = {"tokens_ND": None, "branch_ids_M": None, "digest": None}
+    plain = {"tokens_ND": None, "branch_ids_M": None, "base_branch_ids_M": None, "digest": None}
     assert dataclasses.replace(found, **plain) == dataclasses.replace(given, **plain)
     found.tokens_ND.add_(1)  # its own: nobody else sees it
     assert torch.equal(wire.tokens_from_proto(message, shelf=Shelf.open()).tokens_ND, given.tokens_ND)

@@ -66,7 +66,7 @@ def generate_request(**changes: object) -> GenerateRequest:
 
 
 def test_generate_request_round_trip() -> None:
-    request = generate_request(continue_final_message=True)
+    request = generate_request(continue_final_message=True, return_decision=True)
     data = wire.generate_request_to_proto(request, FINGERPRINT).SerializeToString()
     back = wire.generate_request_from_proto(llm_pb2.GenerateRequest.FromString(data))
     assert all(same_tokens(a, b) for a, b in zip(back.images, request.images, strict=True))

@@ -25,12 +25,14 @@ def visual_tokens(dtype: torch.dtype = torch.bfloat16, **changes: object) -> Com
         content_hash="0f" * 32,
         model_fingerprint=FINGERPRINT,
         notes=("animated image: first frame used", "ü"),
+        image_size_hw=(41, 83),
+        base_branch_ids_M=torch.tensor([1, 0], dtype=torch.uint8),
     )
     return dataclasses.replace(tokens, **changes)
 
 
 def same_tokens(left: CompressedVisualTokens, right: CompressedVisualTokens) -> bool:
-    tensors = ("tokens_ND", "branch_ids_M")
+    tensors = ("tokens_ND", "branch_ids_M", "base_branch_ids_M")
     rest = [f.name for f in dataclasses.fields(left) if f.name not in tensors]
     return (
         all(getattr(left, n).dtype == getattr(right, n).dtype for n in tensors)
