@@ -7,12 +7,12 @@ import pathlib
 from collections.abc import Mapping
 
 ROLES = {
-    "ray::ServeReplica:gateway:": "gateway",
-    "ray::ServeReplica:encoder:": "encoder",
-    "ray::ServeReplica:llm:": "llm",
+    "ray::ServeReplica:gateway": "gateway",
+    "ray::ServeReplica:encoder": "encoder",
+    "ray::ServeReplica:llm": "llm",
     "ray::ProxyActor": "proxy",
 }
-"""The beginning of a process's title -> its part. What else Ray runs is "ray"."""
+"""The beginning of a process's title -> its part; a second gateway begins alike. What else Ray runs is "ray"."""
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 Used = dict[tuple[str, int], float]

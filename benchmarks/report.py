@@ -17,16 +17,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from benchmarks.measure import RESULTS, ROOT, median_of
+from benchmarks.replica_tables import affinity, autoscaling, markdown
 
 DOCUMENT = ROOT / "docs" / "performance.md"
 MARKER = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
 PEERS = {"hf": "Hugging Face generate", "vllm": "vLLM"}
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table, numbers to the right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
 def caption(result: dict[str, Any]) -> str:
@@ -204,6 +199,35 @@ def wire_dtypes(result: dict[str, Any]) -> str:
     return markdown(header, rows)
 
 
+def serving(result: dict[str, Any]) -> str:
+    def row(cells: Sequence[str], m: dict[str, float]) -> list[str]:
+        return [
+            *cells, f"{m['goodput_per_s']:.1f}", f"{m['answered_per_s']:.1f}", f"{m['score']:.1f}",
+            f"{m['ttft_p50_ms']:.0f} / {m['ttft_p99_ms']:.0f}", f"{m['tpot_p50_ms']:.0f} / {m['tpot_p99_ms']:.0f}",
+            f"{m['refused']:.0f}", f"{m['cache_hits']:.0f}", f"{m['visual_tokens']:.0f}", f"{m['level']:.1f}",
+        ]  # fmt: skip
+
+    figures = ("goodput/s", "answers/s", "score, %", "TTFT p50 / p99, ms", "TPOT p50 / p99, ms", "refused",
+               "cache hits, %", "visual tokens", "level")  # fmt: skip
+    closed = [row((n, name), m) for n, point in result["closed"].items() for name, m in point.items()]
+    opened, ratios = [], []
+    for point in result["points"]:
+        load = f"{point['arrivals']}, {point['rate'] / result['capacity']:.2g}x"
+        opened += [row((load, name), median_of(turns)) for name, turns in point["turns"].items()]
+        for pair, (middle, least, greatest) in point["ratios"].items():
+            ratios.append([load, pair.replace("/", " / "), f"{middle:.2f}x", f"{least:.2f} to {greatest:.2f}"])
+    goal = result["goal"]
+    said = (
+        f"Good is a first token within {goal['ttft_s']:g} s and {1e3 * goal['tpot_s']:.0f} ms a token after it. "
+        f"Capacity {result['capacity']:.1f} requests/s; options `{result['asked']}`."
+    )
+    return (
+        f"{said}\n\n{markdown(('in flight', 'setting', *figures), closed)}\n"
+        f"{markdown(('arrivals', 'setting', *figures), opened)}\n"
+        f"{markdown(('arrivals', 'goodput', 'median', 'over the rounds'), ratios)}"
+    )
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "engine": engine,
     "prefill": prefill,
@@ -215,6 +239,9 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "served": served,
     "images": images,
     "wire_dtypes": wire_dtypes,
+    "affinity": lambda result: affinity(result["turns"]),
+    "autoscaling": lambda result: autoscaling(result["points"]),
+    "serving": serving,
 }
 
 

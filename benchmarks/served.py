@@ -20,6 +20,7 @@ from typing import Any
 import grpc.aio
 import torch
 
+from benchmarks.clusters import ONE_REPLICA
 from benchmarks.measure import (
     RESULTS,
     ROOT,
@@ -40,7 +41,6 @@ from focusllava import user
 from focusllava.v1 import focus_pb2, focus_pb2_grpc, llm_pb2
 from services.local.model import LocalModel
 
-ONE_REPLICA = {"autoscaling_config": {"min_replicas": 1, "max_replicas": 1}}
 METADATA = (("application", "gateway"),)
 WIRE = ("gateway", "proxy", "llm", "encoder")
 """Parts whose processor time is the price of serving: everything of Ray Serve's but the models' own threads."""

@@ -120,8 +120,8 @@ def test_report_fills_its_own_tables_and_nothing_else():
 
 def test_the_document_has_every_table():
     assert [match["name"] for match in MARKER.finditer(DOCUMENT.read_text("utf8"))] == [
-        "engine", "prefill", "samplers", "roofline", "arrival", "served", "images", "wire_dtypes", "scaling",
-        "encoder",
+        "engine", "prefill", "samplers", "roofline", "arrival", "served", "images", "wire_dtypes", "affinity",
+        "autoscaling", "serving", "scaling", "encoder",
     ]  # fmt: skip
     assert set(TABLES) == {match["name"] for match in MARKER.finditer(DOCUMENT.read_text("utf8"))}
 

