@@ -12,7 +12,7 @@ CLIENTS ?= .clients
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve stop test processors clients smollm trackers compat lint format protos bench lock clean
+.PHONY: help setup demo serve stop test processors clients smollm trackers compat docs wheel lint format protos bench lock clean
 
 help: ## This list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -67,6 +67,18 @@ trackers: $(CLIENTS)/trackers ## Training's values in MLflow and Weights & Biase
 compat: $(STAMP) ## What leans on transformers' insides, with another version of it: TRANSFORMERS=5.20.0
 	@scripts/compat.sh $(BIN)/python $(TRANSFORMERS)
 
+DOCS := .docs
+$(DOCS)/.made: scripts/site/requirements.txt
+	@$(PYTHON) -m venv $(DOCS) && $(DOCS)/bin/pip install -q --progress-bar off -r $< && touch $@
+
+docs: $(STAMP) $(DOCS)/.made ## The documentation as a site, build/site/html; fails where a link leads nowhere
+	@$(BIN)/python -m scripts.site build/site
+	@$(DOCS)/bin/zensical build --clean --strict -f build/site/zensical.toml
+	@$(BIN)/python -m scripts.site.links build/site/html
+
+wheel: $(STAMP) ## The package built, checked, and asking a server from a clean environment
+	@$(BIN)/python -m pytest -s tests/wheel
+
 lint: $(STAMP) ## ruff, mypy, import lines, generated code
 	@echo "lint: ruff" && $(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@echo "lint: generated code" && $(BIN)/python protos/generate.py --check
@@ -86,5 +98,5 @@ lock: ## Resolve pyproject.toml afresh into requirements.lock
 	@scripts/lock.sh $(PYTHON)
 
 clean: ## Remove the environment and what tools left behind
-	rm -rf $(VENV) $(VENV).log $(CLIENTS) tests/clients/node/node_modules build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(VENV).log $(CLIENTS) $(DOCS) tests/clients/node/node_modules build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -33,6 +33,8 @@ class Server:
 
     url: str
     """The server's URL without /v1."""
+    grpc: str
+    """The address of the gRPC API."""
     checkpoint: pathlib.Path
 
     @property
@@ -44,20 +46,22 @@ class Server:
 def server():
     checkpoint = find_checkpoint(None)
     if url := os.environ.get("SERVER"):  # one that runs already, such as http://127.0.0.1:8000
-        yield Server(url=url, checkpoint=checkpoint)
+        yield Server(url=url, grpc=os.environ.get("SERVER_GRPC", "127.0.0.1:9000"), checkpoint=checkpoint)
         return
     with LocalCluster(checkpoint=checkpoint, grpc_port=0, timeout_s=400) as cluster:
         cluster.start()
-        yield Server(url=cluster.openai_url.removesuffix("/v1"), checkpoint=checkpoint)
+        url = cluster.openai_url.removesuffix("/v1")
+        yield Server(url=url, grpc=cluster.grpc_address, checkpoint=checkpoint)
 
 
 @pytest.fixture
 def run(capfd) -> Callable[..., str]:
     """Runs a command to its end, shows what it printed, and returns that."""
 
-    def run(*command: object, seconds: int = 300) -> str:
+    def run(*command: object, seconds: int = 300, given: str | None = None) -> str:
+        """given: what it reads from standard input."""
         done = subprocess.run(
-            [str(word) for word in command], env={**os.environ, **QUIET}, timeout=seconds, text=True,
+            [str(word) for word in command], env={**os.environ, **QUIET}, timeout=seconds, text=True, input=given,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         with capfd.disabled():

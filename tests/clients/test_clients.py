@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -146,3 +148,32 @@ def test_python(client, server, run):
 def test_node(client, server, run):
     said = cases(run("node", HERE / "node" / f"with_{client}.mjs", f"{server.url}/v1", server.model))
     assert said == NODE[client]
+
+
+def test_node_over_grpc(server, run):
+    said = cases(run("node", HERE / "node" / "with_grpc.mjs", server.grpc))
+    assert said == {
+        "whole": [SIXTY, "FINISH_REASON_STOP", 53],
+        "focus_map": [1, 1027, 299, 53],
+        "model_info": server.model,
+        "a_bad_request_is_refused_by_name": [3, "sampling.temperature"],
+    }
+
+
+def test_buf_curl(server, run):
+    """The command that docs/clients.md shows."""
+    image = base64.b64encode((REPOSITORY / "docs" / "assets" / "sample.png").read_bytes()).decode()
+    parts = [{"image": image}, {"text": "What number is on the red card?"}]
+    request = json.dumps({"turns": [{"role": "ROLE_USER", "parts": parts}], "return_map": True})
+    buf = HERE / "node" / "node_modules" / ".bin" / "buf"
+    url = f"http://{server.grpc}/focusllava.v1.FocusService/Chat"
+    options = ("--schema", REPOSITORY / "protos", "--protocol", "grpc", "--http2-prior-knowledge")
+    printed = run(buf, "curl", *options, "--header", "application: gateway", "--data", "@-", url, given=request)
+    decoder, events = json.JSONDecoder(), []
+    while printed := printed.lstrip():
+        event, end = decoder.raw_decode(printed)
+        events.append(event)
+        printed = printed[end:]
+    assert "".join(event.get("token", {}).get("text", "") for event in events) == SIXTY
+    (maps,) = (event["focusMaps"] for event in events if "focusMaps" in event)
+    assert len(maps["maps"][0]["boxes"]) == 4 * 299 and events[-1]["finished"]["reason"] == "FINISH_REASON_STOP"

@@ -1,0 +1,1 @@
+"""What the Makefile calls: shell scripts, and the documentation site."""
