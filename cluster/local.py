@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import os
 import pathlib
 import subprocess
@@ -142,6 +143,8 @@ class LocalCluster:
         try:
             check_disk(temp_dir, MIN_FREE_BYTES)
             config = serve_config(self._config, ports, str(checkpoint), self._args, self._options, host=host)
+            gateway = next(each for each in config["applications"] if each["name"] == "gateway")
+            self._state = dataclasses.replace(self._state, playground=gateway["args"].get("playground", True))
             progress(f"starting Ray (logs: {temp_dir})")
             env = cluster_environment(self._state, self._env)
             self._head = start_head(self._state, env)
@@ -256,8 +259,9 @@ def placed(checkpoint: str | None, progress: Progress) -> dict[str, Any]:
 
 def opened(state: ClusterState) -> list[str]:
     """Lines for a person that say where the cluster listens, and for whom."""
+    page = f"try it at {state.openai_url.removesuffix('v1')}; " if state.playground else ""
     lines = [
-        f"OpenAI's API at {state.openai_url}",
+        f"{page}OpenAI's API at {state.openai_url}",
         f"dashboard {state.dashboard_url} (asks for the token in {state.token_file}), metrics {state.metrics_url}",
     ]
     if state.is_open:

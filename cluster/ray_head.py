@@ -38,6 +38,8 @@ class ClusterState:
     ports: Ports
     host: str = LOOPBACK
     """The address at which the public API listens: the loopback interface's, or what `--host` opened."""
+    playground: bool = True
+    """Whether the HTTP port has the page."""
 
     @property
     def grpc_address(self) -> str:

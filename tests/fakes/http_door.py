@@ -7,7 +7,7 @@ import base64
 import contextlib
 import json
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import httpx2
@@ -19,6 +19,7 @@ from services.gateway.admission import AdmissionLimits
 from services.gateway.health import Health
 from services.gateway.keys import Keys
 from services.gateway.openai.http import HttpDoor
+from services.gateway.playground import Asset
 from tests.fakes.stages import KEY, METRICS, PNG, WORDS, Encoder, LanguageModel, service, serving
 
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(PNG).decode()}}
@@ -58,7 +59,8 @@ class Door:
 @contextlib.asynccontextmanager
 async def open_door(model: LanguageModel | None = None, encoder: Encoder | None = None,
                     limits: AdmissionLimits | None = None, cors_origins: Sequence[str] = (),
-                    keys: Keys | None = None, allowed_hosts: Sequence[str] = ()):  # fmt: skip
+                    keys: Keys | None = None, allowed_hosts: Sequence[str] = (),
+                    page: Mapping[str, Asset] | None = None):  # fmt: skip
     model, encoder = model or LanguageModel(), encoder or Encoder()
     async with serving(model, encoder) as clients:
         chat = service(*clients)
@@ -69,6 +71,7 @@ async def open_door(model: LanguageModel | None = None, encoder: Encoder | None 
             keys or Keys(METRICS),
             model="tiny",
             max_model_len=4096,
+            page=page,
             cors_origins=cors_origins,
             allowed_hosts=allowed_hosts,
         )
