@@ -219,7 +219,7 @@ def serving(result: dict[str, Any]) -> str:
     goal = result["goal"]
     said = (
         f"Good is a first token within {goal['ttft_s']:g} s and {1e3 * goal['tpot_s']:.0f} ms a token after it. "
-        f"Capacity {result['capacity']:.1f} requests/s; options `{result['asked']}`."
+        f"Capacity {result['capacity']:.1f} requests/s."
     )
     return (
         f"{said}\n\n{markdown(('in flight', 'setting', *figures), closed)}\n"
