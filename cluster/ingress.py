@@ -26,7 +26,7 @@ import grpc
 from cluster.http_bounds import RETRY_AFTER_S, bound_http
 from focusllava.v1 import encoder_pb2_grpc, focus_pb2_grpc, llm_pb2_grpc
 from services.common.errors import InvalidInput
-from services.common.grpc_status import one_line, refuse, replica_is_lost, tell_retry
+from services.common.grpc_status import one_line, refuse, replica_is_lost, split_wait, tell_retry
 from services.common.logs import set_up_logs
 from services.common.tracing import join_trace, set_up_traces, span
 from services.common.unreadable import check_readable, reads_safely
@@ -144,9 +144,14 @@ async def _pump(answer: AsyncIterator[Any], messages: asyncio.Queue[Any]) -> Non
 def clean_status(context: Any, service_method: str) -> None:
     """Replaces a status that Ray wrote from an exception by one of ours."""
     code, details = context.code(), context.details() or ""
-    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "max_queued_requests" in details:
-        context.set_details(f"the {_application(context)} application is full (max_queued_requests); try again later")
-        tell_retry(context, RETRY_AFTER_S)
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        _, wait_s = split_wait(details)
+        if wait_s is None and "max_queued_requests" in details:  # Ray itself refused
+            wait_s = RETRY_AFTER_S
+            full = f"the {_application(context)} application is full (max_queued_requests); try again later"
+            context.set_details(full)
+        if wait_s is not None:
+            tell_retry(context, wait_s)
         return
     if code is not grpc.StatusCode.INTERNAL:  # Ray's other statuses have a fitting code and no internals
         return

@@ -18,6 +18,7 @@ _LOST = re.compile(
     r"|WorkerCrashed|NodeDied|OwnerDied",
     re.IGNORECASE,
 )
+_WAIT = re.compile(r" \(in (\d+(?:\.\d+)?) s\)$")
 
 _log = logging.getLogger("focusllava")
 
@@ -63,11 +64,19 @@ def status_of(error: BaseException, request_id: str = "") -> tuple[Code, str]:
 def refuse(context: StatusContext, error: BaseException, request_id: str = "") -> Refused:
     """Sets the status for `error`; use as `raise refuse(context, error, request_id) from None`."""
     code, message = status_of(error, request_id)
+    if isinstance(error, Overloaded):
+        # In words too: Ray Serve drops the metadata of a call that fails, and our part of its proxy sets it again.
+        message = f"{message} (in {error.retry_after_s:g} s)"
+        tell_retry(context, error.retry_after_s)
     context.set_code(grpc.StatusCode[code.value])
     context.set_details(message)
-    if isinstance(error, Overloaded):
-        tell_retry(context, error.retry_after_s)
     return Refused(code, message)
+
+
+def split_wait(details: str) -> tuple[str, float | None]:
+    """A status's message without the words that `refuse` adds to it, and the seconds that they tell."""
+    found = _WAIT.search(details)
+    return (details[: found.start()], float(found[1])) if found else (details, None)
 
 
 def tell_retry(context: StatusContext, seconds: float) -> None:

@@ -17,7 +17,7 @@ from services.common.errors import (
     TooLarge,
     WrongFingerprint,
 )
-from services.common.grpc_status import replica_is_lost
+from services.common.grpc_status import replica_is_lost, split_wait
 
 _log = logging.getLogger("focusllava")
 
@@ -51,6 +51,8 @@ def stage_error(stage: str, code: grpc.StatusCode, details: str, wait_s: float |
     if code is grpc.StatusCode.FAILED_PRECONDITION:
         return WrongFingerprint(details)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        details, told_s = split_wait(details)
+        wait_s = told_s if wait_s is None else wait_s
         if wait_s is None:
             return TooLarge(details)
         full = "max_queued_requests" in details  # which is of no use to who asks

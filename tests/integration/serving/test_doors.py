@@ -95,7 +95,7 @@ def test_another_sites_name_is_refused_on_the_loopback_interface(http, alice):
     assert http.get("/v1/models", headers={**bearer(alice), "host": "localhost:1"}).status_code == 200
 
 
-def test_a_key_is_taken_over_and_taken_away_while_it_serves(http, keys):
+def test_a_key_is_taken_over_and_taken_away_while_it_serves(cluster, http, keys):
     file, new = keys
     before = file.read_text()
     bob = new("bob", "--requests-per-minute", "1")
@@ -103,6 +103,9 @@ def test_a_key_is_taken_over_and_taken_away_while_it_serves(http, keys):
     assert http.post("/v1/chat/completions", json=body(), headers=bearer(bob)).status_code == 200
     refused = http.post("/v1/chat/completions", json=body(), headers=bearer(bob))
     assert refused.status_code == 429 and 1 < int(refused.headers["retry-after"]) <= 60
+    with FocusClient(cluster.grpc_address, api_key=bob) as client, pytest.raises(FocusClientError) as caught:
+        client.ask([], "what?").result()
+    assert caught.value.code == "RESOURCE_EXHAUSTED" and 1 < caught.value.retry_after_s <= 60
     file.write_text(before)
     assert until(lambda: http.get("/v1/models", headers=bearer(bob)).status_code == 401)
 

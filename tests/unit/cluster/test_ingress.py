@@ -112,6 +112,11 @@ def other_servers_stay_as_they_are(monkeypatch):
             "the llm application is full (max_queued_requests); try again later",
         ),
         ((grpc.StatusCode.RESOURCE_EXHAUSTED, "image: too large"), "RESOURCE_EXHAUSTED", "image: too large"),
+        (
+            (grpc.StatusCode.RESOURCE_EXHAUSTED, "the server is full (in 2.5 s)"),
+            "RESOURCE_EXHAUSTED",
+            "the server is full (in 2.5 s)",
+        ),
     ],
 )
 async def test_a_status_tells_what_to_do_and_no_internals(status, code, says):
@@ -128,7 +133,8 @@ async def test_a_status_tells_what_to_do_and_no_internals(status, code, says):
     for caught in (unary, streamed):
         assert (caught.value.code().name, caught.value.details()) == (code, says)
         assert not LEAKS.search(caught.value.details())
-        assert retry_after_s(caught.value) == (1 if "try again later" in says else None)
+        when = 2.5 if "2.5 s" in says else 1 if "try again later" in says else None
+        assert retry_after_s(caught.value) == when
 
 
 async def test_a_handler_that_fails_tells_nothing_either():
