@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ REPORT_PERIOD_S = 1.0
 LONGEST_DRAIN_S = 3600.0
 
 
-class StageDeployment(ForeignMethods):
+class StageDeployment(ForeignMethods, abc.ABC):
     """What both model stages have beside their methods: a port of their own, and nothing to say over HTTP.
 
     Serve calls all of this: `record_replica_metadata` once, when the replica is ready, and `__del__` when it is to go
@@ -38,9 +39,9 @@ class StageDeployment(ForeignMethods):
         """The port's address and secret, for the gateways."""
         return await self.port.start(self.host)
 
+    @abc.abstractmethod
     def work(self) -> dict[str, float]:
         """What the replica has before it, by the names of its gauges. `cluster/autoscaling.py` scales by it."""
-        raise NotImplementedError
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         return self.work()
