@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import dataclasses
 import io
 import itertools
 import json
@@ -194,6 +195,17 @@ def maps_of(events: list[focus_pb2.ChatResponse]) -> FocusMaps:
     return read_maps(found)
 
 
+def assert_alike(found: FocusMaps, expected: FocusMaps) -> None:
+    """The same maps but for the rounding of importance, which images read together and a reused prefix change."""
+    for mine, other in zip(found.maps, expected.maps, strict=True):
+        np.testing.assert_allclose(mine.importance, other.importance, rtol=1e-3, atol=1e-6)
+    assert without_importance(found) == without_importance(expected)
+
+
+def without_importance(maps: FocusMaps) -> FocusMaps:
+    return dataclasses.replace(maps, maps=tuple(dataclasses.replace(one, importance=()) for one in maps.maps))
+
+
 def from_json(focus: dict[str, Any]) -> FocusMaps:
     """The message that the documented JSON stands for, read as the client reads it."""
     pruning = focus["pruning"] or {"layer": 0, "threshold": None, "keep_ratio": None}
@@ -236,7 +248,7 @@ async def test_every_door_gives_what_the_process_chose(served: Served, local: Lo
     turns = [user(RED, images=[SAMPLE, PHOTO], **reading)]
     expected = local.chat(turns, return_map=True, **samplers)
     events = await served.events(turns, return_map=True, **samplers)
-    assert maps_of(events) == expected.focus
+    assert_alike(maps_of(events), expected.focus)
     assert kinds(events)[:3] == ["started", "token", "focus_maps"] and kinds(events)[-1] == "finished"
     # The map agrees with the accounting and, token by token, with the engine's decision.
     usage, first, second = events[-1].finished.usage, *expected.focus.maps
@@ -254,12 +266,13 @@ async def test_every_door_gives_what_the_process_chose(served: Served, local: Lo
         assert expected.focus.prune_layer == 0 and not first.importance and all(first.kept)
     detail = reading.pop("detail", "auto")
     whole = (await served.post(False, [SAMPLE, PHOTO], detail, return_map=True, **samplers, **reading)).json()
-    assert from_json(whole["focus"]) == expected.focus
+    assert_alike(from_json(whole["focus"]), expected.focus)
     assert whole["choices"][0]["message"]["content"] == expected.text
     streamed = (await served.post(True, [SAMPLE, PHOTO], detail, return_map=True, **samplers, **reading)).text
     chunks = [json.loads(line.removeprefix("data: ")) for line in streamed.split("\n\n") if line.startswith("data: {")]
     with_maps = [number for number, chunk in enumerate(chunks) if "maps" in chunk.get("focus", {})]
-    assert len(with_maps) == 1 and from_json(chunks[with_maps[0]]["focus"]) == expected.focus
+    assert len(with_maps) == 1
+    assert_alike(from_json(chunks[with_maps[0]]["focus"]), expected.focus)
     assert chunks[with_maps[0]]["choices"][0]["delta"] == {"content": ""}
     before = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks[: with_maps[0]])
     assert expected.text.startswith(before) and (not expected.text or before != expected.text or len(chunks) == 4)
@@ -281,9 +294,8 @@ async def test_a_follow_up_has_its_own_map_though_everything_is_cached(served: S
     events = await served.events(then, return_map=True)
     assert events[0].started.images[0].cached
     assert served.model.engine.stats().prompt_tokens_reused > before + 200, "the lower layers were not computed again"
-    (found,), (expected,) = maps_of(events).maps, local.chat(then, return_map=True).focus.maps
-    np.testing.assert_allclose(found.importance, expected.importance, rtol=1e-3, atol=1e-6)
-    assert found.kept == expected.kept and found.boxes == expected.boxes
+    assert_alike(maps_of(events), local.chat(then, return_map=True).focus)
+    (found,) = maps_of(events).maps
     assert found.importance != local.chat(first, return_map=True).focus.maps[0].importance, "another question's map"
 
 
@@ -295,8 +307,7 @@ async def test_a_lost_stage_brings_one_map(served: Served, local: LocalModel, lo
     assert served.model.sent.count("finished") == 1 and served.model.sent.count("token") > lost_after
     assert kinds(events).count("focus_maps") == 1
     assert "".join(event.token.text for event in events) == local.chat(turns).text
-    (found,), (expected,) = maps_of(events).maps, local.chat(turns, return_map=True).focus.maps
-    assert found.kept == expected.kept
+    assert_alike(maps_of(events), local.chat(turns, return_map=True).focus)
 
 
 async def test_nothing_is_done_for_who_does_not_ask(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,6 +337,4 @@ async def test_callers_at_once_have_their_own_maps(served: Served, local: LocalM
     asked = [[user(question, images=image)] for question, image in itertools.product((RED, YELLOW), (SAMPLE, PHOTO))]
     answers = await asyncio.gather(*(served.events(turns, return_map=True) for turns in asked))
     for turns, events in zip(asked, answers, strict=True):
-        (found,), (expected,) = maps_of(events).maps, local.chat(turns, return_map=True).focus.maps
-        np.testing.assert_allclose(found.importance, expected.importance, rtol=1e-3, atol=1e-6)
-        assert found.boxes == expected.boxes
+        assert_alike(maps_of(events), local.chat(turns, return_map=True).focus)
