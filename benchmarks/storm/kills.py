@@ -50,6 +50,14 @@ class Load:
     _done: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
+    def wait_for_an_answer(self, seconds: float = 120) -> None:
+        """Returns once another answer has ended."""
+        before, end = self.answers, time.monotonic() + seconds
+        while self.answers == before:
+            if time.monotonic() > end:
+                raise TimeoutError(f"no answer within {seconds:g} s of a kill of {self.part}")
+            time.sleep(0.05)
+
     def start(self, clients: int) -> None:
         self._threads = [threading.Thread(target=self._ask_on, args=(number,)) for number in range(clients)]
         for thread in self._threads:
@@ -138,6 +146,7 @@ def against(cluster: LocalCluster, redis: RedisServer, options: argparse.Namespa
             load.part, before, load.slowest_s = part, load.answers, 0.0
             for _ in range(options.kills):
                 ways[part]()
+                load.wait_for_an_answer()  # a process that does not answer yet has nothing to lose
                 time.sleep(options.pause_s)
             lost = sum(count for said, count in load.failed.items() if said.startswith(f"{part}:"))
             answers = load.answers - before
@@ -159,4 +168,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kills", type=int, default=5, help="of each part")
     parser.add_argument("--replicas", type=int, default=1, help="of each application")
     parser.add_argument("--clients", type=int, default=6)
-    parser.add_argument("--pause-s", type=float, default=5, help="from a new process to the next kill")
+    parser.add_argument("--pause-s", type=float, default=5, help="from the first answer after a kill to the next")

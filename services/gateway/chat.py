@@ -188,7 +188,7 @@ class ChatService:
                 if kind == "token":
                     caller.charge(len(event.token.token_ids))
                     if first_token_s is None:
-                        waiting.over()
+                        waiting.first_token()
                         first_token_s = time.monotonic() - received
                         self._metrics.observe("focusllava_time_to_first_token_seconds", first_token_s)
                     yield focus_pb2.ChatResponse(token=event.token)

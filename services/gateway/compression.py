@@ -1,13 +1,14 @@
 """Compression that follows the load: detail is given up before anybody waits long, and comes back when the load ends.
 
-The load is the gateway's requests without a first token: those that wait for a turn, for the encoder or for the LLM
-stage's prefill, where visual tokens cost. It needs no message from a stage, so it is never stale.
+The load is the time for which a request that comes now would wait for its first token: those that wait for theirs, be
+it for a turn, for the encoder or for the LLM stage's prefill, times the mean time between two first tokens (Little's
+law). The gateway knows both by itself, so it is never stale, and is the same for a slow machine and for a fast one.
 
 At level 0 a request is as the checkpoint has it. Levels 1 to n go evenly from the gentle end of each bound to the
-tight one. The level is at once k where more than k times `tighten_above` requests wait, so that a burst costs detail
-before it costs time, and rises by one in each `tighten_after_s` in which more than `tighten_above` do; it falls by one
-for each `relax_after_s` in which no more than `relax_below` waited. What is between the two changes nothing: that gap,
-and the slow fall, keep it from swinging.
+tight one. The level is at once k where the wait is above k times `tighten_at` of the time that is wanted, so that a
+burst costs detail before it costs time, and rises by one in each `tighten_after_s` in which the wait is above it; it
+falls by one for each `relax_after_s` in which the wait was at most `relax_at` of that time. What is between the two
+changes nothing: that gap, and the slower fall, keep it from swinging.
 
 An image whose visual tokens are known with more detail keeps them: to encode it anew would cost the encoder what the
 load has none of, and the language model the prefix that it may still hold. Its `threshold` tightens all the same.
@@ -16,16 +17,19 @@ load has none of, and the language model the prefix that it may still hold. Its 
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Self
 
 from services.checkpoint.config import FocusLlavaConfig
-from services.common.settings import Count, Natural, Range, Share, require
+from services.common.settings import Count, Range, Share, require
 from services.gateway.admission import AdmittedChat
 
 Seconds = Annotated[float, Range(0, above=True)]
+_REMEMBERED = 16
+"""First tokens over which the mean time between two of them goes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,21 +42,21 @@ class LoadCompression:
     """gamma of Eq. 9, for the text-guided sampler."""
     levels: Count = 3
     """Steps from the gentle end to the tight one. Each is a cache entry of its own for an image."""
-    tighten_above: Count = 16
-    """Requests of this gateway without a first token above which the level rises; twice as many are level 2, and so on.
-    As many as are answered in half the time in which a first token is wanted."""
-    relax_below: Natural = 4
-    """Requests without a first token up to which the level falls."""
-    tighten_after_s: Seconds = 0.5
-    relax_after_s: Seconds = 5.0
+    first_token_s: Seconds = 1.0
+    """Time within which a first token is wanted. A server without load must need less than `relax_at` of it."""
+    tighten_at: Share = 0.6
+    """Share of `first_token_s`: a longer wait has the level rise; twice as long is level 2, and so on."""
+    relax_at: Share = 0.3
+    """Share of `first_token_s`: a wait that is no longer has the level fall."""
+    tighten_after_s: Seconds = 0.25
+    relax_after_s: Seconds = 1.0
 
     def __post_init__(self) -> None:
         bounds = {"map_share": self.map_share, "threshold": self.threshold}
         require(any(bounds.values()), "map_share", None, "[gentle, tight], for it or for threshold")
         for name, bound in bounds.items():
             require(bound is None or bound[0] >= bound[1], name, bound, "[gentle, tight], the tight one not larger")
-        require(self.relax_below < self.tighten_above, "relax_below", self.relax_below,
-                f"less than tighten_above, {self.tighten_above}")  # fmt: skip
+        require(self.relax_at < self.tighten_at, "relax_at", self.relax_at, f"less than tighten_at, {self.tighten_at}")
 
     def check(self, config: FocusLlavaConfig) -> None:
         """Raises InvalidInput for a sampler that the checkpoint has off, or a threshold above its own."""
@@ -102,9 +106,13 @@ class LoadController:
         self.settings, self._clock = settings, clock
         self.waiting = 0
         """Requests without a first token."""
+        self._between_s = 0.0
+        """Mean time between two of the last first tokens, while requests waited; 0 before there were any."""
+        self._first_tokens, self._last_at = 0, clock()
+        """First tokens so far, and when the last one came, or the first of those that wait."""
         self._level = 0
         self._calm_since: float | None = clock()
-        """Since when no more than `relax_below` wait, or the level last fell; None while more do."""
+        """Since when the wait is at most `relax_at`, or the level last fell; None while it is longer."""
         self._tightened_at = -float("inf")
 
     @property
@@ -118,24 +126,40 @@ class LoadController:
         """An admitted request, as an async context around its answer."""
         return Waiting(self)
 
+    @property
+    def wait_s(self) -> float:
+        """For how long a request that comes now would wait for its first token, in seconds."""
+        return self.waiting * self._between_s
+
     def change(self, by: int) -> None:
-        """Counts requests that begin to wait, or end it."""
+        """Counts requests that begin to wait, or leave without a first token."""
+        if not self.waiting:
+            self._last_at = self._clock()
         self.waiting += by
         if self.settings is not None:
             self._follow(self.settings)
 
-    def _follow(self, settings: LoadCompression) -> None:
+    def first_token(self) -> None:
+        """Counts a first token, which ends its request's wait."""
         now = self._clock()
+        self._first_tokens += 1
+        self._between_s += (now - self._last_at - self._between_s) / min(self._first_tokens, _REMEMBERED)
+        self._last_at = now
+        self.change(-1)
+
+    def _follow(self, settings: LoadCompression) -> None:
+        now, wait_s = self._clock(), self.wait_s
         if self._calm_since is not None:  # nothing was called in this calm
             steps = int((now - self._calm_since) / settings.relax_after_s)
             self._level = max(0, self._level - steps)
             self._calm_since += steps * settings.relax_after_s
-        if self.waiting > settings.relax_below:
+        if wait_s > settings.relax_at * settings.first_token_s:
             self._calm_since = None
         elif self._calm_since is None:
             self._calm_since = now
-        if self.waiting > settings.tighten_above:
-            level = (self.waiting - 1) // settings.tighten_above
+        tight_s = settings.tighten_at * settings.first_token_s
+        if wait_s > tight_s:
+            level = math.ceil(wait_s / tight_s) - 1
             if now - self._tightened_at >= settings.tighten_after_s:
                 level = max(level, self._level + 1)
             if level > self._level:
@@ -157,7 +181,7 @@ class LoadController:
 
 
 class Waiting:
-    """An admitted request. It waits from the start of the block until `over` is called, or the block ends."""
+    """An admitted request. It waits from the start of the block until its first token, or the block's end."""
 
     def __init__(self, load: LoadController):
         self._load, self._waits = load, False
@@ -168,13 +192,15 @@ class Waiting:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        self.over()
-
-    def over(self) -> None:
-        """Its first token is there."""
         if self._waits:
             self._waits = False
             self._load.change(-1)
+
+    def first_token(self) -> None:
+        """Its first token is there."""
+        if self._waits:
+            self._waits = False
+            self._load.first_token()
 
 
 def _names_its_own(admitted: AdmittedChat) -> bool:

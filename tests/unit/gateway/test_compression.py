@@ -22,10 +22,13 @@ from services.gateway.deployment import GatewaySettings
 from tests.fakes.stages import KEY, Encoder, LanguageModel, message_for, service, serving
 from tests.unit.gateway.test_admission import LIMITS, PNG, USER, ask, turn
 
+PACE_S = 0.25
+"""From one first token to the next: four that wait are a second."""
 SETTINGS = LoadCompression(
-    map_share=(0.5, 0.2), threshold=(0.8, 0.6), levels=3, tighten_above=3, relax_below=1, tighten_after_s=1,
-    relax_after_s=10,
+    map_share=(0.5, 0.2), threshold=(0.8, 0.6), levels=3, first_token_s=1, tighten_at=0.75, relax_at=0.25,
+    tighten_after_s=1, relax_after_s=10,
 )  # fmt: skip
+"""The level rises where more than three wait, and falls where one does."""
 
 
 class Clock:
@@ -35,10 +38,21 @@ class Clock:
         return self.now
 
 
+def paced(clock: Clock, pace_s: float = PACE_S, settings: LoadCompression = SETTINGS) -> LoadController:
+    """A controller that has seen first tokens come one by one, in this time."""
+    load = LoadController(settings, clock)
+    for _ in range(32):
+        load.change(+1)
+        clock.now += pace_s
+        load.first_token()
+    assert (load.waiting, load.level) == (0, 0)
+    return load
+
+
 def at_level(level: int) -> LoadController:
     clock = Clock()
-    load = LoadController(SETTINGS, clock)
-    load.change(SETTINGS.tighten_above)
+    load = paced(clock)
+    load.change(+3)
     for _ in range(level):
         clock.now += SETTINGS.tighten_after_s
         load.change(+1)
@@ -47,7 +61,7 @@ def at_level(level: int) -> LoadController:
 
 
 def test_a_burst_is_met_at_once_by_its_size():
-    load = LoadController(SETTINGS, Clock())
+    load = paced(Clock())
     levels = []
     for _ in range(15):
         load.change(+1)
@@ -59,7 +73,7 @@ def test_a_burst_is_met_at_once_by_its_size():
 
 def test_the_level_rises_step_by_step_and_falls_slowly():
     clock = Clock()
-    load = LoadController(SETTINGS, clock)
+    load = paced(clock)
     load.change(+4)
     for seconds, level in ((0, 1), (0.5, 1), (0.5, 2), (1, 3), (5, 3)):
         clock.now += seconds
@@ -75,7 +89,7 @@ def test_the_level_rises_step_by_step_and_falls_slowly():
 
 def test_a_call_in_the_calm_does_not_start_it_anew_and_load_does():
     clock = Clock()
-    load = LoadController(SETTINGS, clock)
+    load = paced(clock)
     load.change(+4)
     load.change(-4)
     for _ in range(9):
@@ -89,6 +103,40 @@ def test_a_call_in_the_calm_does_not_start_it_anew_and_load_does():
     assert load.level == 1
     clock.now += 1.1
     assert load.level == 0
+
+
+def test_it_is_the_time_to_wait_that_counts_and_not_how_many_do():
+    clock = Clock()
+    fast, slow = paced(clock, pace_s=1 / 64), paced(clock, pace_s=0.5)
+    fast.change(+48)
+    slow.change(+2)
+    assert (fast.wait_s, fast.level) == (0.75, 0)
+    assert (slow.wait_s, slow.level) == (1.0, 1)
+    # The fast one becomes slower: so does what it expects.
+    for _ in range(64):
+        clock.now += 0.5
+        fast.first_token()
+        fast.change(+1)
+    assert fast.wait_s > 20 and fast.level == 3
+
+
+def test_who_leaves_without_a_first_token_makes_nothing_faster():
+    clock = Clock()
+    load = paced(clock)
+    load.change(+2)
+    clock.now += PACE_S
+    load.change(-1)
+    clock.now += PACE_S
+    load.first_token()
+    assert load.wait_s == 0 and load.waiting == 0
+    load.change(+1)
+    assert load.wait_s > PACE_S, "two of the clock's steps for one first token"
+
+
+def test_nothing_is_known_of_a_server_that_has_answered_nobody():
+    load = LoadController(SETTINGS, Clock())
+    load.change(+1000)
+    assert (load.wait_s, load.level) == (0, 0)
 
 
 def test_levels_go_evenly_between_the_bounds():
@@ -108,7 +156,8 @@ def test_levels_go_evenly_between_the_bounds():
         ({}, r"load_compression\.map_share: is None, expected \[gentle, tight\]"),
         ({"threshold": [0.5, 0.8]}, r"load_compression\.threshold: is \(0\.5, 0\.8\), expected"),
         ({"map_share": [0.5, 0]}, r"load_compression\.map_share\[1\]: is 0, expected"),
-        ({"map_share": [0.5, 0.2], "relax_below": 16}, r"load_compression\.relax_below: is 16, expected less than"),
+        ({"map_share": [0.5, 0.2], "relax_at": 0.6}, r"load_compression\.relax_at: is 0\.6, expected less than"),
+        ({"map_share": [0.5, 0.2], "first_token_s": 0}, r"load_compression\.first_token_s: is 0, expected"),
         ({"map_share": [0.5, 0.2], "levels": 0}, r"load_compression\.levels: is 0, expected"),
     ],
 )
@@ -180,7 +229,7 @@ async def test_requests_that_wait_have_the_next_ones_compressed_on_the_wire():
     encoder, model = Encoder(), Held()
     async with serving(model, encoder) as clients:
         chats, clock = service(*clients), Clock()
-        chats.load = LoadController(SETTINGS, clock)
+        chats.load = paced(clock)
         asked = []
         for number in range(6):
             clock.now += SETTINGS.tighten_after_s
