@@ -63,7 +63,7 @@ class Size(click.ParamType):
 @click.option(
     "--log-format",
     type=click.Choice(["text", "json"]),
-    help="Of the gateway's logs: lines for people, or JSON for machines.  [default: FOCUSLLAVA_LOG_FORMAT, then text]",
+    help="Of the services' logs: lines for people, or JSON for machines.  [default: FOCUSLLAVA_LOG_FORMAT, then text]",
 )
 @click.option("--device", metavar="NAME", help="cpu, cuda, or auto: a GPU when there is one.  [default: auto]")
 @click.option(

@@ -27,11 +27,11 @@ from cluster.http_bounds import RETRY_AFTER_S, bound_http
 from focusllava.v1 import encoder_pb2_grpc, focus_pb2_grpc, llm_pb2_grpc
 from services.common.errors import InvalidInput
 from services.common.grpc_status import one_line, refuse, replica_is_lost, split_wait, tell_retry
-from services.common.logs import set_up_logs
+from services.common.logs import LOGGER, set_up_logs
 from services.common.tracing import join_trace, set_up_traces, span
 from services.common.unreadable import check_readable, reads_safely
 
-_log = logging.getLogger("focusllava")
+_log = logging.getLogger(LOGGER)
 
 MOST_FILES = 65_536
 """What the proxy's limit of open files is raised to, where the hard limit has room."""

@@ -11,6 +11,7 @@ import grpc
 
 from focusllava.errors import RETRY_METADATA
 from services.common.errors import Code, FocusError, Overloaded, WrongFingerprint
+from services.common.logs import LOGGER
 
 MAX_MESSAGE_CHARS = 500
 _LOST = re.compile(
@@ -20,7 +21,7 @@ _LOST = re.compile(
 )
 _WAIT = re.compile(r" \(in (\d+(?:\.\d+)?) s\)$")
 
-_log = logging.getLogger("focusllava")
+_log = logging.getLogger(LOGGER)
 
 
 class Refused(Exception):

@@ -18,6 +18,8 @@ from services.common.errors import InvalidInput
 LOGGER = "focusllava"
 FORMAT = "FOCUSLLAVA_LOG_FORMAT"
 """The variable of the environment that says "text", its default, or "json"."""
+REQUEST_ID_METADATA = "x-request-id"
+"""gRPC metadata, and header, with the id of a request."""
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 """The id of the request that is being answered."""
 
@@ -38,6 +40,24 @@ def set_up_logs(environment: Mapping[str, str], stream: TextIO | None = None) ->
 def log_event(message: str, **facts: Any) -> None:
     """Writes a line with facts beside its message: numbers, names and states of a request."""
     logging.getLogger(LOGGER).info(message, extra={"facts": facts})
+
+
+def answers_request(request_id: str) -> None:
+    """Has the lines of this task bear the id.
+
+    A deployment calls it and does not name REQUEST_ID: Ray Serve could not pickle the class then.
+    """
+    REQUEST_ID.set(request_id)
+
+
+def answers_call(context: Any, otherwise: str = "") -> None:
+    """The same with the id that the metadata of a gRPC call, or of Ray Serve's, has; `otherwise` where it has none."""
+    answers_request(str(dict(context.invocation_metadata() or ()).get(REQUEST_ID_METADATA, otherwise)))
+
+
+def request_id_metadata() -> tuple[str, str]:
+    """Metadata for a call that is a part of this task's request."""
+    return REQUEST_ID_METADATA, REQUEST_ID.get()
 
 
 class Lines(logging.Formatter):

@@ -21,7 +21,9 @@ from dataclasses import dataclass
 
 import torch
 
-_log = logging.getLogger("focusllava")
+from services.common.logs import LOGGER
+
+_log = logging.getLogger(LOGGER)
 
 FOLDER_VARIABLE = "FOCUSLLAVA_SHELF"
 """The folder, where one cluster is to have its own; it is made where it is missing. Unset: the user's, on this node."""

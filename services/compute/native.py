@@ -22,6 +22,8 @@ from collections.abc import Sequence
 
 import torch
 
+from services.common.logs import LOGGER
+
 FOLDER = pathlib.Path(__file__).parent / "cpp"
 SOURCES, HEADERS = (tuple(sorted(FOLDER.glob(pattern))) for pattern in ("*.cpp", "*.h"))
 # Without errno and traps the compiler may vectorise; nothing here changes what a float operation gives.
@@ -39,7 +41,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 TORCH_LIBRARIES = ("torch", "torch_cpu", "c10")
 COMPILE_SECONDS = 600
 
-log = logging.getLogger(__name__)
+log = logging.getLogger(LOGGER)
 
 
 class CannotBuild(Exception):

@@ -15,9 +15,10 @@ from collections.abc import Callable
 
 import torch
 
+from services.common.logs import LOGGER
 from services.compute import native
 
-log = logging.getLogger(__name__)
+log = logging.getLogger(LOGGER)
 
 
 @functools.cache

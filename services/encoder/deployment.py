@@ -21,6 +21,7 @@ from services.common import wire
 from services.common.errors import InternalError
 from services.common.grpc_status import check_fingerprint, refuse
 from services.common.int8 import check_width, to_int8
+from services.common.logs import answers_call, log_event, set_up_logs
 from services.common.port import StagePort
 from services.common.shelf import Shelf
 from services.common.telemetry import Metrics
@@ -82,6 +83,7 @@ class Encoder(StageDeployment):
     """One replica of stage 1; takes no LLM weight into memory."""
 
     def __init__(self, settings: EncoderSettings):
+        set_up_logs(os.environ)
         set_up_traces(os.environ, "encoder")
         device, dtype = settings.place()
         gpu_part(device, lambda: ray.get_runtime_context().get_assigned_resources())
@@ -121,6 +123,8 @@ class Encoder(StageDeployment):
     ) -> encoder_pb2.EncodeResponse:
         """EncoderService.Encode."""
         received, outcome = time.monotonic(), "cancelled"
+        facts: dict[str, int] = {}
+        answers_call(grpc_context)
         try:
             self.port.admit(grpc_context)
             check_fingerprint(request.model_fingerprint, self._pipeline.fingerprint)
@@ -130,6 +134,7 @@ class Encoder(StageDeployment):
             near = claims if self._delivery.is_near(request.shelf) else None
             response = await asyncio.to_thread(encode_response, tokens, self._delivery, near)
             outcome = "ok"
+            facts = {"visual_tokens": len(tokens.tokens_ND), "uncompressed": tokens.uncompressed_tokens}
             self._record(request, tokens, response)
             return response
         except Exception as error:
@@ -138,7 +143,8 @@ class Encoder(StageDeployment):
             raise refused from None
         finally:
             self._metrics.count("focusllava_encode_requests", outcome=outcome)
-            self._metrics.observe("focusllava_encode_seconds", time.monotonic() - received)
+            self._metrics.observe("focusllava_encode_seconds", seconds := time.monotonic() - received)
+            log_event("image encoded", outcome=outcome, seconds=round(seconds, 3), **facts)
 
     def _claims(self, tokens: CompressedVisualTokens, vision_sampler: bool, options: ImageOptions) -> object:
         """All that decides the visual tokens of an image."""

@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 from focusllava.v1 import encoder_pb2
 from services.common import wire
 from services.common.errors import InvalidInput, NotOnShelf
+from services.common.logs import LOGGER
 from services.common.shelf import Shelf
 from services.common.telemetry import Metrics
 from services.common.types import ImageOptions
 from services.gateway.stores import Store, StoreFailed
 
-_log = logging.getLogger("focusllava")
+_log = logging.getLogger(LOGGER)
 
 _SMALL_BYTES = 2**20
 """A value up to this size is verified on the event loop."""

@@ -27,7 +27,7 @@ from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.store import fingerprint
 from services.common.foreign_methods import ForeignMethods
 from services.common.grpc_status import refuse
-from services.common.logs import set_up_logs
+from services.common.logs import LOGGER, REQUEST_ID_METADATA, set_up_logs
 from services.common.settings import build_settings, require
 from services.common.shelf import Shelf
 from services.common.stage_secret import SECRET_VARIABLE, shared_secret
@@ -47,9 +47,7 @@ from services.gateway.serve_replicas import ServeReplicas
 from services.gateway.stages import EncoderClient, LanguageModelClient, StageAddress
 from services.gateway.stores import CACHE_BYTES, open_store
 
-_log = logging.getLogger("focusllava")
-REQUEST_ID_METADATA = "x-request-id"
-"""Metadata with a call's id: of a caller that names none in the request, and of every answer."""
+_log = logging.getLogger(LOGGER)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 import yaml
 
 from services.common.errors import InvalidInput, WrongKey
+from services.common.logs import LOGGER
 from services.common.settings import build_settings
 from services.common.telemetry import Metrics
 from services.gateway.callers import ApiKey, Caller
 
-_log = logging.getLogger("focusllava")
+_log = logging.getLogger(LOGGER)
 
 KEYS_FILE, KEYS_TEXT = "FOCUSLLAVA_API_KEYS_FILE", "FOCUSLLAVA_API_KEYS"
 """Variables of the environment: the path of a file of keys, or what would stand in one."""

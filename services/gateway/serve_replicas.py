@@ -17,12 +17,13 @@ from ray.serve.request_router import FIFOMixin, LocalityMixin, PendingRequest, R
 
 from services.common.errors import Overloaded, StageUnavailable
 from services.common.grpc_status import one_line
+from services.common.logs import LOGGER
 from services.gateway.replicas import Replica
 
 NONE_S = 0.5
 """A router that has named no replica for so long knows of none."""
 
-_log = logging.getLogger("focusllava")
+_log = logging.getLogger(LOGGER)
 
 
 class ListingRouter(FIFOMixin, LocalityMixin, RequestRouter):

@@ -18,8 +18,9 @@ from services.common.errors import (
     WrongFingerprint,
 )
 from services.common.grpc_status import replica_is_lost, split_wait
+from services.common.logs import LOGGER
 
-_log = logging.getLogger("focusllava")
+_log = logging.getLogger(LOGGER)
 
 
 class UnusableVisualTokens(InternalError):

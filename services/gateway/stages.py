@@ -17,6 +17,7 @@ from focusllava.errors import retry_after_s
 from focusllava.v1 import encoder_pb2, encoder_pb2_grpc, llm_pb2, llm_pb2_grpc
 from services.common import wire
 from services.common.errors import FocusError, NotOnShelf, Overloaded, StageUnavailable
+from services.common.logs import LOGGER, request_id_metadata
 from services.common.settings import require
 from services.common.shelf import Shelf
 from services.common.stage_secret import SECRET_VARIABLE, shared_secret
@@ -29,7 +30,7 @@ from services.gateway.replay import Replay
 from services.gateway.replicas import IngressWay, Line, Replicas, ReplicaWay, Way
 from services.gateway.stage_errors import UnusableVisualTokens, stage_error
 
-_log = logging.getLogger("focusllava")
+_log = logging.getLogger(LOGGER)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +160,8 @@ class EncoderClient(_Stage):
             try:
                 async with self._line(timeout_s) as line:
                     stub = line.stub(encoder_pb2_grpc.EncoderServiceStub)
-                    response = await stub.Encode(request, timeout=timeout_s, metadata=line.metadata)
+                    metadata = (*line.metadata, request_id_metadata())
+                    response = await stub.Encode(request, timeout=timeout_s, metadata=metadata)
                 self.heard_at = time.monotonic()
                 tokens = response.visual_tokens
                 if not tokens.shelf_name or (self._shelf and self._shelf.get(tokens.shelf_name)):
@@ -251,7 +253,7 @@ class LanguageModelClient(_Stage):
                 sent = _copy(sent)
                 sent.request_id = f"{request.request_id}.{attempt}"
             stub = line.stub(llm_pb2_grpc.LanguageModelServiceStub)
-            call = stub.Generate(sent, timeout=timeout_s, metadata=line.metadata)
+            call = stub.Generate(sent, timeout=timeout_s, metadata=(*line.metadata, request_id_metadata()))
             ended = False
             try:
                 async for event in call:

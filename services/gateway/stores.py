@@ -14,7 +14,9 @@ import redis.asyncio
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-_log = logging.getLogger("focusllava")
+from services.common.logs import LOGGER
+
+_log = logging.getLogger(LOGGER)
 
 CACHE_BYTES = 256 * 2**20
 """Bound of a cache in the gateway's process, where the settings say none."""

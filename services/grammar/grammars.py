@@ -25,12 +25,13 @@ import numpy as np
 import numpy.typing as npt
 
 from services.common.errors import InvalidInput
+from services.common.logs import LOGGER
 from services.common.types import Constraint, SamplingParams
 from services.grammar.closing import Closing
 from services.grammar.guide import Guide, Start
 from services.grammar.process import limits
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(LOGGER)
 
 MOST_GRAMMARS = 32
 """Constraints that are kept compiled; each may grow to tens of megabytes as answers explore it."""

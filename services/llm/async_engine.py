@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
 from services.common.errors import FocusError, InternalError, Overloaded, StageUnavailable
+from services.common.logs import LOGGER
 from services.common.types import Constraint, GenerateRequest
 from services.llm.engine import Engine
 from services.llm.engine_stats import EngineStats, Event, StepFailed
@@ -31,7 +32,7 @@ tokenizer serves one at a time."""
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(LOGGER)
 
 
 class AsyncEngine:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import time
 from collections.abc import AsyncGenerator
@@ -18,6 +17,7 @@ from focusllava.v1 import error_pb2, llm_pb2, llm_pb2_grpc
 from services.common import wire
 from services.common.errors import FocusError
 from services.common.grpc_status import check_fingerprint, refuse, status_of
+from services.common.logs import answers_call, log_event, set_up_logs
 from services.common.port import SHELF_NAMES_METADATA, StagePort
 from services.common.recent_mean import RecentMean
 from services.common.shelf import Shelf
@@ -31,8 +31,6 @@ from services.llm.received import Received
 from services.llm.settings import LanguageModelSettings
 from services.text.token_texts import TokenTexts
 
-logger = logging.getLogger("ray.serve")
-
 
 def request_sizes(engine: Engine) -> wire.RequestSizes:
     """The most that a request to this engine may hold."""
@@ -44,11 +42,12 @@ class LanguageModel(StageDeployment):
     """One replica of stage 2; takes no encoder weight into memory."""
 
     def __init__(self, settings: LanguageModelSettings):
+        set_up_logs(os.environ)
         set_up_traces(os.environ, "llm")
         device, dtype = settings.place()
         part = gpu_part(device, lambda: ray.get_runtime_context().get_assigned_resources())
         sizes = settings.replica_sizes(device, dtype, part)
-        logger.info(f"KV cache of {size_text(sizes.kv_cache_bytes)}: {sizes.full_images} requests of a full image")
+        log_event(f"KV cache of {size_text(sizes.kv_cache_bytes)}: {sizes.full_images} requests of a full image")
         self._model = Engine.from_checkpoint(settings.checkpoint, settings.sized(sizes), dtype=dtype, device=device)
         self._model.warm_up()
         self._engine = AsyncEngine(self._model, gather_s=settings.gather_s)
@@ -72,6 +71,8 @@ class LanguageModel(StageDeployment):
     ) -> AsyncGenerator[llm_pb2.GenerateResponse, None]:
         """LanguageModelService.Generate. A cancelled call aborts the generation and frees its KV cache."""
         received, outcome, started = time.monotonic(), "cancelled", False
+        facts: dict[str, int] = {}
+        answers_call(grpc_context, otherwise=request.request_id)
         try:
             self.port.admit(grpc_context)
             check_fingerprint(request.model_fingerprint, self._model.fingerprint)
@@ -88,6 +89,8 @@ class LanguageModel(StageDeployment):
                             self._prompt_tokens.add(event.prompt_tokens)
                     if isinstance(event, FinishedEvent):
                         outcome = "ok"
+                        usage = event.usage
+                        facts = {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens}
                         await self._tell_names(asked, request, grpc_context)
                     yield wire.event_to_proto(self._token_texts.filled_in(event))
         except Exception as error:
@@ -100,6 +103,7 @@ class LanguageModel(StageDeployment):
             yield llm_pb2.GenerateResponse(error=error_pb2.StreamError(code=code.value, message=message))
         finally:
             self._metrics.count("focusllava_generate_requests", outcome=outcome)
+            log_event("answer ended", outcome=outcome, seconds=round(time.monotonic() - received, 3), **facts)
 
     async def _tell_names(
         self, asked: GenerateRequest, request: llm_pb2.GenerateRequest, context: RayServegRPCContext

@@ -112,6 +112,7 @@ async def test_an_encoder_records_bytes_tiles_and_branches(monkeypatch: pytest.M
         "services.compute.replica.keep_freed_memory", lambda: None
     )  # it would last as long as this process
     monkeypatch.setattr(deployment, "Metrics", lambda stage, backend: recorded)
+    monkeypatch.setattr(deployment, "set_up_logs", lambda environment: None)
     monkeypatch.setenv(SECRET_VARIABLE, SECRET)
     settings = EncoderSettings(checkpoint=str(tiny_llm.checkpoint()), device="cpu", dtype="float32")
     encoder = Encoder.func_or_class(settings)  # type: ignore[attr-defined]

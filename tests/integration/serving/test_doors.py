@@ -115,22 +115,27 @@ def test_the_id_of_a_request_comes_back_and_stands_in_the_log(cluster, http, ali
     assert said.headers.get_list("x-request-id") == ["mine-7"] and said.json()["id"] == "chatcmpl-mine-7"
     metadata = (("application", "gateway"), ("x-request-id", "mine-8"), *bearer(alice).items())
     with grpc.insecure_channel(cluster.grpc_address) as channel:
-        call = focus_pb2_grpc.FocusServiceStub(channel).Chat(question(), timeout=60, metadata=metadata)
+        call = focus_pb2_grpc.FocusServiceStub(channel).Chat(question(picture(8)), timeout=60, metadata=metadata)
         assert [event.started.request_id for event in call if event.HasField("started")] == ["mine-8"]
         assert ("x-request-id", "mine-8") in [tuple(pair) for pair in call.trailing_metadata()]
 
-    def logged() -> dict[str, dict]:
+    def logged(request_id: str) -> dict[str, dict]:
+        """Lines of all three services about a request, by what they say."""
         lines = [
             json.loads(line)
             for log in cluster.state.ray_dir.glob("session_latest/logs/worker-*.err")
             for line in log.read_text(errors="replace").splitlines()
             if line.startswith('{"time"')
         ]
-        return {line["request_id"]: line for line in lines if line["message"] == "request ended"}
+        return {line["message"]: line for line in lines if line.get("request_id") == request_id}
 
-    assert until(lambda: {"mine-7", "mine-8"} <= logged().keys())
-    found = logged()["mine-7"]
-    assert (found["outcome"], found["key"]) == ("ok", "alice") and found["completion_tokens"] > 0
+    for request_id, said in (("mine-7", set()), ("mine-8", {"image encoded"})):
+        expected = {"answer ended", "request ended"} | said
+        assert until(lambda: logged(request_id).keys() == expected), logged(request_id)  # noqa: B023
+    found = logged("mine-8")
+    assert {line["outcome"] for line in found.values()} == {"ok"} and found["request ended"]["key"] == "alice"
+    assert found["request ended"]["completion_tokens"] == found["answer ended"]["completion_tokens"] > 0
+    assert 0 < found["image encoded"]["visual_tokens"] <= found["image encoded"]["uncompressed"]
 
 
 def test_what_rays_queue_refuses_is_429_at_both_doors(cluster, http, alice):

@@ -27,6 +27,7 @@ async def started(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[Langua
             super().set(name, value, **tags)
             told.append((name, value))
 
+    monkeypatch.setattr(deployment, "set_up_logs", lambda environment: None)
     monkeypatch.setattr(replica, "keep_freed_memory", lambda: None)  # it would last as long as this process
     monkeypatch.setattr(deployment, "Metrics", lambda stage, backend: Counting(stage))
     settings = LanguageModelSettings(
