@@ -29,7 +29,7 @@ CHANNEL_OPTIONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class RetryPolicy:
-    """Tries after UNAVAILABLE, only before the first event: what the caller has read is never sent twice."""
+    """Tries after UNAVAILABLE, only before the first text: what the caller has read is never sent twice."""
 
     attempts: int | None = None
     """Most tries, the first included; None leaves it to the times."""
@@ -121,7 +121,6 @@ class StreamState:
     """What a stream has brought so far; the accounting is there once the iteration has ended."""
 
     def __init__(self, client: Client[Any], request: focus_pb2.ChatRequest, attempts: Attempts):
-        self._begun = False
         self._state = AnswerState()
         self._client = client
         self._request = request
@@ -169,16 +168,22 @@ class StreamState:
             self._cancel()
 
     def _take(self, event: focus_pb2.ChatResponse) -> str:
-        self._begun = self._client._reached = True
+        self._client._reached = True
         return self._state.take(event)
 
     def _delay_after(self, error: grpc.RpcError) -> float:
-        """Seconds to the next attempt, none after close(). Raises FocusClientError where there is to be none."""
+        """Seconds to the next attempt, none after close(). Raises FocusClientError where there is to be none.
+
+        Text that was handed on is never asked for twice; what came without any, such as how the images were read, is
+        dropped.
+        """
         if self._closed:
             return 0.0
-        if self._begun:
+        if self._state.text or self._state.finish_reason:
             raise self._attempts.failure(error) from None
-        return self._attempts.delay_after(error)
+        delay = self._attempts.delay_after(error)
+        self._state = AnswerState()
+        return delay
 
     def _end(self) -> None:
         """Checks the stream after its last event. Raises FocusClientError where the stream broke off."""

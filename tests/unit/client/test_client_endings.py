@@ -17,7 +17,7 @@ from focusllava.errors import RETRY_METADATA
 from tests.fakes.gateway import QUICK, ScriptedGateway, failed, started, token
 
 
-def test_unavailable_is_tried_again_before_the_first_event(client: FocusClient, gateway: ScriptedGateway) -> None:
+def test_unavailable_is_tried_again_before_anything_came(client: FocusClient, gateway: ScriptedGateway) -> None:
     gateway.script = gateway.refusing(grpc.StatusCode.UNAVAILABLE, "restarting", times=2)
     assert client.ask(None, "q").result().text == "a red café"
     assert len(gateway.requests) == 3
@@ -51,7 +51,21 @@ def test_a_server_that_went_is_waited_for_and_one_that_never_was_is_not_for_long
         assert 0.2 < time.monotonic() - began < 5
 
 
-def test_nothing_is_tried_again_after_the_first_event(client: FocusClient, gateway: ScriptedGateway) -> None:
+def test_an_answer_that_began_without_text_is_asked_for_again_and_forgotten(
+    client: FocusClient, gateway: ScriptedGateway
+) -> None:
+    def lost_at_once(request, context):
+        yield started()
+        yield token("")
+        context.abort(grpc.StatusCode.UNAVAILABLE, "Socket closed")
+
+    scripts = [lost_at_once, gateway.script]
+    gateway.script = lambda request, context: scripts.pop(0)(request, context)
+    answer = client.ask(None, "q").result()
+    assert answer.text == "a red café" and len(answer.token_ids) == 4 and len(gateway.requests) == 2
+
+
+def test_nothing_is_tried_again_after_the_first_text(client: FocusClient, gateway: ScriptedGateway) -> None:
     def script(request, context):
         yield started()
         yield token("half")
