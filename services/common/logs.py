@@ -52,7 +52,7 @@ def answers_request(request_id: str) -> None:
 
 def answers_call(context: Any, otherwise: str = "") -> None:
     """The same with the id that the metadata of a gRPC call, or of Ray Serve's, has; `otherwise` where it has none."""
-    answers_request(str(dict(context.invocation_metadata() or ()).get(REQUEST_ID_METADATA, otherwise)))
+    answers_request(str(dict(context.invocation_metadata() or ()).get(REQUEST_ID_METADATA) or otherwise))
 
 
 def request_id_metadata() -> tuple[str, str]:
