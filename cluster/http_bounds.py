@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import uvicorn.config
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
+from services.common.call_metadata import REQUEST_ID_HEADER
 from services.gateway.openai.errors import error_object
 
 HEADERS_S = 15.0
@@ -189,7 +190,7 @@ class Answer:
             self._text += message.get("body", b"")
             if not message.get("more_body", False):
                 status, said = refusal_of(self._refused["status"], self._text.decode(errors="replace"))
-                kept = [pair for pair in self._refused["headers"] if pair[0].lower() == b"x-request-id"]
+                kept = [pair for pair in self._refused["headers"] if pair[0].lower() == REQUEST_ID_HEADER.encode()]
                 await _refuse(self._send, status, said, headers=kept)
 
     def _is_rays(self, start: Message) -> bool:

@@ -25,6 +25,7 @@ import grpc
 
 from cluster.http_bounds import RETRY_AFTER_S, bound_http
 from focusllava.v1 import encoder_pb2_grpc, focus_pb2_grpc, llm_pb2_grpc
+from services.common.call_metadata import text_metadata
 from services.common.errors import InvalidInput
 from services.common.grpc_status import one_line, refuse, replica_is_lost, split_wait, tell_retry
 from services.common.logs import LOGGER, set_up_logs
@@ -124,7 +125,7 @@ def guarded(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 def _span(context: Any, service_method: str) -> AbstractContextManager[Any]:
     """A call's span in its caller's trace: at the stages, their part of it."""
-    join_trace({name: value for name, value in context.invocation_metadata() if isinstance(value, str)})
+    join_trace(text_metadata(context))
     return span(service_method.lstrip("/"), application=_application(context))
 
 
@@ -171,7 +172,7 @@ def clean_status(context: Any, service_method: str) -> None:
 
 def _application(context: Any) -> str:
     """The application that the caller named, as fit for a line."""
-    return one_line(str(dict(context.invocation_metadata()).get("application", "")))[:60]
+    return one_line(text_metadata(context).get("application", ""))[:60]
 
 
 def _raise_file_limit() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import Any
 
+from services.common.call_metadata import text_metadata
 from services.common.errors import NotAMethod
 from services.common.grpc_status import Refused, refuse
 
@@ -38,5 +39,5 @@ class ForeignMethods:
 
 
 def _refused(method: str, context: Any) -> Refused:
-    application = str(dict(context.invocation_metadata()).get("application", ""))[:60]
+    application = text_metadata(context).get("application", "")[:60]
     return refuse(context, NotAMethod(f"{method} is not a method of the application {application!r}"))

@@ -13,13 +13,12 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
+from services.common.call_metadata import REQUEST_ID_HEADER, text_metadata
 from services.common.errors import InvalidInput
 
 LOGGER = "focusllava"
 FORMAT = "FOCUSLLAVA_LOG_FORMAT"
 """The variable of the environment that says "text", its default, or "json"."""
-REQUEST_ID_METADATA = "x-request-id"
-"""gRPC metadata, and header, with the id of a request."""
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 """The id of the request that is being answered."""
 
@@ -42,7 +41,7 @@ def log_event(message: str, **facts: Any) -> None:
     logging.getLogger(LOGGER).info(message, extra={"facts": facts})
 
 
-def answers_request(request_id: str) -> None:
+def set_request_id(request_id: str) -> None:
     """Has the lines of this task bear the id.
 
     A deployment calls it and does not name REQUEST_ID: Ray Serve could not pickle the class then.
@@ -50,14 +49,14 @@ def answers_request(request_id: str) -> None:
     REQUEST_ID.set(request_id)
 
 
-def answers_call(context: Any, otherwise: str = "") -> None:
-    """The same with the id that the metadata of a gRPC call, or of Ray Serve's, has; `otherwise` where it has none."""
-    answers_request(str(dict(context.invocation_metadata() or ()).get(REQUEST_ID_METADATA) or otherwise))
+def set_request_id_from(context: Any, otherwise: str = "") -> None:
+    """Has the lines of this task bear the id in the metadata of a call, or `otherwise` where it has none."""
+    set_request_id(text_metadata(context).get(REQUEST_ID_HEADER) or otherwise)
 
 
 def request_id_metadata() -> tuple[str, str]:
     """Metadata for a call that is a part of this task's request."""
-    return REQUEST_ID_METADATA, REQUEST_ID.get()
+    return REQUEST_ID_HEADER, REQUEST_ID.get()
 
 
 class Lines(logging.Formatter):

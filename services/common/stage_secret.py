@@ -6,6 +6,7 @@ import hmac
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from services.common.call_metadata import text_metadata
 from services.common.errors import WrongSecret
 from services.common.settings import require
 
@@ -31,7 +32,7 @@ def check_secret(context: Any, accepted: Iterable[str]) -> None:
 
     context: a call's, of gRPC or of Ray Serve, which has its metadata.
     """
-    said = str(dict(context.invocation_metadata() or ()).get(SECRET_METADATA, "")).encode()
+    said = text_metadata(context).get(SECRET_METADATA, "").encode()
     matches = [hmac.compare_digest(said, secret.encode()) for secret in accepted if secret]
     if not any(matches):
         raise WrongSecret("is not this stage's: it answers gateways alone", field=SECRET_METADATA)

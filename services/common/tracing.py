@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from services.common.call_metadata import text_metadata
 from services.common.errors import InvalidInput
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
@@ -134,12 +135,12 @@ class _Served(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             return handler
 
         async def unary(request: Any, context: grpc.aio.ServicerContext) -> Any:
-            join_trace(_text(context.invocation_metadata()))
+            join_trace(text_metadata(context))
             with span(name):
                 return await handler.unary_unary(request, context)
 
         async def stream(request: Any, context: grpc.aio.ServicerContext) -> Any:
-            join_trace(_text(context.invocation_metadata()))
+            join_trace(text_metadata(context))
             with span(name):
                 async for message in handler.unary_stream(request, context):
                     yield message
@@ -149,7 +150,3 @@ class _Served(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         )
         behaviour = stream if handler.response_streaming else unary
         return make(behaviour, handler.request_deserializer, handler.response_serializer)
-
-
-def _text(metadata: Any) -> dict[str, str]:
-    return {key: value for key, value in metadata or () if isinstance(value, str)}

@@ -21,7 +21,7 @@ from services.common import wire
 from services.common.errors import InternalError
 from services.common.grpc_status import check_fingerprint, refuse
 from services.common.int8 import check_width, to_int8
-from services.common.logs import answers_call, log_event, set_up_logs
+from services.common.logs import log_event, set_request_id_from, set_up_logs
 from services.common.port import StagePort
 from services.common.shelf import Shelf
 from services.common.telemetry import Metrics
@@ -124,7 +124,7 @@ class Encoder(StageDeployment):
         """EncoderService.Encode."""
         received, outcome = time.monotonic(), "cancelled"
         facts: dict[str, int] = {}
-        answers_call(grpc_context)
+        set_request_id_from(grpc_context)
         try:
             self.port.admit(grpc_context)
             check_fingerprint(request.model_fingerprint, self._pipeline.fingerprint)

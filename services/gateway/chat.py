@@ -15,7 +15,7 @@ from services.checkpoint.config import FocusLlavaConfig
 from services.common import wire
 from services.common.errors import FocusError, InternalError, InvalidInput, with_field
 from services.common.grpc_status import code_of, status_of
-from services.common.logs import answers_request, log_event
+from services.common.logs import log_event, set_request_id
 from services.common.telemetry import Metrics
 from services.common.tracing import span
 from services.common.types import CompressedVisualTokens, ImageOptions
@@ -94,7 +94,7 @@ class ChatService:
         Raises:
             FocusError: before the first event only; afterwards a failure is the stream's last event.
         """
-        answers_request(request_id)
+        set_request_id(request_id)
         with span("chat", request_id=request_id, key=caller.name) as facts:
             async with contextlib.aclosing(self._counted(request, request_id, deadline, caller, facts)) as events:
                 async for event in events:

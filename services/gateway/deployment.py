@@ -25,9 +25,10 @@ from starlette.responses import Response
 from focusllava.v1 import focus_pb2
 from services.checkpoint.config import FocusLlavaConfig
 from services.checkpoint.store import fingerprint
+from services.common.call_metadata import REQUEST_ID_HEADER, text_metadata
 from services.common.foreign_methods import ForeignMethods
 from services.common.grpc_status import refuse
-from services.common.logs import LOGGER, REQUEST_ID_METADATA, set_up_logs
+from services.common.logs import LOGGER, set_up_logs
 from services.common.settings import build_settings, require
 from services.common.shelf import Shelf
 from services.common.stage_secret import SECRET_VARIABLE, shared_secret
@@ -169,9 +170,9 @@ class Gateway(ForeignMethods):
         self, request: focus_pb2.ChatRequest, grpc_context: RayServegRPCContext
     ) -> AsyncGenerator[focus_pb2.ChatResponse, None]:
         """FocusService.Chat."""
-        join_trace(_metadata(grpc_context))
-        request_id = request_id_of(request, _said(grpc_context, REQUEST_ID_METADATA))
-        grpc_context.set_trailing_metadata([(REQUEST_ID_METADATA, request_id)])
+        join_trace(text_metadata(grpc_context))
+        request_id = request_id_of(request, _said(grpc_context, REQUEST_ID_HEADER))
+        grpc_context.set_trailing_metadata([(REQUEST_ID_HEADER, request_id)])
         try:
             caller = self._caller(grpc_context)
             events = self._service.chat(request, request_id, _deadline(grpc_context), caller)
@@ -236,11 +237,7 @@ def _deadline(context: RayServegRPCContext) -> Deadline:
 
 def _said(context: RayServegRPCContext, name: str) -> str:
     """The caller's metadata of this name; empty where there is none."""
-    return _metadata(context).get(name, "")
-
-
-def _metadata(context: RayServegRPCContext) -> dict[str, str]:
-    return {name: value for name, value in context.invocation_metadata() if isinstance(value, str)}
+    return text_metadata(context).get(name, "")
 
 
 def _version() -> str:

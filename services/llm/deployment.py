@@ -17,7 +17,7 @@ from focusllava.v1 import error_pb2, llm_pb2, llm_pb2_grpc
 from services.common import wire
 from services.common.errors import FocusError
 from services.common.grpc_status import check_fingerprint, refuse, status_of
-from services.common.logs import answers_call, log_event, set_up_logs
+from services.common.logs import log_event, set_request_id_from, set_up_logs
 from services.common.port import SHELF_NAMES_METADATA, StagePort
 from services.common.recent_mean import RecentMean
 from services.common.shelf import Shelf
@@ -72,7 +72,7 @@ class LanguageModel(StageDeployment):
         """LanguageModelService.Generate. A cancelled call aborts the generation and frees its KV cache."""
         received, outcome, started = time.monotonic(), "cancelled", False
         facts: dict[str, int] = {}
-        answers_call(grpc_context, otherwise=request.request_id)
+        set_request_id_from(grpc_context, otherwise=request.request_id)
         try:
             self.port.admit(grpc_context)
             check_fingerprint(request.model_fingerprint, self._model.fingerprint)

@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from focusllava.v1 import focus_pb2, llm_pb2
+from services.common.call_metadata import REQUEST_ID_HEADER
 from services.common.errors import FocusError, InvalidInput, Overloaded, TooLarge
 from services.common.tracing import join_trace
 from services.gateway.admission import AdmissionLimits, request_id_of
@@ -35,7 +36,6 @@ from services.gateway.openai.response import ChatWriter, Collected, TextWriter, 
 from services.gateway.openai.settings import Asked, Settings
 from services.gateway.playground import Asset
 
-REQUEST_ID_HEADER = "x-request-id"
 """The header with a request's id; Ray Serve makes one where there is none, and has it in the answer."""
 _COMPLETIONS: dict[str, tuple[type[Settings], type[Writer]]] = {
     "/v1/chat/completions": (ChatCompletionRequest, ChatWriter),

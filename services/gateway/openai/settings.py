@@ -11,6 +11,7 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, Field, ValidationError
 
 from focusllava.v1 import focus_pb2, llm_pb2
+from services.common.call_metadata import REQUEST_ID_HEADER
 from services.common.errors import TooLarge
 from services.gateway.openai.constraint import Constrained
 from services.gateway.openai.fields import WITHOUT_EFFECT, Fields, refuse, shown
@@ -134,7 +135,7 @@ class Settings(Constrained):
                 *self.names_here(),
                 (r"^sampling\.constraint(\.\w+)?", constraint),
                 (r"^sampling\.", ""),
-                (r"^request_id\b", "request_id" if self.request_id else "x-request-id"),
+                (r"^request_id\b", "request_id" if self.request_id else REQUEST_ID_HEADER),
             ),
         )
 

@@ -129,9 +129,11 @@ def test_the_id_of_a_request_comes_back_and_stands_in_the_log(cluster, http, ali
         ]
         return {line["message"]: line for line in lines if line.get("request_id") == request_id}
 
-    for request_id, said in (("mine-7", set()), ("mine-8", {"image encoded"})):
-        expected = {"answer ended", "request ended"} | said
-        assert until(lambda: logged(request_id).keys() == expected), logged(request_id)  # noqa: B023
+    def has_lines(request_id: str, *said: str) -> bool:
+        return until(lambda: logged(request_id).keys() == set(said))
+
+    assert has_lines("mine-7", "answer ended", "request ended"), logged("mine-7")
+    assert has_lines("mine-8", "image encoded", "answer ended", "request ended"), logged("mine-8")
     found = logged("mine-8")
     assert {line["outcome"] for line in found.values()} == {"ok"} and found["request ended"]["key"] == "alice"
     assert found["request ended"]["completion_tokens"] == found["answer ended"]["completion_tokens"] > 0
